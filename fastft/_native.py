@@ -1,0 +1,99 @@
+"""Loads the csrc libraries for this CPU and GPU. Importing never fails: what could not be loaded has a reason.
+
+The libraries lie in ``fastft/lib``: one CPU library per instruction set, built from the same sources, and one CUDA
+library. ``FASTFT_CPU_ISA=default|avx2|avx512`` overrides the choice (for tests and bug reports).
+"""
+
+import functools
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+ISAS = ("avx512", "avx2", "default")
+LIB = Path(__file__).parent / "lib"
+
+
+def _cpu_flags() -> frozenset[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    for line in text.splitlines():
+        if line.startswith(("flags", "Features")):
+            return frozenset(line.split(":", 1)[1].split())
+    return frozenset()
+
+
+@functools.cache
+def supported_isas() -> tuple[str, ...]:
+    """Instruction sets that this CPU runs, best first.
+
+    PyTorch's capability says what it was allowed to use (ATEN_CPU_CAPABILITY lowers it); the avx512 library is
+    compiled with avx512_bf16 too, which PyTorch's "AVX512" does not imply.
+    """
+    capability = torch.backends.cpu.get_cpu_capability()
+    flags = _cpu_flags()
+    isas = ["default"]
+    if capability in ("AVX2", "AVX512") and {"avx2", "fma", "f16c"} <= flags:
+        isas.insert(0, "avx2")
+        if capability == "AVX512" and {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"} <= flags:
+            isas.insert(0, "avx512")
+    return tuple(isas)
+
+
+@functools.cache
+def _load(file_name: str) -> str | None:
+    """Load one library; the reason why not, or None."""
+    path = LIB / file_name
+    if not path.exists():
+        return f"{file_name} is not built (pip install with a C++ compiler, cmake and ninja; FASTFT_NATIVE=1 insists)"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{file_name} does not load: {error}"
+    return None
+
+
+@functools.cache
+def _cpu_library(isa: str) -> tuple[str | None, str | None]:
+    if isa not in ISAS:
+        return None, f"unknown instruction set {isa!r}; known: {', '.join(ISAS)}"
+    if isa not in supported_isas():
+        return None, f"this CPU does not run {isa} (it runs {', '.join(supported_isas())})"
+    reason = _load(f"libfastft_cpu_{isa}.so")
+    return (None, reason) if reason else (f"fastft_cpu_{isa}", None)
+
+
+_isa = os.environ.get("FASTFT_CPU_ISA") or supported_isas()[0]
+
+
+def cpu_library() -> tuple[str | None, str | None]:
+    """(dispatcher namespace, None) of the loaded CPU library, or (None, reason)."""
+    return _cpu_library(_isa)
+
+
+@functools.cache
+def cuda_library() -> tuple[str | None, str | None]:
+    """(dispatcher namespace, None) of the loaded CUDA library, or (None, reason)."""
+    if torch.version.cuda is None:
+        return None, "this torch has no CUDA"
+    if not torch.cuda.is_available():
+        return None, "no CUDA device"
+    reason = _load("libfastft_cuda.so")
+    return (None, reason) if reason else ("fastft_cuda", None)
+
+
+@contextmanager
+def forced_isa(isa: str):
+    """Use the CPU library of `isa` inside, whatever is best on this CPU."""
+    global _isa
+    namespace, reason = _cpu_library(isa)
+    if namespace is None:
+        raise RuntimeError(reason)
+    before, _isa = _isa, isa
+    try:
+        yield
+    finally:
+        _isa = before

@@ -1,0 +1,238 @@
+"""The registry: one op name, many backends, and the only place that chooses between them.
+
+An `Op` defines ``fastft::<name>`` for PyTorch's dispatcher and collects its implementations by name:
+
+==========  ===================================================================================================
+backend     where the implementation comes from
+==========  ===================================================================================================
+reference   the plain PyTorch function given to `Op`, on any device and dtype; the definition of the op
+cpu         ``csrc/cpu/<family>.cpp``, built once per instruction set (namespaces ``fastft_cpu_<set>``)
+cuda        ``csrc/cuda/<family>.cu`` (namespace ``fastft_cuda``)
+triton      the launcher of the op's name in ``fastft.kernels.<family>``
+==========  ===================================================================================================
+
+A test or another package adds a backend with one entry in `BACKENDS`.
+"""
+
+import importlib
+import os
+import warnings
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import _native
+
+_LIBRARY = torch.library.Library("fastft", "DEF")
+_NATIVE_LIBRARIES: dict[str, torch.library.Library] = {}
+
+OPS: dict[str, "Op"] = {}
+ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+_forced: ContextVar[str | None] = ContextVar("fastft_forced_backend", default=os.environ.get("FASTFT_BACKEND") or None)
+_calls: ContextVar[list | None] = ContextVar("fastft_recorded_calls", default=None)
+_warned: set[tuple[str, str]] = set()
+
+
+@dataclass(frozen=True)
+class Call:
+    """One launch: which op, on which backend, with which configuration."""
+
+    op: str
+    backend: str
+    config: Any = None
+
+
+class FallbackWarning(UserWarning):
+    """An op ran on the reference although a kernel was expected. ``FASTFT_STRICT=1`` turns it into an error."""
+
+
+class BackendError(RuntimeError):
+    """No backend could run an op; the message holds every backend's reason and the inputs."""
+
+
+class ReferenceBackend:
+    def missing(self, op: "Op", device: str) -> str | None:
+        return None
+
+    def run(self, op: "Op", args):
+        tensor = next(a for a in args if isinstance(a, torch.Tensor))
+        # The reference is the definition: autocast must not round its operands.
+        with torch.autocast(tensor.device.type, enabled=False):
+            return op.reference(*args), None
+
+
+class NativeBackend:
+    """Implementations compiled from csrc, found by asking the dispatcher, so that nothing is listed twice."""
+
+    def __init__(self, library, device: str, dispatch_key: str):
+        self.library, self.device, self.dispatch_key = library, device, dispatch_key
+        self._overloads: dict[tuple[str, str], Any] = {}
+
+    def missing(self, op, device):
+        if device != self.device:
+            return f"runs on {self.device} tensors, these are on {device}"
+        namespace, reason = self.library()
+        if namespace is None:
+            return reason
+        define_native(namespace)
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{op.name}", self.dispatch_key):
+            return f"no kernel of that name in the {namespace} library"
+        return None
+
+    def run(self, op, args):
+        namespace, _ = self.library()
+        overload = self._overloads.get((namespace, op.name))
+        if overload is None:
+            overload = getattr(getattr(torch.ops, namespace), op.name).default
+            self._overloads[namespace, op.name] = overload
+        return overload(*args), namespace
+
+
+class TritonBackend:
+    """Launchers in ``fastft.kernels.<family>``. ``TRITON_INTERPRET=1`` also runs them on CPU tensors (slow: for proof)."""
+
+    def missing(self, op, device):
+        if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            return "Triton runs on CPU tensors only in its interpreter (set TRITON_INTERPRET=1 before Python starts)"
+        if device not in ("cpu", "cuda"):
+            return f"no launcher for {device} tensors"
+        try:
+            module = self._module(op)
+        except ImportError as error:
+            return f"{error} (pip install triton)"
+        return None if hasattr(module, op.name) else f"fastft.kernels.{op.family} has no launcher of that name"
+
+    def run(self, op, args):
+        module = self._module(op)
+        config = module.config_for(op.name, *args)
+        return getattr(module, op.name)(*args, config=config), config
+
+    @staticmethod
+    def _module(op):
+        return importlib.import_module(f"fastft.kernels.{op.family}")
+
+
+BACKENDS = {
+    "reference": ReferenceBackend(),
+    "cpu": NativeBackend(_native.cpu_library, "cpu", "CPU"),
+    "cuda": NativeBackend(_native.cuda_library, "cuda", "CUDA"),
+    "triton": TritonBackend(),
+}
+
+
+def define_native(namespace: str) -> None:
+    """Give every op's schema to a native namespace (its library holds implementations only)."""
+    library = _NATIVE_LIBRARIES.get(namespace)
+    if library is None:
+        library = _NATIVE_LIBRARIES[namespace] = torch.library.Library(namespace, "DEF")
+        library.fastft_defined = set()
+    for op in OPS.values():
+        if op.name not in library.fastft_defined:
+            library.fastft_defined.add(op.name)
+            library.define(op.schema)
+
+
+class Op:
+    """One operation with its definition and all its implementations.
+
+    Args:
+        schema: PyTorch schema string without namespace, e.g. ``"scale(Tensor x, float s) -> Tensor"``.
+        reference: plain PyTorch implementation of the schema, any device, any floating dtype.
+        fake: shape function for torch.compile (called with fake tensors).
+        unsupported: per backend, a function of the op's arguments that returns why they can't run there, or None.
+        order: per device type, the backends to try, where measurements ask for another order than `ORDER`.
+    """
+
+    def __init__(self, schema, reference, fake, unsupported=None, order=None):
+        self.schema, self.reference = schema, reference
+        self.name = schema.split("(", 1)[0]
+        self.family = reference.__module__.rsplit(".", 1)[-1]
+        self.unsupported = unsupported or {}
+        self.order = {**ORDER, **(order or {})}
+        self._available: dict[tuple, str | None] = {}
+        # Kernels address memory by the strides they were promised, so Inductor must not re-stride their inputs.
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+        _LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastft::{self.name}", fake, lib=_LIBRARY)
+        self._overload = getattr(torch.ops.fastft, self.name).default
+        OPS[self.name] = self
+
+    def __call__(self, *args):
+        return self._overload(*args)
+
+    def missing(self, backend: str, device: str) -> str | None:
+        """Why `backend` has no implementation of this op for tensors on `device`, or None if it has one."""
+        key = (backend, device, _native.cpu_library()[0] if backend == "cpu" else None)
+        if key not in self._available:
+            self._available[key] = BACKENDS[backend].missing(self, device)
+        return self._available[key]
+
+    def _refusal(self, backend, device, args):
+        reason = self.missing(backend, device)
+        if reason is None and backend in self.unsupported:
+            reason = self.unsupported[backend](*args)
+        return reason
+
+    def _run(self, *args):
+        device = next(a for a in args if isinstance(a, torch.Tensor)).device.type
+        forced = _forced.get()
+        if forced is not None and forced not in BACKENDS:
+            raise BackendError(f"unknown backend {forced!r}; known: {', '.join(sorted(BACKENDS))}")
+        order = (forced,) if forced else self.order.get(device, ("reference",))
+        reasons = {}
+        for backend in order:
+            reasons[backend] = self._refusal(backend, device, args)
+            if reasons[backend] is None:
+                break
+        else:
+            listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+            raise BackendError(f"fastft::{self.name} cannot run on {_describe(args)}. {listed}")
+        if backend == "reference" and len(reasons) > 1:
+            _fell_back(self.name, {k: v for k, v in reasons.items() if v}, args)
+        result, config = BACKENDS[backend].run(self, args)
+        calls = _calls.get()
+        if calls is not None:
+            calls.append(Call(self.name, backend, config))
+        return result
+
+
+def _describe(args) -> str:
+    return ", ".join(
+        f"{str(a.dtype).removeprefix('torch.')}{list(a.shape)} on {a.device}" if isinstance(a, torch.Tensor) else repr(a)
+        for a in args
+    )
+
+
+def _fell_back(op: str, reasons: dict, args) -> None:
+    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    message = f"fastft::{op} runs on the plain PyTorch reference, which is slower, because {listed}"
+    if os.environ.get("FASTFT_STRICT") == "1":
+        raise BackendError(f"{message} (inputs: {_describe(args)}; FASTFT_STRICT=1 forbids it)")
+    if (op, listed) not in _warned:
+        _warned.add((op, listed))
+        warnings.warn(message, FallbackWarning, stacklevel=2)
+
+
+class Scope:
+    """The forced backend and the recorder of the present context, to be entered again elsewhere.
+
+    Autograd runs backward on its own thread on GPUs, where context variables are not set: an autograd.Function takes a
+    `Scope` in forward and enters it in backward, so that a layer's backward runs where its forward was told to run.
+    """
+
+    __slots__ = ("forced", "calls", "_tokens")
+
+    def __init__(self, forced=None, calls=None):
+        self.forced = _forced.get() if forced is None else forced
+        self.calls = _calls.get() if calls is None else calls
+
+    def __enter__(self):
+        self._tokens = _forced.set(self.forced), _calls.set(self.calls)
+        return self.calls
+
+    def __exit__(self, *exc):
+        _forced.reset(self._tokens[0])
+        _calls.reset(self._tokens[1])
