@@ -1,0 +1,69 @@
+// Argument checks that every entry point makes: an unchecked float kernel handed bfloat16 corrupts the heap.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <initializer_list>
+#include <sstream>
+#include <string>
+
+namespace fastft {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline const char* dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Long: return "int64";
+    default: return "another dtype";
+  }
+}
+
+inline std::string shape_text(const Tensor& t) {
+  std::ostringstream out;
+  out << '[';
+  for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
+  out << ']';
+  return out.str();
+}
+
+enum class Where { cpu, cuda };
+
+// One argument: on the device the kernel runs on, of one of `dtypes`, of shape `sizes`, contiguous. Errors name the op.
+inline void check(const char* op, const char* name, const Tensor& t, Where where, std::initializer_list<ScalarType> dtypes,
+                  std::initializer_list<int64_t> sizes) {
+  STD_TORCH_CHECK(where == Where::cuda ? t.is_cuda() : t.is_cpu(), op, ": ", name, " must be on the ",
+                  where == Where::cuda ? "CUDA device" : "CPU");
+  bool known = false;
+  std::string wanted;
+  for (ScalarType dtype : dtypes) {
+    known |= t.scalar_type() == dtype;
+    wanted += (wanted.empty() ? "" : " or ") + std::string(dtype_name(dtype));
+  }
+  STD_TORCH_CHECK(known, op, ": ", name, " is ", dtype_name(t.scalar_type()), ", must be ", wanted);
+  bool fits = t.dim() == static_cast<int64_t>(sizes.size());
+  std::ostringstream shape;
+  int64_t axis = 0;
+  for (int64_t size : sizes) {
+    fits = fits && t.size(axis) == size;
+    shape << (axis++ ? ", " : "") << size;
+  }
+  STD_TORCH_CHECK(fits, op, ": ", name, " has shape ", shape_text(t), ", must be [", shape.str(), "]");
+  STD_TORCH_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous");
+}
+
+inline void check_matrix(const char* op, const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 2, op, ": ", name, " has shape ", shape_text(t), ", must be a matrix");
+}
+
+inline void check_probability(const char* op, double p) {
+  STD_TORCH_CHECK(p >= 0.0 && p <= 1.0, op, ": dropout p is ", p, ", must lie in [0, 1]");
+}
+
+}  // namespace fastft
