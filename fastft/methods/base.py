@@ -1,0 +1,191 @@
+"""The protocol of fine-tuning methods: attach a method to a model, or load an adapter from a folder.
+
+A method is a frozen dataclass of options (a subclass of `Method`) that says, for each matched module, which tensors it
+adds, and how it is written to `adapter_config.json`. Everything else (matching, copies of modules trained in full,
+freezing, checking files, the handle and its promises) is here and in `handle`, once for all methods.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..checkpoint.files import AdapterFileError, read_adapter
+from ..modules.adapted_linear import Adapter, adapt
+from .handle import Handle, handles
+from .targets import Matched, TargetOptions, match
+
+__all__ = ["AdapterFileError", "Handle", "Method", "attach", "handles", "load"]
+
+_ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(TargetOptions):
+    """What a fine-tuning method has to say. `name` is always the module's full name in the model."""
+
+    peft_type: ClassVar[str]
+    # part that a module holds -> its name in adapter_model.safetensors
+    file_names: ClassVar[dict[str, str]]
+    known: ClassVar[dict[str, type["Method"]]] = {}
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        Method.known[cls.peft_type] = cls
+
+    def check(self, matched: dict[str, nn.Module]) -> None:
+        """Raise or warn about options that don't suit the matched modules. The default has none."""
+
+    def shapes(self, name: str, module: nn.Module) -> dict[str, tuple[int, ...]]:
+        """The tensors that one matched module gets, by part."""
+        raise NotImplementedError
+
+    def initial(self, name: str, module: nn.Module) -> dict[str, torch.Tensor]:
+        """Their values at the start of training, by part; any dtype and device."""
+        raise NotImplementedError
+
+    def dtype(self, weight: torch.Tensor) -> torch.dtype:
+        """The dtype in which the tensors of a module with this weight are held."""
+        raise NotImplementedError
+
+    def install(self, name: str, module: nn.Module, adapter: Adapter, tensors: dict[str, torch.Tensor]) -> None:
+        """Give the (already adapted) module its tensors. Must not fail."""
+        raise NotImplementedError
+
+    def after_update(self, handle: Handle) -> None:
+        """The method's schedule, called once per optimizer update. The default has none."""
+
+    def to_config(self, matched: dict[str, nn.Module]) -> dict[str, Any]:
+        """The contents of adapter_config.json, in PEFT's terms."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Method":
+        """The method an adapter_config.json describes. ValueError names an option that is not supported."""
+        raise NotImplementedError
+
+
+def attach(model: nn.Module, method: Method, adapter_name: str = "default") -> Handle:
+    """Attach a fine-tuning method to a model, in place, and freeze the rest of it.
+
+    Attaching twice under different names adds both adapters; see `Handle.set_active`. If anything is wrong the model
+    is left untouched.
+
+    Args:
+        model: any `nn.Module`; its modules keep their identity and names.
+        method: `fastft.LoRA(...)` or another `Method`.
+        adapter_name: letters, digits, "_" and "-"; part of the names of the adapter's parameters.
+
+    Returns:
+        The handle: parameters, optimizer, saving, merging, detaching.
+
+    Raises:
+        ValueError: options that match nothing or something that can't be adapted (with the near matches), shared
+            weights, a name in use. TypeError: weights of an unsupported kind.
+    """
+    if not isinstance(method, Method):
+        raise TypeError(f"attach needs a method such as fastft.LoRA(...), not {type(method).__name__}")
+    model = _plain_model(model)
+    _check_name(model, adapter_name)
+    matched = match(model, method)
+    method.check(matched.targets)
+    tensors = {name: method.initial(name, module) for name, module in matched.targets.items()}
+    return _install(model, method, adapter_name, matched, tensors, _own_values(matched))
+
+
+def load(model: nn.Module, directory, adapter_name: str = "default") -> Handle:
+    """Attach the adapter in `directory` (written by `Handle.save` or by PEFT's `save_pretrained`).
+
+    The folder holds adapter_config.json and adapter_model.safetensors; pickles are refused. Every tensor is checked
+    (missing, extra, shape, dtype, finite) before the model is touched.
+
+    Raises:
+        FileNotFoundError: no such folder or files. AdapterFileError (a ValueError): a damaged file, tensors that do not
+            fit the model (the first five are named), options that are not supported. Otherwise as `attach`.
+    """
+    model = _plain_model(model)
+    _check_name(model, adapter_name)
+    found: dict[str, Any] = {}
+
+    def expected(config):
+        kind = config.get("peft_type")
+        if kind not in Method.known:
+            raise AdapterFileError(f"{directory}: peft_type {kind!r} is not supported; supported: {sorted(Method.known)}")
+        try:
+            method = Method.known[kind].from_config(config)
+        except (ValueError, TypeError) as error:
+            raise AdapterFileError(f"{directory}: {error}") from error
+        matched = match(model, method, lenient=True)
+        method.check(matched.targets)
+        found.update(method=method, matched=matched)
+        shapes = {}
+        for name, module in matched.targets.items():
+            for part, shape in method.shapes(name, module).items():
+                shapes[target_key(method, name, part)] = tuple(shape)
+        for name, (module, owned) in matched.copies.items():
+            for own in owned:
+                shapes[copy_key(matched, name, own)] = tuple(getattr(module, own).shape)
+        return shapes
+
+    values = read_adapter(directory, expected)
+    method, matched = found["method"], found["matched"]
+    tensors = {
+        name: {part: values[target_key(method, name, part)] for part in method.shapes(name, module)}
+        for name, module in matched.targets.items()
+    }
+    copies = {
+        name: {own: values[copy_key(matched, name, own)].to(getattr(module, own), copy=True) for own in owned}
+        for name, (module, owned) in matched.copies.items()
+    }
+    return _install(model, method, adapter_name, matched, tensors, copies)
+
+
+def target_key(method: Method, name: str, part: str) -> str:
+    return f"base_model.model.{name}.{method.file_names[part]}"
+
+
+def copy_key(matched: Matched, name: str, own: str) -> str:
+    """PEFT wraps an adapted layer, so its own bias lies one level deeper."""
+    wrapped = "base_layer." if name in matched.targets else ""
+    return f"base_model.model.{name}.{wrapped}{own}"
+
+
+def _plain_model(model):
+    return getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+
+
+def _check_name(model, name):
+    taken = handles(model)
+    if not isinstance(name, str) or not _ADAPTER_NAME.fullmatch(name) or hasattr(nn.ParameterDict, name):
+        raise ValueError(f"adapter name {name!r}: use 1 to 64 letters, digits, '_' or '-' (and no name of a dict method)")
+    if name in taken:
+        raise ValueError(f"an adapter named {name!r} is attached already; attached: {sorted(taken)}")
+
+
+def _own_values(matched: Matched) -> dict[str, dict[str, torch.Tensor]]:
+    return {
+        name: {own: getattr(module, own).detach().clone() for own in owned}
+        for name, (module, owned) in matched.copies.items()
+    }
+
+
+def _install(model, method, adapter_name, matched, tensors, copies) -> Handle:
+    """Everything is known to fit; only from here on is the model touched."""
+    adapter = Adapter(adapter_name)
+    handle = Handle(model, method, adapter, matched)
+    handle.check_copies()
+    tensors = {name: _placed(method, matched.targets[name].weight, parts) for name, parts in tensors.items()}
+    handle.register()
+    for module in handle.modules.values():
+        adapt(module, adapter)
+    for name, parts in tensors.items():
+        method.install(name, matched.targets[name], adapter, parts)
+    for name, own in copies.items():
+        handle.modules[name].add_copies(adapter, own)
+    return handle
+
+
+def _placed(method, weight, parts):
+    return {part: value.to(weight.device, method.dtype(weight)).contiguous() for part, value in parts.items()}

@@ -1,0 +1,223 @@
+"""The handle of an attached adapter, and the promises it keeps (the contract of an attached model):
+
+* `state_dict`, `save_pretrained`, `deepcopy`, `.to()` and trainer checkpoints see the pristine base plus the adapter's
+  tensors, also while merged; a delta is never applied twice.
+* `unmerge` and `detach` restore the bits of the base; `detach` also its classes, hooks and `requires_grad`, in any
+  order of detaching several adapters.
+* Any torch optimizer over `parameters()` works.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoint.files import write_adapter
+from ..modules.adapted_linear import Adapted, Adapter
+from .targets import Matched, tied_names
+
+_KEY = "_fastft_attachments"
+
+
+@dataclass
+class Attachments:
+    """What a model remembers of its adapters; an attribute of the model, so that `deepcopy` takes it along."""
+
+    requires_grad: dict[str, bool]
+    handles: dict[str, "Handle"] = field(default_factory=dict)
+
+
+def handles(model: nn.Module) -> dict[str, "Handle"]:
+    """The handles of the adapters attached to this model, by name (also those of a deep copy)."""
+    model = getattr(model, "_orig_mod", model)
+    record = model.__dict__.get(_KEY)
+    return dict(record.handles) if record else {}
+
+
+class Handle:
+    """One adapter on one model. Made by `fastft.attach` and `fastft.load`."""
+
+    def __init__(self, model: nn.Module, method: Any, adapter: Adapter, matched: Matched):
+        self.model = model
+        self.method = method
+        self.targets = matched.targets
+        self.modules: dict[str, Any] = {
+            **matched.targets,
+            **{n: module for n, (module, _) in matched.copies.items()},
+        }
+        self._matched = matched
+        self._adapter = adapter
+        self._seen_update = -1
+
+    def __repr__(self):
+        state = "active" if self._adapter.active else "inactive"
+        return f"<{type(self.method).__name__} adapter {self.name!r} on {len(self.targets)} modules, {state}>"
+
+    @property
+    def name(self) -> str:
+        return self._adapter.name
+
+    @property
+    def merged(self) -> bool:
+        return any(self.name in module._merged for module in self._attached().values())
+
+    # ---- training
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The adapter's trainable parameters, under the names they have in the model."""
+        for path, module in self._attached().items():
+            for holder, own, tensor in module.adapter_tensors(self._adapter):
+                if isinstance(tensor, nn.Parameter):
+                    yield ".".join(filter(None, (path, holder, self.name, own))), tensor
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return (parameter for _, parameter in self.named_parameters())
+
+    def optimizer(self, lr: float = 1e-4, weight_decay: float = 0.0, **options) -> torch.optim.Optimizer:
+        """AdamW over the adapter, fused where PyTorch has it. `options` go to `torch.optim.AdamW`."""
+        parameters = list(self.parameters())
+        options.setdefault("fused", all(p.device.type in ("cpu", "cuda") for p in parameters))
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, **options)
+
+    def step(self) -> None:
+        """Run the method's schedule (LoRA has none). Call it after `optimizer.step()`; a second call without an update in between
+        does nothing.
+        """
+        update = sum(parameter._version for parameter in self.parameters())  # in-place updates count versions up
+        if update != self._seen_update:
+            self._seen_update = update
+            self.method.after_update(self)
+
+    def callback(self):
+        """A transformers `TrainerCallback`: checks what is trained, runs `step`, saves the adapter with checkpoints."""
+        from .trainer_callback import trainer_callback
+
+        return trainer_callback(self)
+
+    # ---- switching
+
+    def set_active(self, active: bool = True) -> None:
+        """Let forwards use this adapter or not. All active adapters add up."""
+        self._attached()
+        if active and not self._adapter.active:
+            self.check_copies()
+        self._adapter.active = active
+
+    @contextmanager
+    def disabled(self):
+        """Forwards of this thread inside the block run without this adapter, also while it is merged.
+
+        Right between a forward and its backward; no module or parameter is touched. Under gradient checkpointing run the
+        disabled forward under `torch.no_grad()`: what is recomputed during a backward uses the adapter.
+        """
+        self._attached()
+        with self._adapter.disabled():
+            yield
+
+    # ---- merging
+
+    def merge(self) -> None:
+        """Add the delta (computed in float32, rounded once) to the weights. Copies trained in full stay beside them."""
+        self._refuse_tied("merge")
+        for module in self._attached_targets():
+            module.set_merged(self._adapter, True)
+
+    def unmerge(self) -> None:
+        """Bring back the bits from before `merge`."""
+        for module in self._attached_targets():
+            module.set_merged(self._adapter, False)
+
+    def merge_and_unload(self) -> nn.Module:
+        """Fold the adapter into the base for good, and detach it. Returns the model, plain again if it was the last."""
+        self._refuse_tied("merge_and_unload")
+        for module in self._attached().values():
+            module.fold(self._adapter)
+        self.detach()
+        return self.model
+
+    def detach(self) -> None:
+        """Take the adapter off: bits, classes, hooks and (with the last adapter) `requires_grad` as before `attach`."""
+        record = self.model.__dict__[_KEY] if self._attached() else None
+        for module in self.modules.values():
+            module.remove(self._adapter)
+        del record.handles[self.name]
+        if not record.handles:
+            delattr(self.model, _KEY)
+            for name, parameter in self.model.named_parameters(remove_duplicate=False):
+                parameter.requires_grad_(record.requires_grad.get(name, parameter.requires_grad))
+
+    # ---- files
+
+    def save(self, directory) -> None:
+        """Write adapter_config.json and adapter_model.safetensors, which PEFT also reads, into `directory`.
+
+        Atomic: whenever the process is killed, `fastft.load` finds the old adapter or the new one. Other files in the
+        folder are left alone.
+        """
+        from .base import copy_key, target_key
+
+        tensors = {}
+        for path, module in self._attached().items():
+            for holder, own, tensor in module.adapter_tensors(self._adapter):
+                key = copy_key(self._matched, path, own) if own else target_key(self.method, path, holder)
+                tensors[key] = tensor.detach()
+        hollow = [key for key, tensor in tensors.items() if not tensor.numel()]
+        if hollow:
+            raise ValueError(f"these tensors are empty (partitioned by DeepSpeed?), gather them first: {hollow[:5]}")
+        config = self.method.to_config(self.targets)
+        config["base_model_name_or_path"] = getattr(self.model, "name_or_path", None) or None
+        config["auto_mapping"] = {
+            "base_model_class": type(self.model).__name__,
+            "parent_library": type(self.model).__module__,
+        }
+        write_adapter(directory, config, tensors)
+
+    # ---- used by attach
+
+    def register(self) -> None:
+        record = self.model.__dict__.get(_KEY)
+        if record is None:
+            flags = {n: p.requires_grad for n, p in self.model.named_parameters(remove_duplicate=False)}
+            record = Attachments(flags)
+            setattr(self.model, _KEY, record)
+            self.model.requires_grad_(False)
+        record.handles[self.name] = self
+
+    def check_copies(self) -> None:
+        """Two active adapters can't both replace one tensor."""
+        for path, (module, owned) in self._matched.copies.items():
+            if not isinstance(module, Adapted):
+                continue
+            for other in module._adapters.values():
+                if other is self._adapter or not other.active:
+                    continue
+                if {own for _, own, _ in module.adapter_tensors(other)} & set(owned):
+                    raise ValueError(
+                        f"{path!r} is trained in full by the active adapter {other.name!r}; "
+                        f"call set_active(False) on the handle of {other.name!r} first"
+                    )
+
+    # ---- internals
+
+    def _attached(self) -> dict[str, Any]:
+        if handles(self.model).get(self.name) is not self:
+            raise RuntimeError(f"adapter {self.name!r} is detached; its handle can't be used any more")
+        return self.modules
+
+    def _attached_targets(self):
+        self._attached()
+        return self.targets.values()
+
+    def _refuse_tied(self, what) -> None:
+        # A key of the store is a module's own parameter: writing it would change the other owner's output.
+        tied = tied_names(self.model)
+        for path, module in self._attached().items():
+            for own in {"weight"} if path in self.targets else set(self._matched.copies[path][1]):
+                if f"{path}.{own}" in tied:
+                    raise ValueError(
+                        f"can't {what}: {path}.{own} is shared with {', '.join(tied[f'{path}.{own}'])}; "
+                        "give the module a parameter of its own first (and set tie_word_embeddings=False)"
+                    )

@@ -1,0 +1,174 @@
+"""LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685): a trained low-rank term scale · B A on linear layers."""
+
+import math
+import re
+import warnings
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..modules.adapted_linear import LoRASettings, features
+from .base import Method
+
+INITIALISATIONS = (True, False, "gaussian", "orthogonal")
+# Data-driven initialisations that leave the base as it is: once trained, the file is plain LoRA.
+_HARMLESS_WHEN_LOADED = (*INITIALISATIONS, "eva")
+# Keys of PEFT's file that say nothing about what the adapter computes.
+_DESCRIPTIVE = {
+    *("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
+    *("megatron_core", "qalora_group_size", "eva_config", "runtime_config"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(Method):
+    """Options of LoRA, with PEFT's names and meaning; those of `TargetOptions` choose the modules.
+
+    Args:
+        r: rank, at least 1. lora_alpha: the low-rank term's factor is lora_alpha / r (/ sqrt(r) with use_rslora).
+        lora_dropout: dropout probability of the low-rank term's input, in [0, 1).
+        rank_pattern, alpha_pattern: {name or regular expression: value} overriding r and lora_alpha for modules whose
+            name is, or ends with a dot and, a match.
+        init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/r, B zero), "orthogonal"
+            (https://datta0.github.io/posts/rethink-lora-init), False (both random). The same seed gives PEFT's A.
+        fan_in_fan_out: for PEFT's sake; the layer's class decides how its weight is stored.
+        adapter_dtype: dtype of A and B. None: float32 on 16-bit weights, as PEFT; torch.bfloat16 on bfloat16 weights
+            halves the adapter's memory and traffic.
+    """
+
+    peft_type = "LORA"
+    file_names = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    fan_in_fan_out: bool | None = None
+    adapter_dtype: torch.dtype | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        ranks = {"r": self.r, **self.rank_pattern}
+        for key, r in ranks.items():
+            if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+                raise ValueError(f"rank {key}={r!r}; a rank is an integer of at least 1")
+        for key, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
+            if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+                raise ValueError(f"{key}={alpha!r}; it must be a finite number")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout={self.lora_dropout}; it must lie in [0, 1)")
+        if self.init_lora_weights not in INITIALISATIONS:
+            raise ValueError(f"init_lora_weights={self.init_lora_weights!r} is not supported; supported: {INITIALISATIONS}")
+        if self.init_lora_weights == "orthogonal" and any(r % 2 for r in ranks.values()):
+            raise ValueError('init_lora_weights="orthogonal" needs even ranks')
+
+    def rank(self, name: str) -> int:
+        return _by_pattern(self.rank_pattern, name, self.r)
+
+    def scale(self, name: str) -> float:
+        alpha, r = _by_pattern(self.alpha_pattern, name, self.lora_alpha), self.rank(name)
+        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+
+    # ---- what `Method` asks
+
+    def shapes(self, name, module):
+        (n, k), r = features(module), self.rank(name)
+        return {"lora_A": (r, k), "lora_B": (n, r)}
+
+    def initial(self, name, module):
+        (n, k), r = features(module), self.rank(name)
+        # Two nn.Linear draw as many random numbers as PEFT draws, so the same seed gives the same A.
+        a = nn.Linear(k, r, bias=False).weight.data
+        b = nn.Linear(r, n, bias=False).weight.data
+        if self.init_lora_weights == "orthogonal":
+            q = torch.linalg.qr(torch.randn(r, r))[0]
+            a = (torch.randn(k, r // 2) @ q[0::2]).t() / 10
+            b = torch.randn(r // 2, n).t() @ q[1::2] / 10
+        elif self.init_lora_weights:
+            if self.init_lora_weights == "gaussian":
+                nn.init.normal_(a, std=1 / r)
+            else:
+                nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+            nn.init.zeros_(b)
+        return {"lora_A": a.to(module.weight.dtype), "lora_B": b.to(module.weight.dtype)}
+
+    def dtype(self, weight):
+        return self.adapter_dtype or torch.promote_types(weight.dtype, torch.float32)
+
+    def install(self, name, module, adapter, tensors):
+        settings = LoRASettings(self.scale(name), self.lora_dropout)
+        module.add_lora(adapter, tensors["lora_A"], tensors["lora_B"], settings)
+
+    def check(self, matched):
+        for name, module in matched.items():
+            if self.adapter_dtype not in (None, torch.float32, module.weight.dtype):
+                raise TypeError(
+                    f"adapter_dtype={self.adapter_dtype} on the {module.weight.dtype} weight of {name!r}; "
+                    "use that dtype or float32"
+                )
+        for option in ("rank_pattern", "alpha_pattern"):
+            idle = [key for key in getattr(self, option) if not any(_matches(key, name) for name in matched)]
+            if idle:
+                warnings.warn(f"{option}: {idle} match no adapted module", stacklevel=4)
+
+    def to_config(self, matched):
+        return {
+            "peft_type": self.peft_type,
+            "task_type": self.task_type,
+            "inference_mode": True,
+            "r": self.r,
+            "lora_alpha": self.lora_alpha,
+            "lora_dropout": self.lora_dropout,
+            "target_modules": self._written_targets(matched),
+            "exclude_modules": _as_list(self.exclude_modules),
+            "layers_to_transform": self.layers_to_transform,
+            "layers_pattern": self.layers_pattern,
+            "rank_pattern": dict(self.rank_pattern),
+            "alpha_pattern": dict(self.alpha_pattern),
+            "modules_to_save": _as_list(self.modules_to_save),
+            "use_rslora": self.use_rslora,
+            "bias": self.bias,
+            "init_lora_weights": self.init_lora_weights,
+            "fan_in_fan_out": any(module.fan_in_fan_out for module in matched.values()),
+            "use_dora": False,
+            "lora_bias": False,
+            "revision": None,
+        }
+
+    def _written_targets(self, matched):
+        targets = self.target_modules
+        if targets is None or isinstance(targets, str) and targets.lower() == "all-linear":
+            return sorted(matched)
+        return _as_list(targets)
+
+    @classmethod
+    def from_config(cls, config):
+        supported = {f.name for f in fields(cls)} - {"adapter_dtype", "allow_tied_weights"}
+        refused = {k: v for k, v in config.items() if v and k not in supported and k not in _DESCRIPTIVE}
+        if refused:
+            raise ValueError(f"adapter_config.json: not supported: {refused}; supported: {', '.join(sorted(supported))}")
+        options = {key: config[key] for key in supported if config.get(key) is not None}
+        init = options.get("init_lora_weights", True)
+        if (init.lower() if isinstance(init, str) else init) not in _HARMLESS_WHEN_LOADED:
+            raise ValueError(
+                f"adapter_config.json: init_lora_weights={init!r} changed the base weights, so the file is no plain "
+                "LoRA of the base; convert it with PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
+            )
+        return cls(**{**options, "init_lora_weights": init if init in INITIALISATIONS else True})
+
+
+def _matches(key: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({key})$", name) is not None
+
+
+def _by_pattern(patterns, name, default):
+    return next((value for key, value in patterns.items() if _matches(key, name)), default)
+
+
+def _as_list(value: Any):
+    return value if value is None or isinstance(value, str) else sorted(value)

@@ -1,0 +1,281 @@
+"""Which modules a method adapts: the options shared by all methods, and the only walk over a model's modules.
+
+The options mean what they mean in PEFT, so that a config written for one works in the other.
+"""
+
+import difflib
+import importlib
+import importlib.util
+import re
+import warnings
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..modules.adapted_linear import LINEAR_CLASSES, Adapted, is_linear
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+CLASSIFIER_HEADS = ("score", "classifier")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetOptions:
+    """
+    Args:
+        target_modules: list of names (a module matches if its name is, or ends with a dot and, an entry), a regular
+            expression that must match the whole name, or "all-linear" (every linear layer but the output head).
+            None takes PEFT's table for the model's architecture, if peft is installed.
+        exclude_modules: list or regular expression, matched the same way; never adapted.
+        layers_to_transform: only layers with this index or these indices; the index is the first numbered segment of
+            the name. Only with a list of target_modules.
+        layers_pattern: name(s) of the module list that holds the layers, for models with several.
+        modules_to_save: modules whose name ends with an entry are trained in full, on a copy.
+        bias: "none"; "lora_only" trains copies of the biases of adapted layers; "all" of every bias in the model.
+        task_type: PEFT's, written to the file; "SEQ_CLS" keeps "all-linear" off the classification head.
+        allow_tied_weights: adapt weights that other modules share. Such an adapter can't be merged.
+    """
+
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+    bias: str = "none"
+    task_type: str | None = None
+    allow_tied_weights: bool = False
+
+    def __post_init__(self):
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ValueError(f'bias is {self.bias!r}; it must be "none", "all" or "lora_only"')
+        for name in ("modules_to_save", "target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str) and name != "modules_to_save" or value is None:
+                continue
+            if isinstance(value, str) or not all(isinstance(entry, str) for entry in value):
+                raise TypeError(f"{name} is {value!r}; it must be a list of module names")
+        if isinstance(self.target_modules, str) and (self.layers_to_transform is not None or self.layers_pattern):
+            raise ValueError("layers_to_transform and layers_pattern need target_modules as a list, not a string")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern has no effect without layers_to_transform; give both")
+
+
+@dataclass
+class Matched:
+    """What the options select: linear layers by name, and own tensors of modules that are trained on a copy."""
+
+    targets: dict[str, nn.Module]
+    copies: dict[str, tuple[nn.Module, list[str]]]
+
+
+def match(model: nn.Module, options: TargetOptions, *, lenient: bool = False) -> Matched:
+    """Select modules. Raises before anything is touched.
+
+    `lenient` (for adapter files, which are checked tensor by tensor) allows entries that match nothing and weights
+    that are shared, as PEFT does.
+
+    Raises:
+        ValueError: an entry or everything matches nothing, shared weights, overlapping options, unsupported modules.
+        TypeError: weights that are not plain floating-point parameters.
+    """
+    modules = _base_modules(model)
+    targets = _resolve_targets(model, modules, options)
+    names = [name for name in modules if _is_target(name, targets, options)]
+    saved = _saved_modules(modules, options.modules_to_save or [])
+    _check_entries(modules, targets, names, saved, options, lenient)
+    for name in names:
+        _check_target(name, modules[name])
+    matched = Matched({name: modules[name] for name in names}, _copied_tensors(modules, names, saved, options.bias))
+    if not (options.allow_tied_weights or lenient):
+        _check_tied(model, matched)
+    return matched
+
+
+def _base_modules(model) -> dict[str, nn.Module]:
+    """All modules of the model by name, without the parts that adapters added."""
+    added: list[str] = []
+    modules = {}
+    for name, module in model.named_modules():
+        if any(name == prefix or name.startswith(prefix + ".") for prefix in added):
+            continue
+        modules[name] = module
+        if isinstance(module, Adapted):
+            added = [f"{name}.{holder}".lstrip(".") for holder in module.holders]
+    return modules
+
+
+def _resolve_targets(model, modules, options) -> str | list[str]:
+    targets = options.target_modules
+    if targets is None:
+        return _default_targets(model)
+    if not isinstance(targets, str):
+        return list(targets)
+    if targets.lower() != "all-linear":
+        return targets
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    heads = [head] if head is not None else []
+    if not heads and options.task_type == "SEQ_CLS":
+        heads = [getattr(model, name) for name in CLASSIFIER_HEADS if hasattr(model, name)][:1]
+    # Subclasses of nn.Linear (quantised layers, attention's own projection) are selected too, and refused by name
+    # later: leaving them out in silence would train less than was asked for.
+    return [
+        name
+        for name, module in modules.items()
+        if name and (is_linear(module) or isinstance(module, nn.Linear)) and not any(module is head for head in heads)
+    ]
+
+
+def _default_targets(model) -> str | list[str]:
+    architecture = getattr(getattr(model, "config", None), "model_type", None)
+    table = {}
+    if importlib.util.find_spec("peft"):
+        table = importlib.import_module("peft.utils.constants").TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    if architecture not in table:
+        raise ValueError(
+            f"no default targets for model type {architecture!r}"
+            + ("" if table else " (the table comes from peft, which is not installed)")
+            + '; give target_modules, for example target_modules="all-linear"'
+        )
+    return table[architecture]
+
+
+def _ends_with(name: str, entries) -> bool:
+    return any(name == entry or name.endswith("." + entry) for entry in entries)
+
+
+def _is_target(name: str, targets, options: TargetOptions) -> bool:
+    if not name:
+        return False
+    excluded = options.exclude_modules
+    if excluded and (re.fullmatch(excluded, name) if isinstance(excluded, str) else _ends_with(name, excluded)):
+        return False
+    if any(re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in options.modules_to_save or []):
+        return False
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    if name in targets:  # a full name is meant whatever its layer
+        return True
+    return _ends_with(name, targets) and _in_layers(name, options)
+
+
+def _in_layers(name: str, options: TargetOptions) -> bool:
+    wanted = options.layers_to_transform
+    if wanted is None or wanted == []:
+        return True
+    patterns = options.layers_pattern or [r"[^.]*"]
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        # Lazy: the first numbered segment is the layer, later ones are for instance experts.
+        lead = r".*?\." if not options.layers_pattern else r"(?:^|.*?\.)"
+        found = re.match(rf"{lead}{pattern}\.(\d+)\.", name)
+        if found:
+            return int(found[1]) in ([wanted] if isinstance(wanted, int) else wanted)
+    return False
+
+
+def _saved_modules(modules, entries) -> list[str]:
+    """modules_to_save matches by plain suffix ("norm" also takes "input_layernorm"), as in PEFT."""
+    return [name for name in modules if name and any(name.endswith(entry) for entry in entries)]
+
+
+def _check_entries(modules, targets, names, saved, options, lenient):
+    known = [name for name in modules if name]
+    if not isinstance(targets, str) and not lenient:
+        for entry in targets:
+            if not any(_ends_with(name, [entry]) for name in known):
+                raise ValueError(f"target_modules: no module is named {entry!r}{_near(entry, known)}")
+    if not lenient:
+        for entry in options.modules_to_save or []:
+            if not _saved_modules(known, [entry]):
+                raise ValueError(f"modules_to_save: no module's name ends with {entry!r}{_near(entry, known)}")
+    if not names:
+        given = {
+            key: value
+            for key in (
+                "target_modules",
+                "exclude_modules",
+                "layers_to_transform",
+                "layers_pattern",
+                "modules_to_save",
+            )
+            if (value := getattr(options, key)) is not None
+        }
+        near = _near(targets, known) if isinstance(targets, str) else ""
+        raise ValueError(f"no module matches {given}{near}; the model's modules are named like {_some(known)}")
+    excluded = options.exclude_modules
+    if excluded and not any(
+        re.fullmatch(excluded, name) if isinstance(excluded, str) else _ends_with(name, excluded) for name in known
+    ):
+        warnings.warn(f"exclude_modules={excluded!r} excludes nothing", stacklevel=4)
+    both = [name for name in names if any(name == s or name.startswith(s + ".") for s in saved)]
+    if both:
+        raise ValueError(f"both target_modules and modules_to_save match {both[:5]}; write longer names to tell them apart")
+
+
+def _near(entry: str, known) -> str:
+    last = {name.rsplit(".", 1)[-1] for name in known}
+    near = difflib.get_close_matches(entry, [*sorted(last), *known], n=3, cutoff=0.5)
+    return f"; near matches: {', '.join(map(repr, near))}" if near else ""
+
+
+def _some(names) -> str:
+    shown = names[:: max(1, len(names) // 5)][:5]
+    return ", ".join(map(repr, shown))
+
+
+def _check_target(name, module):
+    if not is_linear(module):
+        supported = " and ".join(".".join(cls) for cls in LINEAR_CLASSES)
+        raise ValueError(
+            f"{name!r} is matched but is a {type(module).__module__}.{type(module).__qualname__}; only {supported} "
+            "can be adapted. Exclude it with exclude_modules, or give longer names in target_modules"
+        )
+    if "forward" in module.__dict__:
+        raise ValueError(
+            f"the forward of {name!r} was replaced on the instance (by an offloading hook?), so an adapter would "
+            "never run; attach before adding such hooks"
+        )
+    weight = module.weight
+    if type(weight) is not nn.Parameter or weight.dtype not in DTYPES or weight.dim() != 2:
+        kind = f"{type(weight).__name__} of {weight.dtype} and shape {list(weight.shape)}"
+        raise TypeError(f"the weight of {name!r} is a {kind}; a 2-D nn.Parameter of one of {DTYPES} is needed")
+    if weight.device.type == "meta":
+        raise ValueError(f"the weight of {name!r} is on the meta device; load the model's weights before attaching")
+
+
+def _check_tied(model, matched: Matched):
+    edited = [f"{name}.weight" for name in matched.targets]
+    edited += [f"{name}.{own}" for name, (_, owned) in matched.copies.items() for own in owned]
+    tied = tied_names(model)
+    for name in edited:
+        if name in tied:
+            raise ValueError(
+                f"{name} is shared with {', '.join(tied[name])}, and would change or come apart with it; "
+                "exclude it, or pass allow_tied_weights=True (the adapter can then not be merged)"
+            )
+
+
+def tied_names(model) -> dict[str, list[str]]:
+    """For every parameter that lies on the same memory as others: the others' names."""
+    places = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.device.type != "meta" and parameter.numel():
+            places[parameter.device, parameter.data_ptr()].append(name)
+    return {name: [o for o in group if o != name] for group in places.values() for name in group if len(group) > 1}
+
+
+def _copied_tensors(modules, names, saved, bias) -> dict[str, tuple[nn.Module, list[str]]]:
+    copies: dict[str, tuple[nn.Module, list[str]]] = {}
+    for name, module in modules.items():
+        if any(name == s or name.startswith(s + ".") for s in saved):
+            buffers = [b for b in module._buffers if b not in module._non_persistent_buffers_set]
+            own = [n for n in (*module._parameters, *buffers) if getattr(module, n) is not None]
+        elif (bias == "all" or bias == "lora_only" and name in names) and module._parameters.get("bias") is not None:
+            own = ["bias"]
+        else:
+            continue
+        if own and "forward" in module.__dict__:
+            raise ValueError(f"the forward of {name!r} was replaced on the instance; attach before adding such hooks")
+        if own:
+            copies[name] = (module, own)
+    return copies

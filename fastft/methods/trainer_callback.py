@@ -1,0 +1,46 @@
+"""The handle's face towards transformers' Trainer; imported only when asked for."""
+
+import os
+
+
+def trainer_callback(handle):
+    """A `TrainerCallback` for the model that `handle` is attached to."""
+    from transformers import TrainerCallback
+
+    class FastftCallback(TrainerCallback):
+        """Checks that the adapter is trained, runs its schedule, saves it in ``checkpoint-N/adapter``."""
+
+        def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+            sharded = getattr(args, "deepspeed", None) or getattr(args, "fsdp", None)  # these replace parameters
+            if optimizer is not None and not sharded:
+                _check_optimizer(handle, optimizer)
+            # Reentrant checkpoints have no gradient unless an input of the checkpointed layer asks for one.
+            options = getattr(args, "activation_checkpointing_kwargs", None) or args.gradient_checkpointing_kwargs or {}
+            reentrant = args.gradient_checkpointing and options.get("use_reentrant")
+            self._enabled = bool(reentrant) and not hasattr(handle.model, "_require_grads_hook")
+            if self._enabled:
+                handle.model.enable_input_require_grads()
+
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            handle.step()
+
+        def on_save(self, args, state, control, **kwargs):
+            # A subfolder: with adapter_config.json in it, transformers would take the checkpoint itself for an adapter.
+            if state.is_world_process_zero:
+                handle.save(os.path.join(args.output_dir, f"checkpoint-{state.global_step}", "adapter"))
+
+        def on_train_end(self, args, state, control, **kwargs):
+            if self._enabled:
+                handle.model.disable_input_require_grads()
+
+    return FastftCallback()
+
+
+def _check_optimizer(handle, optimizer):
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [name for name, parameter in handle.named_parameters() if id(parameter) not in trained]
+    if missing:
+        raise RuntimeError(
+            f"{len(missing)} parameters of adapter {handle.name!r} are not in the optimizer ({', '.join(missing[:5])}); "
+            "attach before the Trainer makes its optimizer"
+        )

@@ -1,0 +1,286 @@
+"""What a module becomes while adapters are attached to it.
+
+`attach` swaps the class of each touched module in place, so the module's identity, name, hooks and parameters stay:
+whoever holds it (the model, FSDP, a tied weight, a hook) keeps holding the same object. The swapped class adds
+
+* ``lora_A``, ``lora_B``: ParameterDicts by adapter name, the low-rank factors (linear layers only);
+* ``modules_to_save``: by adapter name, full copies of the module's own tensors that an adapter trains;
+* one store of pristine values: while deltas are merged into ``weight``, the buffer ``_pristine_weight`` keeps the
+  bits from before. The weight is always recomputed as round(pristine + sum of merged deltas in float32), so any order
+  of merging and detaching is exact, and ``state_dict`` shows the pristine base.
+
+Everything lives on the module, so ``deepcopy``, ``.to()`` and ``state_dict`` need no help from outside.
+"""
+
+import functools
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..ops.lora import lora_linear, lora_update
+
+# class (by module and name, so that transformers is not imported) -> is its weight stored [K, N] (fan_in_fan_out)?
+LINEAR_CLASSES = {
+    ("torch.nn.modules.linear", "Linear"): False,
+    ("transformers.pytorch_utils", "Conv1D"): True,
+}
+
+# A plain threading.local because torch.compile guards on its attributes, which it can't on a ContextVar.
+_disabled = threading.local()
+
+
+@dataclass(eq=False)
+class Adapter:
+    """One attached adapter, shared by the handle and all its modules."""
+
+    name: str
+    active: bool = True
+
+    def on(self) -> bool:
+        """Does the running forward use this adapter?
+
+        A forward that runs inside a backward is the recomputation of a checkpointed one; it follows `active` alone,
+        since the forward it repeats was most likely not run under `disabled` (and on CUDA it runs in another thread).
+        """
+        disabled = getattr(_disabled, "adapters", ())
+        if not disabled or not self.active:
+            return self.active
+        recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        return recomputing or self not in disabled
+
+    @contextmanager
+    def disabled(self):
+        """This thread's forwards run without the adapter inside the block. No module is touched."""
+        before = getattr(_disabled, "adapters", ())
+        _disabled.adapters = (*before, self)
+        try:
+            yield
+        finally:
+            _disabled.adapters = before
+
+
+@dataclass(frozen=True)
+class LoRASettings:
+    """What one module's forward needs besides its factors: the factor `scale` of B A and the dropout probability."""
+
+    scale: float
+    dropout: float
+
+
+def is_linear(module: nn.Module) -> bool:
+    cls = module.plain if isinstance(module, Adapted) else type(module)
+    return (cls.__module__, cls.__qualname__) in LINEAR_CLASSES
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """(out N, in K) of a linear layer."""
+    n, k = module.weight.shape
+    cls = module.plain if isinstance(module, Adapted) else type(module)
+    return (k, n) if LINEAR_CLASSES[cls.__module__, cls.__qualname__] else (n, k)
+
+
+def adapt(module: nn.Module, adapter: Adapter) -> None:
+    """Swap the class of `module` (if no adapter did so before) and register `adapter`."""
+    if not isinstance(module, Adapted):
+        module.__class__ = _adapted_class(type(module))
+        module._adapters = {}
+        module._merged = []
+        module._lora = {}
+    module._adapters[adapter.name] = adapter
+
+
+@functools.cache
+def _adapted_class(cls: type) -> type:
+    fan_in_fan_out = LINEAR_CLASSES.get((cls.__module__, cls.__qualname__))
+    mixin = Adapted if fan_in_fan_out is None else AdaptedLinear
+    return type(f"Adapted{cls.__name__}", (mixin, cls), {"plain": cls, "fan_in_fan_out": bool(fan_in_fan_out)})
+
+
+class Adapted(nn.Module):
+    """Mixed into the class of any module of which adapters train some own tensors in full."""
+
+    plain: type
+    holders = ("modules_to_save",)
+
+    def add_copies(self, adapter: Adapter, tensors: dict[str, torch.Tensor]) -> None:
+        """Own tensors by name (parameters, persistent buffers) that `adapter` replaces by trained copies."""
+        copies = nn.Module()
+        for name, value in tensors.items():
+            if name in self._parameters:
+                copies.register_parameter(name, nn.Parameter(value, requires_grad=value.is_floating_point()))
+            else:
+                copies.register_buffer(name, value)
+        self._hold("modules_to_save", nn.ModuleDict, adapter, copies)
+
+    def _hold(self, holder: str, kind: type, adapter: Adapter, value) -> None:
+        if not hasattr(self, holder):
+            setattr(self, holder, kind())
+        getattr(self, holder)[adapter.name] = value
+
+    def adapter_tensors(self, adapter: Adapter):
+        """Yields (holder, name within the adapter's part or "", tensor) of everything `adapter` holds here."""
+        for holder in self.holders:
+            held = getattr(self, holder, {})
+            if adapter.name not in held:
+                continue
+            value = held[adapter.name]
+            if isinstance(value, torch.Tensor):
+                yield holder, "", value
+            else:
+                for name, tensor in (*value.named_parameters(), *value.named_buffers()):
+                    yield holder, name, tensor
+
+    def remove(self, adapter: Adapter) -> None:
+        """Take `adapter` away; with the last one the module is again what it was before."""
+        self.set_merged(adapter, False)
+        for holder in self.holders:
+            held = getattr(self, holder, {})
+            if adapter.name in held:
+                del held[adapter.name]
+                if not len(held):
+                    delattr(self, holder)
+        self._lora.pop(adapter.name, None)
+        del self._adapters[adapter.name]
+        if not self._adapters:
+            del self._adapters, self._merged, self._lora
+            self.__class__ = self.plain
+
+    # ---- the store of pristine values
+
+    def _add_delta(self, weight: torch.Tensor, name: str) -> None:
+        """Add adapter `name`'s delta to `weight`, in place, in weight's layout and (float32 or float64) dtype."""
+        raise NotImplementedError(f"{type(self).__name__} has no weight delta to merge")
+
+    def set_merged(self, adapter: Adapter, merged: bool) -> None:
+        """Put the adapter's delta into ``weight``, or take it out. The pristine bits come back with the last one."""
+        if merged == (adapter.name in self._merged):
+            return
+        if not merged:
+            self._merged.remove(adapter.name)
+        else:
+            if not self._merged:
+                self.register_buffer("_pristine_weight", self.weight.detach().clone(), persistent=False)
+            self._merged.append(adapter.name)
+        self._write_weight()
+        if not self._merged:
+            del self._pristine_weight
+
+    @torch.no_grad()
+    def _write_weight(self) -> None:
+        if not self._merged:
+            self.weight.copy_(self._pristine_weight)
+            return
+        total = self._pristine_weight.to(torch.promote_types(self.weight.dtype, torch.float32), copy=True)
+        for name in self._adapters:  # in the order of attaching, whatever the order of merging
+            if name in self._merged:
+                self._add_delta(total, name)
+        self.weight.copy_(total)
+
+    @torch.no_grad()
+    def fold(self, adapter: Adapter) -> None:
+        """Make the adapter's delta and copies part of the pristine base for good. The adapter is spent afterwards."""
+        if adapter.name in self._lora:
+            others = [name for name in self._merged if name != adapter.name]
+            for name in others:
+                self.set_merged(self._adapters[name], False)
+            self.set_merged(adapter, True)
+            self._merged.clear()
+            del self._pristine_weight
+            for name in others:
+                self.set_merged(self._adapters[name], True)
+        copies = self._copies([adapter])
+        for name, value in copies.items():
+            getattr(self, name).copy_(value)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._merged:
+            destination[prefix + "weight"] = self._pristine_weight
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        if not self._merged:
+            return super()._load_from_state_dict(*args, **kwargs)
+        with torch.no_grad():
+            self.weight.copy_(self._pristine_weight)
+            super()._load_from_state_dict(*args, **kwargs)
+            self._pristine_weight.copy_(self.weight)
+
+        def merge_again(module, incompatible_keys):  # the factors are children and load after this method
+            hook.remove()
+            module._write_weight()
+
+        hook = self.register_load_state_dict_post_hook(merge_again)
+
+    # ---- forward
+
+    def _copies(self, adapters) -> dict[str, torch.Tensor]:
+        """The own tensors that these adapters replace."""
+        held = getattr(self, "modules_to_save", {})
+        copies: dict[str, torch.Tensor] = {}
+        for adapter in adapters:
+            if adapter.name in held:
+                copies.update(held[adapter.name]._parameters)
+                copies.update(held[adapter.name]._buffers)
+        return copies
+
+    def _plain_forward(self, replaced, *args, **kwargs):
+        """The original class's forward, with some own tensors replaced (without touching self: threads, compile)."""
+        if not replaced:
+            return self.plain.forward(self, *args, **kwargs)
+        twin = object.__new__(self.plain)
+        twin.__dict__.update(self.__dict__)
+        for kind in ("_parameters", "_buffers"):
+            own = getattr(self, kind)
+            twin.__dict__[kind] = {name: replaced.get(name, value) for name, value in own.items()}
+        return self.plain.forward(twin, *args, **kwargs)
+
+    def forward(self, *args, **kwargs):
+        return self._plain_forward(self._copies([a for a in self._adapters.values() if a.on()]), *args, **kwargs)
+
+
+class AdaptedLinear(Adapted):
+    """Mixed into `nn.Linear` and transformers' Conv1D: y = x Wᵀ + bias + Σ scale · drop(x) Aᵀ Bᵀ over active adapters."""
+
+    fan_in_fan_out: bool
+    holders = ("lora_A", "lora_B", "modules_to_save")
+
+    def add_lora(self, adapter: Adapter, lora_A: torch.Tensor, lora_B: torch.Tensor, settings: LoRASettings) -> None:
+        """lora_A [R, K], lora_B [N, R]; both of the weight's dtype or both float32."""
+        self._hold("lora_A", nn.ParameterDict, adapter, nn.Parameter(lora_A))
+        self._hold("lora_B", nn.ParameterDict, adapter, nn.Parameter(lora_B))
+        self._lora[adapter.name] = settings
+
+    def _add_delta(self, weight, name):
+        a, b = (holder[name].to(weight.dtype) for holder in (self.lora_A, self.lora_B))
+        target = weight.t() if self.fan_in_fan_out else weight
+        target.addmm_(b, a, alpha=self._lora[name].scale)
+
+    def forward(self, x):
+        on = [adapter for adapter in self._adapters.values() if adapter.on()]
+        replaced = self._copies(on)
+        names = [adapter.name for adapter in on if adapter.name in self._lora]
+        if self._merged and "weight" not in replaced:
+            if all(name in names for name in self._merged):
+                names = [name for name in names if name not in self._merged]
+            else:  # something that is merged is disabled now
+                replaced["weight"] = self._pristine_weight
+        if not names:
+            return self._plain_forward(replaced, x)
+        weight, bias = replaced.get("weight", self.weight), replaced.get("bias", self.bias)
+        y = None
+        for name in names:
+            settings = self._lora[name]
+            factors = (
+                self.lora_A[name],
+                self.lora_B[name],
+                settings.scale,
+                settings.dropout if self.training else 0.0,
+            )
+            if y is None:
+                y = lora_linear(x, weight, bias, *factors, fan_in_fan_out=self.fan_in_fan_out)
+            else:
+                y = lora_update(y, x, *factors)
+        return y
