@@ -54,4 +54,4 @@ def dropout_mask(seed, tokens: int, features: int, p: float):
 def unpack_mask(mask, features: int):
     """bool [T, K] of a packed mask."""
     bits = torch.arange(8, dtype=torch.uint8, device=mask.device)
-    return ((mask[:, :, None] >> bits) & 1).bool().reshape(mask.shape[0], -1)[:, :features]
+    return ((mask[:, :, None] >> bits) & 1).bool().flatten(1)[:, :features]

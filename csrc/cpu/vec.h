@@ -1,0 +1,132 @@
+// One vector type for three builds: GCC/Clang vector extensions of the width that the compile flags allow
+// (-mavx512*: 16 floats, -mavx2: 8, otherwise 4), with the conversions that need an instruction of their own.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace fastft {
+
+#if defined(__AVX512F__)
+constexpr int VL = 16;
+#elif defined(__AVX2__)
+constexpr int VL = 8;
+#else
+constexpr int VL = 4;
+#endif
+
+using vf = float __attribute__((vector_size(VL * 4)));
+using vi = int32_t __attribute__((vector_size(VL * 4)));
+using vu = uint32_t __attribute__((vector_size(VL * 4)));
+using vu16 = uint16_t __attribute__((vector_size(VL * 2)));
+using vu8 = uint8_t __attribute__((vector_size(VL)));
+
+struct bf16 { uint16_t bits; };
+struct fp16 { uint16_t bits; };
+
+template <class V, class T>
+inline V load_bytes(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline vf load(const float* p) { return load_bytes<vf>(p); }
+inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+
+inline vf load(const bf16* p) {
+  return reinterpret_cast<vf>(__builtin_convertvector(load_bytes<vu16>(p), vu) << 16);
+}
+
+inline void store(bf16* p, vf v) {
+  // Round to nearest even on the bits; a NaN stays a (quiet) NaN. vcvtneps2bf16 would flush denormals.
+  vu u = reinterpret_cast<vu>(v);
+  vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  vu nan = (u >> 16) | 0x40u;
+  vu16 h = __builtin_convertvector((u & 0x7fffffffu) > 0x7f800000u ? nan : rounded, vu16);
+  std::memcpy(p, &h, sizeof h);
+}
+
+#if defined(__AVX512F__)
+inline vf load(const fp16* p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+inline void store(fp16* p, vf v) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(__F16C__)
+inline vf load(const fp16* p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+inline void store(fp16* p, vf v) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#else
+inline vf load(const fp16* p) {
+  vf v;
+  for (int l = 0; l < VL; ++l) {
+    _Float16 h;
+    std::memcpy(&h, p + l, sizeof h);
+    v[l] = static_cast<float>(h);
+  }
+  return v;
+}
+inline void store(fp16* p, vf v) {
+  for (int l = 0; l < VL; ++l) {
+    _Float16 h = static_cast<_Float16>(v[l]);
+    std::memcpy(p + l, &h, sizeof h);
+  }
+}
+#endif
+
+// The first n of a vector's elements; the rest reads as 0 and is not written.
+template <class T>
+inline vf load(const T* p, int64_t n) {
+  if (n >= VL) return load(p);
+  T buffer[VL] = {};
+  std::memcpy(buffer, p, n * sizeof(T));
+  return load(buffer);
+}
+template <class T>
+inline void store(T* p, vf v, int64_t n) {
+  if (n >= VL) return store(p, v);
+  T buffer[VL];
+  store(buffer, v);
+  std::memcpy(p, buffer, n * sizeof(T));
+}
+
+inline vu lane_numbers() {
+  vu v;
+  for (int l = 0; l < VL; ++l) v[l] = l;
+  return v;
+}
+
+// All ones where the packed mask keeps element `e` ... `e + VL - 1` of a row (e a multiple of VL), else 0.
+inline vi keep_lanes(const uint8_t* row, int64_t e, int64_t row_bytes) {
+  uint32_t bits = row[e / 8];
+  if (VL == 16 && e / 8 + 1 < row_bytes) bits |= static_cast<uint32_t>(row[e / 8 + 1]) << 8;
+  if (VL == 4) bits >>= e % 8;
+  return ((vu{} + bits) & ((vu{} + 1u) << lane_numbers())) != 0u;
+}
+
+inline vf select(vi keep, vf v) { return reinterpret_cast<vf>(reinterpret_cast<vi>(v) & keep); }
+
+// Full 32 x 32 -> 64 bit products of every lane with one constant.
+inline void mul_hilo(vu c, uint32_t m, vu& hi, vu& lo) {
+#if defined(__AVX512F__)
+  __m512i x = (__m512i)c, k = _mm512_set1_epi32(m);
+  __m512i even = _mm512_mul_epu32(x, k), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), k);
+  lo = (vu)_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+  hi = (vu)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
+#elif defined(__AVX2__)
+  __m256i x = (__m256i)c, k = _mm256_set1_epi32(m);
+  __m256i even = _mm256_mul_epu32(x, k), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), k);
+  lo = (vu)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+  hi = (vu)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+#else
+  for (int l = 0; l < VL; ++l) {
+    uint64_t product = static_cast<uint64_t>(c[l]) * m;
+    lo[l] = static_cast<uint32_t>(product), hi[l] = static_cast<uint32_t>(product >> 32);
+  }
+#endif
+}
+
+}  // namespace fastft

@@ -1,0 +1,85 @@
+"""What every op's tests share: the backends that can run here, and the one tolerance."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import fastft
+from fastft import _native
+from fastft.ops import registry
+
+FROBENIUS, MAXIMUM = 1.5, 2.0  # allowed error, as a multiple of the plain PyTorch composition's
+
+
+def backends():
+    """Every backend x device that could run in this process, named; those that can't are skipped with their reason."""
+    names = ["reference", *(f"cpu_{isa}" for isa in _native.ISAS), "triton"]
+    if torch.cuda.is_available():
+        names += ["reference_on_gpu", "cuda_on_gpu", "triton_on_gpu"]
+    return names
+
+
+@contextmanager
+def run_on(name):
+    """Force the named backend; yields the device its tensors live on, and checks that it ran."""
+    kind, _, place = name.partition("_")
+    device = "cuda" if place == "on_gpu" else "cpu"
+    if kind == "cpu":
+        if place not in _native.supported_isas():
+            pytest.skip(f"this CPU does not run {place}")
+        with fastft.testing.cpu_isa(place), fastft.testing.use("cpu"), ran("cpu", f"fastft_cpu_{place}"):
+            yield device
+    else:
+        reason = next(iter(registry.OPS.values())).missing(kind, device)
+        if reason and kind == "triton":
+            pytest.skip(reason)
+        with fastft.testing.use(kind), ran(kind):
+            yield device
+
+
+@contextmanager
+def ran(backend, config=None):
+    with fastft.testing.record() as calls:
+        yield
+    assert all(c.backend == backend and config in (None, c.config) for c in calls), calls
+
+
+@contextmanager
+def poisoned():
+    """Fresh allocations hold NaN inside, so that an element which a kernel never writes shows."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def ulp(value, dtype):
+    """Distance of `value` (float64) to the next number of `dtype`."""
+    info = torch.finfo(dtype)
+    exponent = torch.frexp(value.abs().clamp(min=info.tiny))[1] - 1
+    return torch.ldexp(torch.full_like(value, info.eps), exponent)
+
+
+def assert_close(got, want, plain, magnitude, what):
+    """`got` errs against `want` (float64) no more than 1.5x (Frobenius) and 2x (maximum) what `plain` does, or an ulp.
+
+    The ulp is the element's in its dtype or, where larger, two float32 ulps of `magnitude`, the sum of the absolute values
+    of the terms that the element adds up: float32 addition errs in proportion to that, not to a result that cancelled. Two,
+    because a scaled sum rounds at least three times by half an ulp (terms, scale, final sum), and `plain` scales elsewhere;
+    below that two orders of summation differ by luck (measured: 4.2x between PyTorch's own on a [5, 16, 24, 4] layer).
+    """
+    assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, want {tuple(want.shape)}"
+    got, plain, dtype = got.double(), plain.double(), got.dtype
+    if want.numel() == 0:
+        return
+    assert got.isfinite().all(), f"{what}: {(~got.isfinite()).sum()} elements not finite"
+    error, allowed = (got - want).abs(), (plain - want).abs()
+    one_ulp = torch.maximum(ulp(want, dtype), 2 * ulp(magnitude, torch.float32))
+    assert error.norm() <= max(FROBENIUS * allowed.norm(), one_ulp.norm()), (
+        f"{what}: relative Frobenius error {error.norm() / want.norm():.3g}, plain PyTorch {allowed.norm() / want.norm():.3g}"
+    )
+    assert (error <= torch.maximum(one_ulp, MAXIMUM * allowed.max())).all(), (
+        f"{what}: maximum error {error.max():.3g}, plain PyTorch {allowed.max():.3g}"
+    )
