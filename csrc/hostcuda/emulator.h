@@ -1,0 +1,136 @@
+// Runs CUDA kernels on the CPU, for tests only: one block at a time, each of its threads a fiber.
+//
+// What it checks beyond the result: barriers that not all threads of a block (or of a warp's mask) reach, reads of
+// shared memory never written (filled with NaN), and, built with AddressSanitizer, every access to global and shared
+// memory. Fibers run in an order drawn from FASTFT_HOSTCUDA_SEED (0: ascending), and so do blocks: a result that changes
+// with the seed misses a barrier or depends on scheduling.
+//
+// Own code because what exists does not fit: HIP-CPU reports false positives under AddressSanitizer (its issue 22), and
+// compilers such as cuda4cpu bring their own driver and runtime, come in no package index, and cannot run inside
+// PyTorch's process on its tensors.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <source_location>
+#include <tuple>
+#include <type_traits>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+namespace fastft::hostcuda {
+
+using Site = std::source_location;
+
+// The coordinates of the fiber that runs.
+struct Coordinates {
+  uint3 thread, block;
+  dim3 block_dim, grid_dim;
+};
+extern Coordinates current;
+
+// Runs `kernel` once per thread of the grid. Throws std::runtime_error on a divergent barrier.
+void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
+
+void block_barrier(Site site);
+void warp_barrier(unsigned mask, Site site);
+
+// Shared memory of the block, at a byte offset that every thread asks for alike; the bytes around it are poisoned.
+void* shared_memory(size_t offset, size_t bytes);
+
+// All lanes of `mask` bring `bytes` bytes; returns the bytes that lane `source` brought. `source` must be in `mask`.
+void warp_exchange(unsigned mask, const void* mine, void* theirs, size_t bytes, unsigned source, Site site);
+
+unsigned lane();
+
+template <class T>
+T exchange(unsigned mask, T value, unsigned source, Site site) {
+  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= 8);
+  T result;
+  warp_exchange(mask, &value, &result, sizeof(T), source, site);
+  return result;
+}
+
+}  // namespace fastft::hostcuda
+
+#define threadIdx (::fastft::hostcuda::current.thread)
+#define blockIdx (::fastft::hostcuda::current.block)
+#define blockDim (::fastft::hostcuda::current.block_dim)
+#define gridDim (::fastft::hostcuda::current.grid_dim)
+
+inline void __syncthreads(fastft::hostcuda::Site site = fastft::hostcuda::Site::current()) {
+  fastft::hostcuda::block_barrier(site);
+}
+
+inline void __syncwarp(unsigned mask = 0xffffffffu, fastft::hostcuda::Site site = fastft::hostcuda::Site::current()) {
+  fastft::hostcuda::warp_barrier(mask, site);
+}
+
+// As in CUDA, a lane outside the segment of `width` lanes reads its own value.
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32,
+              fastft::hostcuda::Site site = fastft::hostcuda::Site::current()) {
+  unsigned first = fastft::hostcuda::lane() & ~(width - 1u);
+  return fastft::hostcuda::exchange(mask, value, first + (source & (width - 1)), site);
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32,
+                  fastft::hostcuda::Site site = fastft::hostcuda::Site::current()) {
+  unsigned self = fastft::hostcuda::lane(), source = self ^ lanes;
+  unsigned last = self | (width - 1u);
+  return fastft::hostcuda::exchange(mask, value, source <= last ? source : self, site);
+}
+
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned lanes, int width = 32,
+                   fastft::hostcuda::Site site = fastft::hostcuda::Site::current()) {
+  unsigned self = fastft::hostcuda::lane(), last = self | (width - 1u);
+  return fastft::hostcuda::exchange(mask, value, self + lanes <= last ? self + lanes : self, site);
+}
+
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned lanes, int width = 32,
+                 fastft::hostcuda::Site site = fastft::hostcuda::Site::current()) {
+  unsigned self = fastft::hostcuda::lane(), first = self & ~(width - 1u);
+  return fastft::hostcuda::exchange(mask, value, self >= first + lanes ? self - lanes : self, site);
+}
+
+inline unsigned __ballot_sync(unsigned mask, int predicate,
+                              fastft::hostcuda::Site site = fastft::hostcuda::Site::current()) {
+  unsigned votes = 0;
+  for (unsigned source = 0; source < 32; ++source)
+    if (mask >> source & 1) votes |= unsigned(fastft::hostcuda::exchange(mask, predicate != 0, source, site)) << source;
+  return votes;
+}
+
+inline int __any_sync(unsigned mask, int predicate,
+                      fastft::hostcuda::Site site = fastft::hostcuda::Site::current()) {
+  return __ballot_sync(mask, predicate, site) != 0;
+}
+
+inline int __all_sync(unsigned mask, int predicate,
+                      fastft::hostcuda::Site site = fastft::hostcuda::Site::current()) {
+  return __ballot_sync(mask, predicate, site) == mask;
+}
