@@ -2,7 +2,9 @@
 // (-mavx512*: 16 floats, -mavx2: 8, otherwise 4), with the conversions that need an instruction of their own.
 #pragma once
 
+#if defined(__x86_64__)
 #include <immintrin.h>
+#endif
 
 #include <cstdint>
 #include <cstring>

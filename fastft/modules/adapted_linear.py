@@ -164,14 +164,17 @@ class Adapted(nn.Module):
             if not self._merged:
                 self.register_buffer("_pristine_weight", self.weight.detach().clone(), persistent=False)
             self._merged.append(adapter.name)
-        self._write_weight()
-        if not self._merged:
+        if merged or self._merged:
+            self.refresh()
+        else:
+            with torch.no_grad():
+                self.weight.copy_(self._pristine_weight)
             del self._pristine_weight
 
     @torch.no_grad()
-    def _write_weight(self) -> None:
+    def refresh(self) -> None:
+        """Recompute ``weight`` after merged adapters changed."""
         if not self._merged:
-            self.weight.copy_(self._pristine_weight)
             return
         total = self._pristine_weight.to(torch.promote_types(self.weight.dtype, torch.float32), copy=True)
         for name in self._adapters:  # in the order of attaching, whatever the order of merging
@@ -210,7 +213,7 @@ class Adapted(nn.Module):
 
         def merge_again(module, incompatible_keys):  # the factors are children and load after this method
             hook.remove()
-            module._write_weight()
+            module.refresh()
 
         hook = self.register_load_state_dict_post_hook(merge_again)
 

@@ -1,0 +1,98 @@
+"""Builds the native libraries with CMake and ninja; metadata is in pyproject.toml.
+
+Environment:
+    FASTFT_NATIVE  0: pure-Python install; 1: fail without a compiler; default: build where cmake, ninja and a compiler are.
+    FASTFT_CUDA    0 or 1: without or with the CUDA library; default: with it where nvcc is found.
+    FASTFT_HOSTCUDA  1: also the test-only host build of the CUDA sources (make setup sets it).
+    FASTFT_JOBS    parallel compile jobs (default: the number of processors).
+"""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_namespace_packages, setup
+from setuptools.command.build_ext import build_ext
+
+HERE = Path(__file__).parent
+
+
+def find_nvcc():
+    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
+        if home and (Path(home) / "bin" / "nvcc").exists():
+            return str(Path(home) / "bin" / "nvcc")
+    return shutil.which("nvcc")
+
+
+def why_not_native():
+    """The reason why native code can't be built here, or None."""
+    if os.environ.get("FASTFT_NATIVE") == "0":
+        return "FASTFT_NATIVE=0"
+    if sys.platform != "linux":
+        return f"native code is built on Linux only, this is {sys.platform}"
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not importable in the build environment (pip install torch, then pip install --no-build-isolation)"
+    absent = [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        absent.append("a C++ compiler")
+    return f"not found: {', '.join(absent)}" if absent else None
+
+
+class CMakeBuild(build_ext):
+    def run(self):
+        reason = why_not_native()
+        # A rebuild must not leave libraries of older sources behind.
+        shutil.rmtree(self.destination(), ignore_errors=True)
+        if reason is None:
+            self.cmake()
+        elif os.environ.get("FASTFT_NATIVE") == "1":
+            raise SystemExit(f"fastft: FASTFT_NATIVE=1 but the native libraries can't be built: {reason}")
+        else:
+            print(f"fastft: pure-Python install, ops run on the PyTorch reference and on Triton: {reason}", file=sys.stderr)
+
+    def destination(self):
+        root = HERE if self.editable_mode or self.inplace else Path(self.build_lib).absolute()
+        return root / "fastft" / "lib"
+
+    def cmake(self):
+        # Found without importing torch: the build needs its headers and libtorch_cpu.so only.
+        torch = Path(importlib.util.find_spec("torch").submodule_search_locations[0])
+        # Editable builds keep their tree, so that a changed source compiles alone.
+        build = HERE / "build" / "cmake" if self.editable_mode else Path(self.build_temp).absolute() / "cmake"
+        build.mkdir(parents=True, exist_ok=True)
+        nvcc = find_nvcc()
+        cuda = os.environ.get("FASTFT_CUDA", "1" if nvcc else "0")
+        if cuda == "1" and nvcc is None:
+            raise SystemExit("fastft: FASTFT_CUDA=1 but nvcc was not found (set CUDA_HOME or PATH)")
+        configure = [
+            *("cmake", "-G", "Ninja", "-S", str(HERE), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release"),
+            f"-DFASTFT_TORCH={torch}",
+            f"-DFASTFT_NVCC={nvcc if cuda == '1' else ''}",
+            f"-DFASTFT_HOSTCUDA={os.environ.get('FASTFT_HOSTCUDA', '0')}",
+            f"-DCMAKE_INSTALL_PREFIX={self.destination()}",
+        ]
+        jobs = os.environ.get("FASTFT_JOBS", str(os.cpu_count() or 1))
+        for command in (configure, ["cmake", "--build", str(build), "-j", jobs], ["cmake", "--install", str(build)]):
+            subprocess.run(command, check=True)
+
+    def get_outputs(self):
+        return [str(path) for path in self.destination().glob("*.so")] if not self.editable_mode else []
+
+    def get_output_mapping(self):
+        return {}
+
+    def get_source_files(self):
+        return [str(p.relative_to(HERE)) for p in (HERE / "csrc").rglob("*") if p.is_file()]
+
+
+setup(
+    packages=find_namespace_packages(include=["fastft", "fastft.*"]),
+    package_data={"": ["*.json", "*.csv"]},
+    # One extension stands for all libraries, so that wheels are platform wheels; any Python >= 3.10 loads them.
+    ext_modules=[Extension("fastft._native_libraries", [])] if why_not_native() is None else [],
+    cmdclass={"build_ext": CMakeBuild},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if why_not_native() is None else {},
+)
