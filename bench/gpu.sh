@@ -1,0 +1,175 @@
+#!/usr/bin/env bash
+# Proves and measures fastft on a GPU machine: bare Linux with python3, torch (CUDA), triton and nvcc; no network needed.
+set -euo pipefail
+
+ALL="build info test bench sanitize graph collect"
+
+usage() {
+    cat <<TEXT
+usage: bench/gpu.sh OUT [STAGE...]
+
+Stages, in order (default: all):
+  build     a virtual environment OUT/venv over this python3's packages, with fastft built and installed in it
+  info      fastft info: versions, and which backend each op has here
+  test      tests/ops on every backend; writes OUT/proof.json
+  bench     fastft bench lora on the GPU; rows in OUT/results/<device>.csv
+  sanitize  compute-sanitizer memcheck, racecheck, synccheck on the tests marked "sanitize"
+  graph     a LoRA layer captured in a CUDA graph and replayed: fresh dropout masks, eager's results
+  collect   OUT/summary.json from what the stages left
+
+Each stage is meant to fit \$LIMIT seconds (default 580) and is stopped there. A finished stage leaves OUT/STAGE.done and
+is skipped next time; remove that file to repeat it. bench and sanitize also keep what they had when stopped.
+A failing stage does not stop the others, save build. Exit status: 0 if every stage asked for succeeded.
+
+environment:
+  DRY=1     print each stage's commands and run nothing
+  PYTHON    use this Python, in which fastft is installed, instead of OUT/venv (then build is not needed)
+  FASTFT_COMMIT  what the rows call the source, where the tree came without its .git
+  LIMIT     seconds a stage may take
+TEXT
+}
+
+say() { printf 'gpu.sh: %s\n' "$*" >&2; }
+die() { say "$*"; exit 2; }
+
+case "${1:-}" in
+    -h | --help) usage; exit 0 ;;
+    "") usage >&2; exit 2 ;;
+esac
+[[ $1 != -* ]] || die "unknown option $1 (see --help)"
+
+DRY=${DRY:-0}
+LIMIT=${LIMIT:-580}
+ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+[[ $DRY == 1 ]] || mkdir -p -- "$1"
+OUT=$(realpath -m -- "$1")
+shift
+for stage in "$@"; do
+    [[ " $ALL " == *" $stage "* ]] || die "unknown stage $stage; stages: $ALL"
+done
+# shellcheck disable=SC2086  # a list of words
+[[ $# -gt 0 ]] || set -- $ALL
+
+PY=${PYTHON:-$OUT/venv/bin/python}
+# CUDA's own folder is often not on the PATH.
+command -v nvcc >/dev/null || PATH="$PATH:/usr/local/cuda/bin"
+
+# run COMMAND...: print it, and run it unless DRY.
+run() {
+    printf '+'
+    printf ' %q' "$@"
+    printf '\n'
+    [[ $DRY == 1 ]] || "$@"
+}
+
+# run_into FILE COMMAND...: the same, with the command's output in FILE.
+run_into() {
+    local file=$1
+    shift
+    printf '+'
+    printf ' %q' "$@"
+    printf ' >%q 2>&1\n' "$file"
+    [[ $DRY == 1 ]] || "$@" >"$file" 2>&1
+}
+
+need() { [[ $DRY == 1 ]] || command -v "$1" >/dev/null || die "build needs $1 on the PATH: $2"; }
+
+stage_build() {
+    if [[ -n ${PYTHON:-} ]]; then
+        say "PYTHON is set: using $PYTHON as it is"
+        return
+    fi
+    need python3 "install Python 3.10 or newer with torch and triton"
+    need nvcc "install the CUDA toolkit, or add its bin folder to PATH"
+    need cmake "install it, or pip install cmake"
+    need ninja "install it, or pip install ninja"
+    if [[ $DRY != 1 ]]; then
+        python3 -c 'import torch, triton, setuptools' || die "python3 needs torch, triton and setuptools"
+    fi
+    run python3 -m venv --system-site-packages "$OUT/venv" || run python3 -m venv --without-pip --system-site-packages "$OUT/venv"
+    # When python3 itself lives in a virtual environment, the new one does not see that one's packages by itself.
+    run "$PY" "$ROOT/bench/gpu_checks.py" link-packages --from "$(python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+    run env FASTFT_NATIVE=1 FASTFT_CUDA=1 "$PY" -m pip install --no-build-isolation --no-deps -e "$ROOT"
+}
+
+stage_info() {
+    run "$PY" -c 'import torch; assert torch.cuda.is_available(), "torch sees no GPU"; print(torch.cuda.get_device_name())'
+    run "$(dirname -- "$PY")/fastft" info
+}
+
+stage_test() {
+    run "$PY" -m pytest "$ROOT/tests/ops" -q -p no:cacheprovider --write-proof "$OUT/proof.json"
+}
+
+stage_bench() {
+    run "$PY" -m fastft.bench.run lora --device cuda --resume --out "$OUT/results"
+}
+
+stage_sanitize() {
+    if [[ $DRY != 1 ]] && ! command -v compute-sanitizer >/dev/null; then
+        run "$PY" -m fastft.bench.gpu_checks no-sanitizer --out "$OUT"
+        return
+    fi
+    local tool log status failed=0
+    for tool in memcheck racecheck synccheck; do
+        log=$OUT/sanitize-$tool
+        if [[ -e $log.json ]] && ! grep -q '"verdict": "failed"' "$log.json"; then
+            say "sanitize: $tool done before, skipped"
+            continue
+        fi
+        status=0
+        # Without torch's caching allocator, which would hide an access past a tensor's end.
+        run_into "$log.txt" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
+            --target-processes application-only --report-api-errors no --error-exitcode 9 --log-file "$log.log" \
+            "$PY" -m pytest "$ROOT/tests/ops" -q -p no:cacheprovider -m sanitize || status=$?
+        run "$PY" -m fastft.bench.gpu_checks sanitizer "$tool" --out "$OUT" --status "$status" || failed=1
+    done
+    return "$failed"
+}
+
+stage_graph() {
+    run "$PY" -m fastft.bench.gpu_checks graph --out "$OUT"
+}
+
+stage_collect() {
+    run "$PY" -m fastft.bench.gpu_checks collect --out "$OUT"
+}
+
+# One stage in a shell of its own, so that its limit and its failure stay its own. GPU_SH_STAGE names it in that shell.
+if [[ -n ${GPU_SH_STAGE:-} ]]; then
+    cd -- "$ROOT"
+    "stage_$GPU_SH_STAGE"
+    exit
+fi
+
+failures=()
+for stage in "$@"; do
+    if [[ $DRY == 1 ]]; then
+        printf '# %s\n' "$stage"
+        (cd -- "$ROOT" && "stage_$stage")
+        continue
+    fi
+    if [[ -e $OUT/$stage.done ]]; then
+        say "$stage: done before, skipped"
+        continue
+    fi
+    if [[ $stage != build && ! -x $PY ]]; then
+        die "$stage: no Python at $PY; run the build stage first, or set PYTHON"
+    fi
+    say "$stage ..."
+    start=$SECONDS status=0
+    GPU_SH_STAGE=$stage timeout --kill-after=10 "$LIMIT" "${BASH_SOURCE[0]}" "$OUT" 2>&1 | tee "$OUT/$stage.log" || status=${PIPESTATUS[0]}
+    if [[ $status == 0 ]]; then
+        rm -f -- "$OUT/$stage.failed"
+        # The summary is made anew each time: it is of what the other stages left.
+        [[ $stage == collect ]] || printf '%s s\n' $((SECONDS - start)) >"$OUT/$stage.done"
+        say "$stage: done in $((SECONDS - start)) s"
+        continue
+    fi
+    [[ $status != 124 && $status != 137 ]] || say "$stage: stopped after $LIMIT s; call again to go on"
+    printf 'exit status %s after %s s\n' "$status" $((SECONDS - start)) >"$OUT/$stage.failed"
+    say "$stage: FAILED with exit status $status, see $OUT/$stage.log"
+    failures+=("$stage")
+    [[ $stage != build ]] || break
+done
+[[ ${#failures[@]} == 0 ]] || { say "failed: ${failures[*]}"; exit 1; }

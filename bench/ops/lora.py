@@ -1,0 +1,260 @@
+"""The LoRA layer: forward, dX and adapter gradients of one adapted linear, over the frozen linear's forward and dX.
+
+    y = x Wt + bias + s drop(x) At Bt        x [T, K], W [N, K], A [R, K], B [N, R]
+
+Operations of one call (a multiply-add counts two):  floor 4 T K N; the adapter adds 6 T R (K + N): S, its expansion,
+dS, dB, dA, dX's part. Fewest bytes, with e bytes an element of x, W, y: the floor reads x, W, dy, W and writes y, dx;
+the adapter's five ops read x twice (S, dA), dy once, read and write y and dx once more, move S and dS (float32, each
+written once and read twice), the packed mask (written once, read twice), A three times, B twice, dA and dB.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+import fastft
+from fastft import testing
+
+from .. import peers, shapes
+from ..runner import Case, WrongResult, check_close
+
+DTYPES = {  # name: (x, W, y; adapters)
+    "fp32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "bf16+fp32": (torch.bfloat16, torch.float32),
+    "fp16": (torch.float16, torch.float16),
+    "fp16+fp32": (torch.float16, torch.float32),
+}
+DEFAULT_DTYPES = ("fp32", "bf16", "bf16+fp32")
+DROPOUTS = (0.0, 0.05)
+SCALE = 2.0
+
+# Ratio to the floor at r=16 without dropout; dropout may add DROPOUT_ADDS.
+TARGETS = {
+    ("square2048", "fp32"): 1.035,
+    ("square2048", "bf16"): 1.05,
+    ("square2048", "bf16+fp32"): 1.08,
+    ("square4096", "fp32"): 1.02,
+    ("square4096", "bf16"): 1.025,
+    ("square4096", "bf16+fp32"): 1.055,
+}
+DROPOUT_ADDS = 0.02
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """x [T, K] and dy [T, N]; weight [N, K], bias [N] or None; adapters a [R, K], b [N, R] as parameters."""
+
+    x: torch.Tensor
+    dy: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    a: torch.nn.Parameter
+    b: torch.nn.Parameter
+    p: float
+    scale: float = SCALE
+
+    def tensors(self):
+        return [t for t in (self.x, self.dy, self.weight, self.bias, self.a, self.b) if t is not None]
+
+
+def make_inputs(linear: shapes.Linear, dtype: str, rank: int, p: float, device, seed: int) -> Inputs:
+    """Random inputs at which the base's and the adapter's parts of y and of dx are equally large."""
+    act, adapter = DTYPES[dtype]
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*size, std=1.0, dtype=act):
+        return torch.randn(size, generator=generator, device=device).mul_(std).to(dtype)
+
+    t, k, n = linear.tokens, linear.k, linear.n
+    return Inputs(
+        x=normal(t, k).requires_grad_(),
+        dy=normal(t, n),
+        weight=normal(n, k, std=k**-0.5),
+        bias=normal(n) if linear.bias else None,
+        a=torch.nn.Parameter(normal(rank, k, std=k**-0.5, dtype=adapter)),
+        b=torch.nn.Parameter(normal(n, rank, std=rank**-0.5 / SCALE, dtype=adapter)),
+        p=p,
+    )
+
+
+def floor(d: Inputs):
+    """Forward and dX of the frozen linear alone."""
+    layer = peers.frozen_linear(d)
+
+    def run():
+        y = layer(d.x)
+        (dx,) = torch.autograd.grad(y, d.x, d.dy)
+        return {"y": y.detach(), "dx": dx}
+
+    return run
+
+
+def adapted(make_layer):
+    """Builder of an arm from a function Inputs -> layer: forward, dX, dA, dB."""
+
+    def build(d: Inputs):
+        layer = make_layer(d)
+
+        def run():
+            y = layer(d.x)
+            dx, da, db = torch.autograd.grad(y, (d.x, d.a, d.b), d.dy)
+            return {"y": y.detach(), "dx": dx, "da": da, "db": db}
+
+        return run
+
+    return build
+
+
+def ours(d: Inputs):
+    rank = d.a.shape[0]
+    base = peers.frozen_linear(d)
+    layer = fastft.LoRALinear.from_linear(base, r=rank, lora_alpha=d.scale * rank, lora_dropout=d.p)
+    layer.lora_A, layer.lora_B = d.a, d.b
+    return layer.train()
+
+
+def on_backend(name: str):
+    """Ours, forced onto one backend."""
+    build = adapted(ours)
+
+    def forced(d: Inputs):
+        run = build(d)
+
+        def inside():
+            with testing.use(name):
+                return run()
+
+        return inside
+
+    return forced
+
+
+def plain(d: Inputs):
+    """The formula as PyTorch operations in the case's dtypes: what the other arms' errors are measured by."""
+
+    def layer(x):
+        update = F.linear(F.linear(F.dropout(x, d.p).to(d.a.dtype), d.a), d.b) * d.scale
+        return (F.linear(x, d.weight, d.bias) + update).to(x.dtype)
+
+    return layer
+
+
+def _double(d: Inputs) -> Inputs:
+    wide = {name: getattr(d, name).detach().double() for name in ("x", "dy", "weight", "a", "b")}
+    wide |= {name: wide[name].requires_grad_() for name in ("x", "a", "b")}
+    return replace(d, **wide, bias=None if d.bias is None else d.bias.double(), p=0.0)
+
+
+def checker(d: Inputs, factor: float = 2.0):
+    """The gate: without dropout each arm equals the float64 formula; with dropout its backward replays its mask."""
+    still = replace(d, p=0.0)
+    golden = adapted(plain)(_double(d))()
+    yardstick = adapted(plain)(still)()
+
+    def check(build):
+        check_close(build(still)(), golden, yardstick, factor)
+        if d.p > 0:
+            check_dropout(build, d)
+
+    return check
+
+
+def _dot(u, v) -> float:
+    return (u.detach().double() * v.detach().double()).sum().item()
+
+
+def check_dropout(build, d: Inputs, probes: int = 4) -> None:
+    """Whether an arm drops with probability p and uses one mask in forward and backward, whatever its generator.
+
+    With the mask fixed, the adapter's part u of y is linear in each of x, A and B, so for any dy
+    ``<dy, u> = <dA, A> = <dB, B> = <dX's part, x>``; a gradient under another mask breaks its equality by a random
+    amount of sqrt(2 p / (1-p)) |u| at standard normal dy, and must hide in 0.05 |u| in every probe. The mask itself moves
+    u by sqrt(p / (1-p)) |u|, which the p T K dropped elements settle to about 1 / sqrt(p T K) (4 sigma are allowed).
+
+    Raises:
+        WrongResult: one of these does not hold.
+    """
+    base, still = floor(d)(), build(replace(d, p=0.0))()
+    u = still["y"].double() - base["y"].double()
+    moved = (build(d)()["y"].double() - still["y"].double()).norm() / u.norm()
+    expected = (d.p / (1 - d.p)) ** 0.5
+    if not abs(moved / expected - 1) <= 0.05 + 4 / (d.p * d.x.numel()) ** 0.5:
+        raise WrongResult(f"dropout p={d.p} moves y by {moved:.3f} of the adapter's part, expected {expected:.3f}")
+    for probe in range(probes):
+        generator = torch.Generator(d.x.device).manual_seed(probe)
+        dy = torch.randn(d.dy.shape, generator=generator, device=d.x.device).to(d.dy.dtype)
+        probed = replace(d, dy=dy)
+        out, base = build(probed)(), floor(probed)()
+        u = out["y"].double() - base["y"].double()
+        want = _dot(dy, u)
+        for name, got in {
+            "dA": _dot(out["da"], d.a),
+            "dB": _dot(out["db"], d.b),
+            "dX": _dot(out["dx"].double() - base["dx"].double(), d.x),
+        }.items():
+            if not abs(got - want) <= 0.05 * u.norm().item():
+                raise WrongResult(f"{name} does not replay forward's dropout mask: {got:.4g} against {want:.4g}")
+
+
+def work(linear: shapes.Linear, dtype: str, rank: int, p: float) -> dict[str, int]:
+    """Floating-point operations and fewest bytes of one call, of the arm and of the floor (formulas: module docstring)."""
+    t, k, n = linear.tokens, linear.k, linear.n
+    e, ea = (dt.itemsize for dt in DTYPES[dtype])
+    floor_moved = 2 * (t * k + t * n + k * n) * e
+    adapter_moved = (4 * t * k + 3 * t * n) * e + 6 * t * rank * 4 + rank * (4 * k + 3 * n) * ea
+    mask = 3 * t * ((k + 7) // 8) if p > 0 else 0
+    return {
+        "floor_flops": 4 * t * k * n,
+        "floor_moved": floor_moved,
+        "flops": 4 * t * k * n + 6 * t * rank * (k + n),
+        "moved": floor_moved + adapter_moved + mask,
+    }
+
+
+def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK, peer_names=None):
+    """Every case asked for; what is None takes this device's defaults.
+
+    Raises:
+        ValueError: an unknown shape, dtype or peer.
+    """
+    linears = shapes.resolve(names or shapes.DEFAULT[device])
+    dtypes = _known("dtype", dtypes or DEFAULT_DTYPES, DTYPES)
+    arms = {"fastft": adapted(ours)}
+    kernels = [b for b in testing.available(device) if b != "reference"]
+    arms |= {f"fastft:{b}": on_backend(b) for b in kernels if len(kernels) > 1}
+    missing = {}
+    for name in _known("peer", peers.LORA_DEFAULT if peer_names is None else peer_names, peers.LORA):
+        make, why = peers.LORA[name]
+        if reason := why():
+            missing[name] = reason
+        else:
+            arms[name] = adapted(make)
+    for shape, linear in linears.items():
+        for dtype in dtypes:
+            for p in DROPOUTS if dropouts is None else dropouts:
+                target = TARGETS.get((shape, dtype)) if rank == shapes.RANK and p in DROPOUTS else None
+                yield Case(
+                    "lora",
+                    f"layer r={rank} p={p:g}",
+                    shape,
+                    str(linear),
+                    dtype,
+                    # p and the loop's variables are bound now, not when the case runs.
+                    inputs=lambda dev, seed, s=linear, t=dtype, q=p: make_inputs(s, t, rank, q, dev, seed),
+                    tensors=Inputs.tensors,
+                    floor=floor,
+                    arms=arms,
+                    checker=checker,
+                    skipped=missing,
+                    target=target + DROPOUT_ADDS * (p > 0) if target else None,
+                    **work(linear, dtype, rank, p),
+                )
+
+
+def _known(kind, names, table):
+    unknown = [n for n in names if n not in table]
+    if unknown:
+        raise ValueError(f"unknown {kind} {unknown[0]!r}; known: {', '.join(table)}")
+    return names

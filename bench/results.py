@@ -1,0 +1,217 @@
+"""Result rows: where a run was made, the append-only CSV, and the table on the terminal."""
+
+import csv
+import importlib.metadata
+import os
+import re
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from .runner import Case, Measurement
+
+# fmt: off
+FIELDS = [
+    "date", "commit", "device", "capability", "threads", "torch", "triton", "peft", "family", "case",
+    "shape", "size", "dtype", "implementation", "backend", "metric", "ratio", "lo", "hi", "floor_lo",
+    "floor_hi", "value", "unit", "rounds", "status", "void", "target", "met", "flops", "moved", "note",
+]
+# fmt: on
+ROOT = Path(__file__).resolve().parent.parent  # of the checkout: resolve() follows fastft/bench -> ../bench
+
+
+def environment(device) -> dict[str, str]:
+    """What every row says about the machine, the libraries and the source."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        capability = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    else:
+        name, capability = _cpu_name(), torch.backends.cpu.get_cpu_capability()
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "device": name,
+        "capability": capability,
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "peft": _version("peft"),
+    }
+
+
+def in_checkout() -> bool:
+    return (ROOT / ".git").exists()
+
+
+def csv_path(device_name: str, out=None) -> Path | None:
+    """Where rows go: `out`, or bench/results of a checkout; None for an installed package without `out`."""
+    folder = Path(out) if out else ROOT / "bench" / "results" if in_checkout() else None
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
+    return folder / f"{slug}.csv" if folder else None
+
+
+def rows(case: Case, measurements: list[Measurement], env: dict[str, str]) -> list[dict[str, str]]:
+    """One row per implementation and metric (``time``, ``saved_bytes``, ``peak_bytes``)."""
+    out = []
+    for m in measurements:
+        is_floor = m.implementation.startswith("floor")
+        same = env | {
+            "family": case.family,
+            "case": case.name,
+            "shape": case.shape,
+            "size": case.size,
+            "dtype": case.dtype,
+            "implementation": m.implementation,
+            "backend": m.backend,
+            "status": m.status,
+            "note": m.note,
+        }
+        time = same | {"metric": "time", "rounds": m.rounds, "void": int(m.status == "void")}
+        if m.ratio:
+            time |= {"ratio": f"{m.ratio.median:.5f}", "lo": f"{m.ratio.lo:.5f}", "hi": f"{m.ratio.hi:.5f}"}
+            time |= {"floor_lo": f"{m.floor.lo:.5f}", "floor_hi": f"{m.floor.hi:.5f}"}
+            time |= {"value": f"{m.seconds:.6g}", "unit": "s"}
+            time["flops"] = case.floor_flops if is_floor else case.flops
+            time["moved"] = case.floor_moved if is_floor else case.moved
+        if m.target is not None:
+            time |= {"target": m.target, "met": "" if m.met is None else int(m.met)}
+        out.append(time)
+        for metric in ("saved_bytes", "peak_bytes"):
+            if (value := getattr(m, metric)) is not None:
+                # Counting is not disturbed by other load, so only a quick run makes these not count.
+                status = "ok" if m.status == "void" else m.status
+                out.append(same | {"metric": metric, "value": value, "unit": "B", "status": status})
+    return out
+
+
+def append(path: Path, new: list[dict]) -> None:
+    """Append rows in one write, with a header if the file is new.
+
+    Raises:
+        ValueError: the file has other columns; nothing is written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", newline="") as file:
+        file.seek(0)
+        header = next(csv.reader(file), None)
+        if header not in (None, FIELDS):
+            raise ValueError(f"{path} has other columns than this version writes; give --out another folder")
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        if header is None:
+            writer.writeheader()
+        writer.writerows(new)
+
+
+def read(paths) -> list[dict[str, str]]:
+    """All rows of these CSV files, oldest first within a file."""
+    found = []
+    for path in paths:
+        with open(path, newline="") as file:
+            found += csv.DictReader(file)
+    return found
+
+
+def table(measurements: list[Measurement]) -> list[tuple[str, ...]]:
+    """Header and lines for the terminal, one per implementation."""
+    lines = [("implementation", "time / floor", "95 % interval", "ms", "saved", "peak", "backend", "status")]
+    for m in measurements:
+        lines.append(
+            (
+                m.implementation,
+                f"{m.ratio.median:.3f}" if m.ratio else "-",
+                f"{m.ratio.lo:.3f} - {m.ratio.hi:.3f}" if m.ratio else "-",
+                f"{m.seconds * 1e3:.3f}" if m.seconds else "-",
+                size(m.saved_bytes),
+                size(m.peak_bytes),
+                m.backend or "-",
+                m.status + (f": {m.note}" if m.note else ""),
+            )
+        )
+    return lines
+
+
+def losses(case: Case, measurements: list[Measurement]) -> list[str]:
+    """Sentences on every place where ours is wrong, misses its target or is behind a peer."""
+    said = []
+    timed = {m.implementation: m for m in measurements if m.ratio and m.status != "void"}
+    for m in measurements:
+        if m.status == "wrong":
+            said.append(f"WRONG  {case}: {m.implementation} gives wrong results, so it has no number: {m.note}")
+        if m.met is False:
+            said.append(f"MISSED {case}: {m.implementation} {m.ratio}, target {m.target:.3f}")
+    ours = timed.get("fastft")
+    for name, peer in timed.items():
+        if ours is None or name.startswith(("fastft", "floor")) or ours.ratio.median <= peer.ratio.median:
+            continue
+        clearly = "" if ours.ratio.lo > peer.ratio.hi else ", within the intervals"
+        said.append(f"LOST   {case}: fastft {ours.ratio}, {name} {peer.ratio}{clearly}")
+    return said
+
+
+def size(value: int | None) -> str:
+    if value is None:
+        return "-"
+    for unit in ("B", "KB", "MB"):
+        if value < 1000:
+            return f"{value:.4g} {unit}"
+        value /= 1000
+    return f"{value:.4g} GB"
+
+
+def show(title: str, lines: list[tuple[str, ...]]) -> None:
+    """Print a table, with rich where it is installed."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+        print(f"\n{title}")
+        for line in lines:
+            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        return
+    grid = Table(*lines[0], title=title, title_justify="left")
+    for line in lines[1:]:
+        grid.add_row(*line)
+    # Without a terminal rich assumes 80 columns and would break the numbers.
+    Console(width=None if os.isatty(1) else 160, soft_wrap=False).print(grid)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else os.uname().machine
+
+
+def _commit() -> str:
+    """Short hash, with ``+dirty`` if tracked files differ (results aside); the version outside a checkout.
+
+    FASTFT_COMMIT overrides it, for a tree that was copied without its .git.
+    """
+    if given := os.environ.get("FASTFT_COMMIT"):
+        return given
+    if not in_checkout():
+        return f"v{_version('fastft')}"
+
+    def git(*args):
+        done = subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        commit = git("rev-parse", "--short=12", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("+dirty" if changed else "")

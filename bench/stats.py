@@ -1,0 +1,60 @@
+"""Paired ratios, their interval, and the two verdicts: is this run worth anything, and is the target met."""
+
+from dataclasses import dataclass
+
+import torch
+
+RESAMPLES = 2000
+VOID_HALF_WIDTH = 0.015
+MIN_ROUNDS = 40
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A median of paired ratios with its 95 % bootstrap interval."""
+
+    median: float
+    lo: float
+    hi: float
+
+    @property
+    def half_width(self) -> float:
+        return (self.hi - self.lo) / 2
+
+    def __str__(self):
+        return f"{self.median:.3f} [{self.lo:.3f}, {self.hi:.3f}]"
+
+
+def paired_ratio(arm, floor, seed: int = 0) -> Interval:
+    """Median over rounds of arm[i] / floor[i], seconds in the same round, with a percentile bootstrap over rounds.
+
+    Pairing within a round cancels what drifts from round to round (clock, temperature, neighbours).
+
+    Raises:
+        ValueError: lengths differ, fewer than two rounds, or a time that is not positive and finite.
+    """
+    arm, floor = (torch.as_tensor(t, dtype=torch.float64) for t in (arm, floor))
+    if arm.shape != floor.shape or arm.dim() != 1 or len(arm) < 2:
+        raise ValueError(f"need two equally long lists of at least 2 times, got {list(arm.shape)} and {list(floor.shape)}")
+    times = torch.cat((arm, floor))
+    if not (torch.isfinite(times).all() and (times > 0).all()):
+        raise ValueError("times must be positive and finite")
+    ratios = arm / floor
+    picks = torch.randint(len(ratios), (RESAMPLES, len(ratios)), generator=torch.Generator().manual_seed(seed))
+    medians = ratios[picks].quantile(0.5, dim=1)
+    lo, hi = medians.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Interval(ratios.quantile(0.5).item(), lo, hi)
+
+
+def is_void(floor: Interval) -> bool:
+    """Whether a floor measured against itself says that this run measured the machine's noise.
+
+    Void when its interval is wider than +-1.5 %, or when the whole of it lies further than that from 1: then two equal
+    arms differ, and so would anything else.
+    """
+    return floor.half_width > VOID_HALF_WIDTH or floor.lo > 1 + VOID_HALF_WIDTH or floor.hi < 1 - VOID_HALF_WIDTH
+
+
+def meets(target: float, arm: Interval, floor: Interval) -> bool:
+    """Target met: the interval's upper end is at most the target plus half the floor/floor interval's width."""
+    return arm.hi <= target + floor.half_width

@@ -1,0 +1,55 @@
+"""Every family's cases under pytest-benchmark: one group per case, with the floor, ours and the peers side by side.
+
+For looking, saving and comparing while one works on a kernel. These times are taken one implementation after the other, so
+they drift apart by more than the differences that matter; ``fastft bench`` makes the numbers that count.
+"""
+
+import importlib
+
+import pytest
+import torch
+
+from fastft.bench import run
+
+pytest.importorskip("pytest_benchmark", reason="pip install pytest-benchmark")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+_latest = {}
+
+
+def pytest_generate_tests(metafunc):
+    option = metafunc.config.getoption
+    arms = []
+    for name in run.families():
+        family = importlib.import_module(f"fastft.bench.ops.{name}")
+        for case in family.cases(DEVICE, option("bench_shape"), option("bench_dtype")):
+            for arm in ("floor", *case.arms, *case.skipped):
+                arms.append(pytest.param(case, arm, id=f"{case}-{arm}".replace(" ", "-")))
+    metafunc.parametrize(("case", "arm"), arms)
+
+
+def inputs_and_check(case):
+    """The case's inputs and gate, made once for all its arms."""
+    if str(case) not in _latest:
+        _latest.clear()
+        data = case.inputs(torch.device(DEVICE), 0)
+        _latest[str(case)] = data, case.checker(data)
+    return _latest[str(case)]
+
+
+def test_case(benchmark, case, arm, pytestconfig):
+    if arm in case.skipped:
+        pytest.skip(case.skipped[arm])
+    data, check = inputs_and_check(case)
+    build = case.floor if arm == "floor" else case.arms[arm]
+    if arm != "floor":
+        check(build)
+    call = build(data)
+
+    def finished():
+        call()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.group = str(case)
+    benchmark.extra_info["flops"] = case.floor_flops if arm == "floor" else case.flops
+    benchmark.pedantic(finished, rounds=pytestconfig.getoption("bench_rounds"), warmup_rounds=2)

@@ -1,0 +1,151 @@
+"""bench/gpu.sh and its Python, as far as they go without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from fastft.bench import gpu_checks, results
+
+SCRIPT = results.ROOT / "bench" / "gpu.sh"
+STAGES = ["build", "info", "test", "bench", "sanitize", "graph", "collect"]
+
+
+def gpu_sh(*args, **env):
+    env = {k: v for k, v in os.environ.items() if k not in ("DRY", "PYTHON", "LIMIT")} | env
+    return subprocess.run([SCRIPT, *map(str, args)], env=env, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def fake(tmp_path):
+    """A stand-in for Python that notes what it is asked to run, and fails at (or sleeps in) what the file `bad` names."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    action = f'case "$*" in *"$(cat "{tmp_path}/bad")"*) $(cat "{tmp_path}/action");; esac'
+    (tmp_path / "bad").write_text("nothing")
+    for name in ("python", "fastft"):
+        (folder / name).write_text(f'#!/bin/sh\necho "$(basename "$0") $*" >>"{tmp_path}/calls"\n{action}\n')
+        (folder / name).chmod(0o755)
+    (tmp_path / "action").write_text("exit 3")
+    return folder / "python"
+
+
+def calls(tmp_path):
+    return (tmp_path / "calls").read_text().splitlines()
+
+
+def test_dry_run_prints_every_stage_and_touches_nothing(tmp_path):
+    done = gpu_sh(tmp_path / "out", DRY="1")
+    assert done.returncode == 0, done.stderr
+    assert [line[2:] for line in done.stdout.splitlines() if line.startswith("# ")] == STAGES
+    for wanted in ("pip install --no-build-isolation --no-deps -e", "--write-proof", "fastft.bench.run lora --device cuda"):
+        assert wanted in done.stdout
+    assert (
+        all(f"--tool {tool}" in done.stdout for tool in ("memcheck", "racecheck", "synccheck"))
+        or "no-sanitizer" in done.stdout
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_stage_is_skipped_and_a_failed_one_repeated(tmp_path, fake):
+    out = tmp_path / "out"
+    (tmp_path / "bad").write_text("write-proof")
+    first = gpu_sh(out, "info", "test", "bench", PYTHON=str(fake))
+    assert first.returncode == 1 and "test: FAILED with exit status 3" in first.stderr
+    assert sorted(p.name for p in out.iterdir() if p.suffix in (".done", ".failed")) == [
+        "bench.done",
+        "info.done",
+        "test.failed",
+    ]
+    assert [line.split()[0] for line in calls(tmp_path)] == ["python", "fastft", "python", "python"]
+
+    (tmp_path / "bad").write_text("nothing")
+    (tmp_path / "calls").unlink()
+    second = gpu_sh(out, "info", "test", "bench", PYTHON=str(fake))
+    assert second.returncode == 0
+    assert "info: done before, skipped" in second.stderr and "bench: done before, skipped" in second.stderr
+    assert len(calls(tmp_path)) == 1 and "pytest" in calls(tmp_path)[0]
+    assert (out / "test.done").exists() and not (out / "test.failed").exists()
+
+
+def test_a_stage_is_stopped_at_its_limit(tmp_path, fake):
+    (tmp_path / "bad").write_text("graph")
+    (tmp_path / "action").write_text("sleep 30")
+    done = gpu_sh(tmp_path / "out", "graph", PYTHON=str(fake), LIMIT="1")
+    assert done.returncode == 1 and "stopped after 1 s; call again to go on" in done.stderr
+    assert not (tmp_path / "out" / "graph.done").exists()
+
+
+def test_usage(tmp_path):
+    assert gpu_sh("--help").returncode == 0 and "usage: bench/gpu.sh OUT" in gpu_sh("--help").stdout
+    assert gpu_sh().returncode == 2
+    assert "unknown stage tset" in gpu_sh(tmp_path / "out", "tset").stderr
+    missing = gpu_sh(tmp_path / "out", "info")
+    assert missing.returncode == 2 and "run the build stage first" in missing.stderr
+
+
+def test_collect_runs_without_a_gpu_and_each_time_anew(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "test.log").write_text("")
+    (out / "test.failed").write_text("exit status 3 after 4 s\n")
+    for state in ("failed: exit status 3 after 4 s", "done in 5 s"):
+        assert gpu_sh(out, "collect", PYTHON=sys.executable).returncode == 0
+        assert json.loads((out / "summary.json").read_text())["stages"] == {"test": state}
+        (out / "test.done").write_text("5 s\n")
+
+
+CLEAN = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
+RACES = "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)\n"
+
+
+@pytest.mark.parametrize(
+    "log, output, status, verdict, message",
+    [
+        (CLEAN, "4 passed in 1 s", 0, "passed", "0 errors, 4 passed"),
+        (CLEAN.replace("ERROR SUMMARY: 0", "ERROR SUMMARY: 3"), "4 passed", 9, "failed", "3 errors"),
+        (RACES, "4 passed", 9, "failed", "2 errors"),
+        (RACES.replace("2", "0"), "4 passed", 0, "passed", "0 errors"),
+        ("", "4 passed", 0, "failed", "no ERROR SUMMARY"),
+        (CLEAN, "no tests ran", 5, "failed", "status 5"),
+        (CLEAN, "1 failed, 3 passed", 1, "failed", "status 1"),
+        ("========= Error: Device not supported. Please refer to ...", "", 1, "skipped", "Device not supported"),
+    ],
+)
+def test_sanitizer_verdict(log, output, status, verdict, message):
+    found = gpu_checks.sanitizer_verdict(log, output, status)
+    assert found["verdict"] == verdict and message in found["message"]
+
+
+def test_sanitizer_command_keeps_its_verdict(tmp_path):
+    (tmp_path / "sanitize-memcheck.log").write_text(CLEAN)
+    (tmp_path / "sanitize-memcheck.txt").write_text("4 passed")
+    assert gpu_checks.main(["sanitizer", "memcheck", "--out", str(tmp_path), "--status", "0"]) == 0
+    assert gpu_checks.main(["sanitizer", "racecheck", "--out", str(tmp_path), "--status", "1"]) == 1
+    found = gpu_checks.summary(tmp_path)["sanitizer"]
+    assert {tool: v["verdict"] for tool, v in found.items()} == {"memcheck": "passed", "racecheck": "failed"}
+
+
+def test_link_packages(tmp_path, monkeypatch):
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    path = gpu_checks.link_packages("/some/where")
+    assert path.parent == Path(tmp_path) and path.read_text() == "import site; site.addsitedir('/some/where')\n"
+
+
+def test_graph_check_accepts_a_faithful_replay():
+    assert gpu_checks.check_graph("cpu", lambda step: step) == []
+
+
+def test_graph_check_finds_frozen_masks_and_frozen_inputs():
+    def frozen(step):
+        outputs = step()
+        return lambda: outputs
+
+    faults = "\n".join(gpu_checks.check_graph("cpu", frozen))
+    assert "p=0.0, overwritten input: y of the replay differs" in faults
+    assert "p=0.0, first input" not in faults
+    assert "p=0.1, first input: two replays used the same dropout mask" in faults

@@ -1,0 +1,73 @@
+import pytest
+import torch
+
+from fastft.bench import results, run
+from fastft.bench.ops import lora
+
+TINY = ["lora", "--device", "cpu", "--shape", "tiny", "--dtype", "fp32", "--threads", "1"]
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_quick_run_end_to_end(tmp_path, capsys):
+    assert run.main([*TINY, "--quick", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "quick look, not a result" in printed and "tiny fp32" in printed
+    (path,) = tmp_path.glob("*.csv")
+    rows = results.read([path])
+    timed = [r for r in rows if r["metric"] == "time"]
+    assert {(r["case"], r["implementation"]) for r in timed} == {
+        (f"layer r=16 p={p}", name) for p in ("0", "0.05") for name in ("floor2", "fastft", "peft", "addmm")
+    }
+    assert all(r["status"] in ("quick", "skipped") and r["threads"] == "1" for r in rows)
+    ours = next(r for r in timed if r["implementation"] == "fastft")
+    assert ours["backend"].startswith("fastft_cpu") or ours["backend"] == "reference"
+    assert float(ours["lo"]) <= float(ours["ratio"]) <= float(ours["hi"]) and ours["rounds"] == str(run.QUICK_ROUNDS)
+
+
+def test_quick_rows_do_not_go_to_the_results(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    (tmp_path / ".git").mkdir()
+    assert run.main([*TINY, "--dropout", "0", "--rounds", "2", "--peers", "none"]) == 0
+    assert "rows are not kept" in capsys.readouterr().out and not (tmp_path / "bench").exists()
+
+
+def test_wrong_results_of_ours_are_said_and_fail_the_run(monkeypatch, capsys):
+    def broken(d):
+        return lambda x: lora.plain(d)(x) * 1.01
+
+    monkeypatch.setattr(lora, "ours", broken)
+    assert run.main([*TINY, "--dropout", "0", "--quick", "--peers", "addmm"]) == 1
+    assert "WRONG  lora layer r=16 p=0 tiny fp32: fastft gives wrong results" in capsys.readouterr().out
+
+
+def test_resume_skips_only_what_counts_at_this_commit(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("FASTFT_COMMIT", "abc")
+    monkeypatch.setattr(run.runner.stats, "is_void", lambda floor: False)
+    monkeypatch.setitem(run.runner.MIN_SAMPLE, "cpu", 0.0)
+    once = [*TINY, "--peers", "none", "--dropout", "0", "--out", str(tmp_path), "--resume"]
+    assert run.main(once) == 0 and "already measured" not in capsys.readouterr().out
+    assert run.main(once) == 0 and "layer r=16 p=0 tiny fp32: already measured at abc" in capsys.readouterr().out
+    monkeypatch.setenv("FASTFT_COMMIT", "def")
+    assert run.main([*once, "--quick"]) == 0 and "already measured" not in capsys.readouterr().out
+    assert run.main(once) == 0 and "already measured" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--shape", "huge"], ["--dtype", "fp8"], ["--peers", "nobody"], ["--rounds", "1"], ["nothing"]]
+)
+def test_bad_arguments(wrong, capsys):
+    with pytest.raises(SystemExit) as error:
+        run.main(wrong)
+    assert error.value.code == 2
+    assert "known:" in (message := capsys.readouterr().err) or "at least 2" in message or "choose from" in message
+
+
+def test_list(capsys):
+    assert run.main(["--list"]) == 0
+    assert "square2048               T x K x N = 1024x2048x2048" in capsys.readouterr().out

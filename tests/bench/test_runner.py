@@ -1,0 +1,126 @@
+import pytest
+import torch
+
+from fastft.bench import results, runner
+from fastft.bench.runner import Case, WrongResult
+
+
+def square(x):
+    return lambda: {"y": x * x}
+
+
+def make_case(arms, **fields):
+    """A case without autograd: y = x², whose checker compares with the float64 square."""
+
+    def checker(x):
+        golden = {"y": x.double() ** 2}
+        return lambda build: runner.check_close(build(x)(), golden, {"y": x * x}, factor=2.0)
+
+    def inputs(device, seed):
+        return torch.randn(64, generator=torch.Generator().manual_seed(seed), device=device)
+
+    fields = {"inputs": inputs, "checker": checker, **fields}
+    return Case("toy", "square", "tiny", "64", "fp32", tensors=lambda x: [x], floor=square, arms=arms, **fields)
+
+
+def by_name(measurements):
+    return {m.implementation: m for m in measurements}
+
+
+def test_an_arm_that_disagrees_gets_no_number():
+    arms = {
+        "fastft": square,
+        "off": lambda x: lambda: {"y": x * x * 1.001},
+        "nan": lambda x: lambda: {"y": x * float("nan")},
+        "shape": lambda x: lambda: {"y": (x * x)[:-1]},
+        "none": lambda x: lambda: {},
+    }
+    found = by_name(runner.measure(make_case(arms, skipped={"gone": "not installed"}), "cpu", rounds=3))
+    assert found["fastft"].status == "quick" and found["fastft"].ratio is not None
+    for name, why in {"off": "relative error", "nan": "relative error", "shape": "expected [64]", "none": "missing"}.items():
+        assert found[name].status == "wrong" and why in found[name].note, name
+        assert found[name].ratio is None and found[name].seconds is None
+    assert found["gone"].status == "skipped" and found["gone"].note == "not installed"
+
+
+def test_every_arm_runs_in_every_round_in_changing_order(monkeypatch):
+    ran = []
+
+    def arm(name):
+        return [lambda: ran.append(name)]
+
+    monkeypatch.setitem(runner.MIN_SAMPLE, "cpu", 0.0)  # one call a sample
+    times = runner.interleaved({name: arm(name) for name in ("floor", "a", "b")}, "cpu", rounds=20, seed=1)
+    rounds = [tuple(ran[i : i + 3]) for i in range(len(ran) - 60, len(ran), 3)]
+    assert all(sorted(order) == ["a", "b", "floor"] for order in rounds)
+    assert len(set(rounds)) > 3
+    assert {name: len(t) for name, t in times.items()} == {"floor": 20, "a": 20, "b": 20}
+
+
+def test_calls_walk_through_the_input_sets(monkeypatch):
+    seen = []
+    monkeypatch.setitem(runner.MIN_SAMPLE, "cpu", 0.0)
+    runs = {name: [lambda s=s: seen.append(s) for s in range(3)] for name in ("floor", "a")}
+    runner.interleaved(runs, "cpu", rounds=5)
+    assert seen[-10:] == [(seen[-10] + i) % 3 for i in range(10)]
+
+
+def fixed_times(monkeypatch, **factors):
+    """Replace the clock: floor takes 1 s with ±`noise`, the others their factor."""
+
+    def interleaved(runs, device, rounds, seed=0):
+        g = torch.Generator().manual_seed(0)
+        noise = factors.get("noise", 0.0)
+        return {
+            n: [factors.get(n, 1.0) * (1 + noise * torch.randn((), generator=g).item()) for _ in range(rounds)] for n in runs
+        }
+
+    monkeypatch.setattr(runner, "interleaved", interleaved)
+
+
+def test_target_met_missed_and_void(monkeypatch):
+    case = make_case({"fastft": square, "peer": square}, target=1.04)
+    fixed_times(monkeypatch, fastft=1.03, peer=1.02)
+    found = by_name(runner.measure(case, "cpu"))
+    assert found["fastft"].status == "ok" and found["fastft"].met is True and found["peer"].met is None
+    assert results.losses(case, list(found.values()))[0].startswith("LOST")
+
+    fixed_times(monkeypatch, fastft=1.05, peer=1.2)
+    found = by_name(runner.measure(case, "cpu"))
+    assert found["fastft"].met is False
+    assert [line.split()[0] for line in results.losses(case, list(found.values()))] == ["MISSED"]
+
+    fixed_times(monkeypatch, fastft=0.5, noise=0.1)
+    found = by_name(runner.measure(case, "cpu"))
+    assert {m.status for m in found.values()} == {"void"} and found["fastft"].met is None
+
+
+@pytest.mark.parametrize("how", [{"rounds": 39}, {"rounds": 40, "quick": True}])
+def test_too_few_rounds_never_count(monkeypatch, how):
+    fixed_times(monkeypatch)
+    found = runner.measure(make_case({"fastft": square}, target=2.0), "cpu", **how)
+    assert {m.status for m in found} == {"quick"} and all(m.met is None for m in found)
+
+
+def test_saved_bytes_counts_each_storage_once_and_not_what_is_free():
+    w = torch.randn(8, 8, requires_grad=True)
+    x = torch.randn(4, 8)
+
+    def run():
+        h = x @ w  # saves x and w: free
+        (h * h.t().t() + h.exp()).sum().backward()  # saves h twice, once as a view, and exp's result
+
+    assert runner.saved_bytes(run, [x, w]) == 2 * h_bytes(4, 8)
+
+
+def h_bytes(*size):
+    return torch.empty(size).untyped_storage().nbytes()
+
+
+def test_check_close_limits():
+    want = {"y": torch.randn(1000, dtype=torch.float64)}
+    plain = {"y": want["y"].bfloat16()}
+    runner.check_close(plain, want, plain, factor=1.0)
+    worse = {"y": (want["y"] * 1.02).bfloat16()}
+    with pytest.raises(WrongResult, match="y: relative error"):
+        runner.check_close(worse, want, plain, factor=2.0)
