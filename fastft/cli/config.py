@@ -1,0 +1,158 @@
+"""One typed configuration of a training run: its fields are the options of `fastft train` and the keys of its YAML file."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .errors import UserError
+
+
+def _option(help: str, default: Any = dataclasses.MISSING) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainConfig:
+    """Everything that decides a run's numbers. `fastft train` writes it to OUT/config.yaml, which repeats the run."""
+
+    model: str = _option("Folder of a transformers checkpoint, or a Hub id.")
+    data: str = _option('JSON lines: {"text"}, {"prompt", "completion"} or {"messages"}.')
+    out: str = _option("Folder for the adapter, checkpoints, summary and plot.")
+    method: Literal["lora"] = _option("Fine-tuning method.", "lora")
+    eval_data: str | None = _option("Held-out JSON lines; else --eval-fraction of the data.", None)
+    eval_fraction: float = _option("Fraction of the data held out (0: none).", 0.05)
+    max_length: int = _option("Tokens an example may have; what is longer is cut.", 512)
+    packing: bool = _option("Fill rows of max-length with several examples, which then see each other.", False)
+    dtype: Literal["auto", "float32", "bfloat16"] = _option(
+        "Of the base model. auto: bfloat16 on a GPU that has it.", "auto"
+    )
+    device: Literal["auto", "cpu", "cuda"] = _option("Where to train.", "auto")
+    r: int = _option("Rank.", 8)
+    alpha: float = _option("The update's scale is alpha / r.", 16.0)
+    dropout: float = _option("Dropout before A.", 0.0)
+    rslora: bool = _option("Scale by alpha / sqrt(r).", False)
+    target_modules: str = _option("all-linear, names with commas (q_proj,v_proj), or a regular expression.", "all-linear")
+    epochs: float = _option("Passes over the data.", 1.0)
+    max_steps: int | None = _option("Optimizer steps; overrides epochs.", None)
+    batch_size: int = _option("Examples (rows with packing) a forward.", 8)
+    gradient_accumulation: int = _option("Forwards an optimizer step.", 1)
+    gradient_checkpointing: bool = _option("Recompute activations in backward: less memory, more time.", False)
+    lr: float = _option("Peak learning rate.", 2e-4)
+    schedule: Literal["cosine", "linear", "constant"] = _option("Learning rate after warm-up.", "cosine")
+    warmup: float = _option("Warm-up steps; below 1: their fraction of all steps.", 0.03)
+    weight_decay: float = _option("AdamW's decoupled decay.", 0.0)
+    max_grad_norm: float = _option("Gradients are clipped to this norm (0: not).", 1.0)
+    seed: int = _option("Of the split, the order, the adapter's start and dropout.", 0)
+    log_steps: int | None = _option("Steps between loss values; else about 200 values a run.", None)
+    eval_steps: int | None = _option("Steps between held-out losses; else only before and after.", None)
+    save_steps: int | None = _option("Steps between checkpoints; else one an epoch.", None)
+    keep_checkpoints: int = _option("Checkpoints kept.", 2)
+
+    def __post_init__(self) -> None:
+        for name, kind in typing.get_type_hints(type(self)).items():
+            setattr(self, name, _coerce(name, getattr(self, name), kind))
+        if self.target_modules == "":
+            raise UserError("target_modules is empty")
+        if not 0 <= self.eval_fraction < 1:
+            raise UserError(f"eval_fraction must be in [0, 1), not {self.eval_fraction}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout must be in [0, 1), not {self.dropout}")
+        for name in (
+            "r",
+            "batch_size",
+            "gradient_accumulation",
+            "keep_checkpoints",
+            "epochs",
+            "max_steps",
+            "log_steps",
+            "eval_steps",
+            "save_steps",
+        ):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"{name} must be positive, not {value}")
+        if self.max_length < 2:
+            raise UserError(f"max_length must be at least 2, not {self.max_length}: the first token has no loss")
+        for name in ("lr", "warmup", "weight_decay", "max_grad_norm"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name} must not be negative, not {getattr(self, name)}")
+
+    def targets(self) -> str | list[str]:
+        """`target_modules` as fastft.LoRA takes it: names become a list; else "all-linear" or a regular expression."""
+        if self.target_modules != "all-linear" and re.fullmatch(r"[\w.]+(,[\w.]+)*", self.target_modules):
+            return self.target_modules.split(",")
+        return self.target_modules
+
+    def save(self, path: str | os.PathLike) -> None:
+        import yaml
+
+        with open(path, "w", encoding="utf-8") as file:
+            yaml.safe_dump(dataclasses.asdict(self), file, sort_keys=False)
+
+
+def _coerce(name: str, value: Any, kind: Any) -> Any:
+    """`value` as `kind`; YAML reads 1e-4 as text and 1 as int, so numbers are converted where nothing is lost."""
+    choices = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        if value in choices:
+            return value
+        raise UserError(f"{name} must be one of {', '.join(choices)}, not {value!r}{_near(str(value), choices)}")
+    if type(None) in choices:
+        if value is None:
+            return None
+        kind = next(c for c in choices if c is not type(None))
+    if name == "target_modules" and isinstance(value, list):
+        return ",".join(map(str, value))
+    if isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool):
+        return value
+    if kind in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except ValueError:
+            number = float("nan")
+        if kind is float and number == number:
+            return number
+        if kind is int and number.is_integer():
+            return int(number)
+    raise UserError(f"{name} must be {kind.__name__}, not {value!r}")
+
+
+def _near(word: str, words: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(words), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def make_config(options: dict[str, Any], file: str | None = None) -> TrainConfig:
+    """The configuration of a YAML file (if any) with `options` (None: not given) on top.
+
+    Raises:
+        UserError: a missing or malformed file, an unknown key (near matches are named), a wrong value, a missing key.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        import yaml
+
+        try:
+            with open(file, encoding="utf-8") as stream:
+                values = yaml.safe_load(stream) or {}
+        except OSError as error:
+            raise UserError(f"config {file}: {error.strerror}") from None
+        except yaml.YAMLError as error:
+            raise UserError(f"config {file} is not YAML: {error}") from None
+        if not isinstance(values, dict):
+            raise UserError(f"config {file} must be a mapping of options, not {type(values).__name__}")
+        known = [f.name for f in dataclasses.fields(TrainConfig)]
+        for key in values:
+            if key not in known:
+                raise UserError(f"config {file}: unknown option {key!r}{_near(str(key), known)}")
+    values.update({key: value for key, value in options.items() if value is not None})
+    missing = [name for name in ("model", "data", "out") if values.get(name) is None]
+    if missing:
+        raise UserError(f"missing {', '.join('--' + name for name in missing)} (or the same key in --config FILE)")
+    return TrainConfig(**values)

@@ -1,0 +1,188 @@
+"""Training data as users have it: JSON lines with {"text"}, {"prompt", "completion"} or {"messages"}; tokens and labels."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import UserError
+
+SCHEMAS = {"messages": ("messages",), "prompt/completion": ("prompt", "completion"), "text": ("text",)}
+IGNORED = -100  # a label without loss (torch's cross entropy default)
+
+
+@dataclass
+class Record:
+    """One line of the file: where it stands, what it is, what it says."""
+
+    place: str
+    schema: str
+    fields: dict[str, Any]
+
+
+def read_jsonl(path: str) -> list[Record]:
+    """Read and check every line of a JSON lines file; empty lines are skipped.
+
+    Raises:
+        UserError: no file, no records, or a line (named as file:line) that is not UTF-8, not JSON, of no schema or of two.
+    """
+    records = []
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    records.append(_parse(line, f"{path}:{number}"))
+    except OSError as error:
+        raise UserError(f"data {path}: {error.strerror}") from None
+    if not records:
+        raise UserError(f"data {path} is empty")
+    return records
+
+
+def _parse(line: bytes, place: str) -> Record:
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{place}: not UTF-8: {error.reason} at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{place}: expected an object, got {type(value).__name__}")
+    found = [name for name, keys in SCHEMAS.items() if all(key in value for key in keys)]
+    wanted = '{"text"}, {"prompt", "completion"} or {"messages"}'
+    if not found:
+        raise UserError(f"{place}: expected {wanted}, got the keys {', '.join(value) or 'none'}")
+    if len(found) > 1:
+        raise UserError(f"{place}: has the keys of {' and of '.join(found)}; keep one of {wanted}")
+    schema = found[0]
+    fields = {key: value[key] for key in SCHEMAS[schema]}
+    if schema == "messages":
+        _check_messages(fields["messages"], place)
+    else:
+        for key, text in fields.items():
+            if not isinstance(text, str):
+                raise UserError(f"{place}: {key} must be a string, not {type(text).__name__}")
+            if not text and key != "prompt":
+                raise UserError(f"{place}: {key} is empty")
+    return Record(place, schema, fields)
+
+
+def _check_messages(messages: Any, place: str) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"{place}: messages must be a list with at least one message")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise UserError(f'{place}: messages[{i}] must be {{"role": string, "content": string}}')
+    if not any(message["role"] == "assistant" for message in messages):
+        raise UserError(f"{place}: messages has no assistant turn to learn from")
+
+
+def split(records: list[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
+    """(train, held out): at least one record each, chosen by `seed` alone, both in the file's order."""
+    if fraction == 0:
+        return records, []
+    if len(records) < 2:
+        raise UserError(f"data has {len(records)} record, so nothing can be held out; give --eval-data or --eval-fraction 0")
+    count = min(max(1, round(len(records) * fraction)), len(records) - 1)
+    chosen = set(random.Random(seed).sample(range(len(records)), count))
+    return [r for i, r in enumerate(records) if i not in chosen], [records[i] for i in sorted(chosen)]
+
+
+@dataclass
+class Tokenized:
+    """`rows`: {"input_ids", "labels"}, lists of equal length ≤ max_length. `notes`: what the user should know about them."""
+
+    rows: list[dict[str, list[int]]]
+    notes: list[str]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(row["input_ids"]) for row in self.rows)
+
+
+def tokenize(records: list[Record], tokenizer: Any, max_length: int, packing: bool = False) -> Tokenized:
+    """Token ids and labels of every record: all tokens of a text, the completion only, or the assistant's turns.
+
+    Every example ends in the end-of-text token (chat templates write their own). With `packing`, examples follow one another
+    in rows of exactly `max_length` (the last may be shorter).
+
+    Raises:
+        UserError: messages without a chat template, a template that refuses a record, or no record with a token to learn.
+    """
+    marked = "{% generation" in (tokenizer.chat_template or "") or "{%- generation" in (tokenizer.chat_template or "")
+    encode = {"text": _encode_text, "prompt/completion": _encode_completion, "messages": _encode_messages}
+    rows, cut, empty = [], 0, 0
+    for record in records:
+        ids, labels = encode[record.schema](record, tokenizer, marked)
+        if len(ids) > max_length and not packing:
+            cut += 1
+            ids, labels = ids[:max_length], labels[:max_length]
+        # The first label has nothing before it to be predicted from.
+        if any(label != IGNORED for label in labels[1:]):
+            rows.append({"input_ids": ids, "labels": labels})
+        else:
+            empty += 1
+    notes = []
+    schemas = {name: sum(r.schema == name for r in records) for name in SCHEMAS}
+    covers = {
+        "text": "all tokens",
+        "prompt/completion": "the completion",
+        "messages": "assistant turns" if marked else "the whole conversation (the chat template marks no turns)",
+    }
+    notes += [f"{n} {name} examples, loss on {covers[name]}" for name, n in schemas.items() if n]
+    if cut:
+        notes.append(f"{cut} examples cut to {max_length} tokens")
+    if empty:
+        notes.append(f"{empty} examples dropped: no token to learn in the first {max_length}")
+    if not rows:
+        raise UserError(f"no example has a token to learn in its first {max_length} tokens; raise --max-length")
+    return Tokenized(_pack(rows, max_length) if packing else rows, notes)
+
+
+def _encode_text(record: Record, tokenizer: Any, marked: bool) -> tuple[list[int], list[int]]:
+    ids = _with_end(tokenizer(record.fields["text"], verbose=False)["input_ids"], tokenizer)
+    return ids, list(ids)
+
+
+def _encode_completion(record: Record, tokenizer: Any, marked: bool) -> tuple[list[int], list[int]]:
+    prompt = tokenizer(record.fields["prompt"], verbose=False)["input_ids"]
+    if prompt and prompt[-1] == tokenizer.eos_token_id:  # tokenizers that close every text: the completion goes on
+        prompt = prompt[:-1]
+    completion = tokenizer(record.fields["completion"], add_special_tokens=False, verbose=False)["input_ids"]
+    completion = _with_end(completion, tokenizer)
+    return prompt + completion, [IGNORED] * len(prompt) + completion
+
+
+def _encode_messages(record: Record, tokenizer: Any, marked: bool) -> tuple[list[int], list[int]]:
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{record.place}: messages need a chat template, and this model's tokenizer has none; "
+            "use an instruct model or prompt/completion"
+        )
+    try:
+        encoded = tokenizer.apply_chat_template(
+            record.fields["messages"],
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=marked,
+            tokenizer_kwargs={"verbose": False},
+        )
+    except Exception as error:  # a template is a program and raises what it likes
+        raise UserError(f"{record.place}: the chat template refuses these messages: {error}") from error
+    ids = encoded["input_ids"]
+    learn = encoded["assistant_masks"] if marked else [1] * len(ids)
+    return ids, [token if keep else IGNORED for token, keep in zip(ids, learn)]
+
+
+def _with_end(ids: list[int], tokenizer: Any) -> list[int]:
+    end = tokenizer.eos_token_id
+    return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
+
+
+def _pack(rows: list[dict[str, list[int]]], length: int) -> list[dict[str, list[int]]]:
+    streams = {key: [token for row in rows for token in row[key]] for key in ("input_ids", "labels")}
+    starts = range(0, len(streams["input_ids"]), length)
+    packed = [{key: stream[i : i + length] for key, stream in streams.items()} for i in starts]
+    return [row for row in packed if any(label != IGNORED for label in row["labels"][1:])]

@@ -1,0 +1,72 @@
+"""A tiny random Llama with the demo's tokenizer, and helpers to run the command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+TOKENIZER = Path(__file__).parents[2] / "demo" / "model"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> str:
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    folder = tmp_path_factory.mktemp("tiny")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def text_data(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("data") / "text.jsonl"
+    words = ["the", "file", "is", "read", "once", "and", "its", "lines", "are", "kept", "in", "a", "list"]
+    lines = [{"text": " ".join(words[i % 7 : i % 7 + 3 + i % 5])} for i in range(40)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+@pytest.fixture
+def write_jsonl(tmp_path):
+    def write(*lines) -> str:
+        path = tmp_path / "data.jsonl"
+        path.write_bytes(
+            b"".join((line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n" for line in lines)
+        )
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def fastft_command():
+    """Run `fastft ARGUMENTS` in this process: an object with exit_code, stdout, stderr."""
+    from fastft.cli.app import app
+
+    def run(*arguments):
+        result = CliRunner().invoke(app, [str(a) for a in arguments])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    return run

@@ -1,0 +1,78 @@
+import pytest
+import yaml
+
+from fastft.cli.config import TrainConfig, make_config
+from fastft.cli.errors import UserError
+
+REQUIRED = {"model": "m", "data": "d", "out": "o"}
+
+
+def test_round_trip(tmp_path):
+    config = TrainConfig(**REQUIRED, lr=3e-5, max_steps=7, target_modules="q_proj,v_proj", packing=True)
+    config.save(tmp_path / "config.yaml")
+    assert make_config({}, str(tmp_path / "config.yaml")) == config
+
+
+def test_options_win_over_the_file(tmp_path):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**REQUIRED, "r": 4, "lr": 0.5}))
+    config = make_config({"r": 16, "lr": None}, str(tmp_path / "run.yaml"))
+    assert (config.r, config.lr) == (16, 0.5)
+
+
+def test_numbers_as_yaml_reads_them(tmp_path):
+    # YAML 1.1 reads 1e-4 as a string and 3 as an int
+    (tmp_path / "run.yaml").write_text("model: m\ndata: d\nout: o\nlr: 1e-4\nepochs: 3\ntarget_modules: [q_proj, v_proj]\n")
+    config = make_config({}, str(tmp_path / "run.yaml"))
+    assert config.lr == 1e-4 and config.epochs == 3.0 and isinstance(config.epochs, float)
+    assert config.targets() == ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize(
+    "value, expected",
+    [
+        ("all-linear", "all-linear"),
+        ("q_proj", ["q_proj"]),
+        ("self_attn.q_proj,up_proj", ["self_attn.q_proj", "up_proj"]),
+        (r".*\.(q|v)_proj", r".*\.(q|v)_proj"),
+    ],
+)
+def test_targets(value, expected):
+    assert TrainConfig(**REQUIRED, target_modules=value).targets() == expected
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("lerning_rate", 1, "unknown option 'lerning_rate'"),
+        ("batchsize", 1, "did you mean batch_size?"),
+        ("schedule", "cosin", "did you mean cosine?"),
+        ("r", 0, "r must be positive, not 0"),
+        ("r", 1.5, "r must be int, not 1.5"),
+        ("r", True, "r must be int, not True"),
+        ("packing", "yes please", "packing must be bool"),
+        ("lr", "fast", "lr must be float, not 'fast'"),
+        ("lr", ".nan", "lr must be float"),
+        ("dropout", 1, "dropout must be in"),
+        ("eval_fraction", 1.0, "eval_fraction must be in"),
+        ("max_length", 1, "max_length must be at least 2"),
+        ("weight_decay", -1, "weight_decay must not be negative"),
+    ],
+)
+def test_refused(tmp_path, key, value, message):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**REQUIRED, key: value}))
+    with pytest.raises(UserError) as error:
+        make_config({}, str(tmp_path / "run.yaml"))
+    assert message in str(error.value)
+
+
+def test_missing_and_malformed_files(tmp_path):
+    with pytest.raises(UserError, match="missing --data, --out"):
+        make_config({"model": "m"})
+    with pytest.raises(UserError, match="No such file"):
+        make_config({}, str(tmp_path / "none.yaml"))
+    (tmp_path / "list.yaml").write_text("- a\n")
+    with pytest.raises(UserError, match="must be a mapping"):
+        make_config({}, str(tmp_path / "list.yaml"))
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(UserError, match="is not YAML"):
+        make_config({}, str(tmp_path / "bad.yaml"))

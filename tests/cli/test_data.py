@@ -1,0 +1,127 @@
+import pytest
+
+from fastft.cli.data import IGNORED, Record, read_jsonl, split, tokenize
+from fastft.cli.errors import UserError
+
+from .conftest import TOKENIZER
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(TOKENIZER)
+
+
+def learned(row, tokenizer):
+    return tokenizer.decode([token for token in row["labels"] if token != IGNORED])
+
+
+def test_text_learns_everything(write_jsonl, tokenizer):
+    tokenized = tokenize(read_jsonl(write_jsonl({"text": "def f(x): pass", "id": 3})), tokenizer, 64)
+    (row,) = tokenized.rows
+    assert row["labels"] == row["input_ids"] and learned(row, tokenizer) == "def f(x): pass<|endoftext|>"
+    assert tokenized.notes == ["1 text examples, loss on all tokens"]
+
+
+def test_completion_learns_the_completion(write_jsonl, tokenizer):
+    (row,) = tokenize(read_jsonl(write_jsonl({"prompt": "2 + 2 =", "completion": " 4"})), tokenizer, 64).rows
+    assert tokenizer.decode(row["input_ids"]) == "2 + 2 = 4<|endoftext|>"
+    assert learned(row, tokenizer) == " 4<|endoftext|>"
+
+
+CHAT = {
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "Bye"},
+        {"role": "assistant", "content": "See you"},
+    ]
+}
+
+
+def test_messages_learn_marked_assistant_turns(write_jsonl, tokenizer):
+    tokenized = tokenize(read_jsonl(write_jsonl(CHAT)), tokenizer, 64)
+    assert learned(tokenized.rows[0], tokenizer) == "Hello<|endoftext|>See you<|endoftext|>"
+    assert tokenized.notes == ["1 messages examples, loss on assistant turns"]
+
+
+def test_messages_without_marks_learn_everything_and_say_so(write_jsonl, tokenizer):
+    plain = type(tokenizer).from_pretrained(TOKENIZER)
+    plain.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    tokenized = tokenize(read_jsonl(write_jsonl(CHAT)), plain, 64)
+    assert tokenized.rows[0]["labels"] == tokenized.rows[0]["input_ids"]
+    assert "marks no turns" in tokenized.notes[0]
+
+
+def test_messages_without_template_or_refused(write_jsonl, tokenizer):
+    plain = type(tokenizer).from_pretrained(TOKENIZER)
+    path = write_jsonl(CHAT)
+    plain.chat_template = None
+    with pytest.raises(UserError, match=r"data.jsonl:1: messages need a chat template"):
+        tokenize(read_jsonl(path), plain, 64)
+    plain.chat_template = "{{ raise_exception('no system turns') }}"
+    with pytest.raises(UserError, match=r"data.jsonl:1: the chat template refuses .* no system turns"):
+        tokenize(read_jsonl(path), plain, 64)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (b'{"text": "a"', "data.jsonl:3: not JSON"),
+        (b'{"text": "\xff"}', "data.jsonl:3: not UTF-8"),
+        (b'["text"]', "data.jsonl:3: expected an object, got list"),
+        ({"txt": "a"}, "data.jsonl:3: expected .* got the keys txt"),
+        ({"prompt": "a"}, "data.jsonl:3: expected .* got the keys prompt"),
+        ({"text": "a", "prompt": "b", "completion": "c"}, "data.jsonl:3: has the keys of prompt/completion and of text"),
+        ({"text": 3}, "data.jsonl:3: text must be a string, not int"),
+        ({"text": ""}, "data.jsonl:3: text is empty"),
+        ({"prompt": "a", "completion": ""}, "data.jsonl:3: completion is empty"),
+        ({"messages": []}, "data.jsonl:3: messages must be a list"),
+        ({"messages": [{"role": "user"}]}, r"data.jsonl:3: messages\[0\] must be"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "data.jsonl:3: messages has no assistant turn"),
+    ],
+)
+def test_bad_lines_are_named(write_jsonl, line, message):
+    with pytest.raises(UserError, match=message):
+        read_jsonl(write_jsonl({"text": "good"}, b"", line))
+
+
+def test_no_file_and_no_records(write_jsonl):
+    with pytest.raises(UserError, match="No such file"):
+        read_jsonl("nowhere.jsonl")
+    with pytest.raises(UserError, match="is empty"):
+        read_jsonl(write_jsonl(b"", b"  "))
+
+
+def test_cutting_and_dropping(write_jsonl, tokenizer):
+    path = write_jsonl(
+        {"text": "one two three four five six seven eight"},
+        {"prompt": "one two three four five six seven eight", "completion": "x"},
+    )
+    tokenized = tokenize(read_jsonl(path), tokenizer, 6)
+    assert [len(row["input_ids"]) for row in tokenized.rows] == [6]
+    assert "2 examples cut to 6 tokens" in tokenized.notes and tokenized.notes[-1].startswith("1 examples dropped")
+    with pytest.raises(UserError, match="raise --max-length"):
+        tokenize(read_jsonl(path)[1:], tokenizer, 6)
+
+
+def test_packing_keeps_every_token_in_order(write_jsonl, tokenizer):
+    records = read_jsonl(write_jsonl(*({"text": f"line {i} of the text"} for i in range(9))))
+    apart = tokenize(records, tokenizer, 64)
+    packed = tokenize(records, tokenizer, 16, packing=True)
+    assert [t for row in packed.rows for t in row["input_ids"]] == [t for row in apart.rows for t in row["input_ids"]]
+    assert {len(row["input_ids"]) for row in packed.rows[:-1]} == {16}
+
+
+def test_split_is_deterministic_and_disjoint():
+    records = [Record(str(i), "text", {"text": "a"}) for i in range(20)]
+    train, held_out = split(records, 0.2, seed=3)
+    assert (train, held_out) == split(records, 0.2, seed=3) and len(held_out) == 4
+    assert sorted(train + held_out, key=lambda r: int(r.place)) == records
+    assert split(records, 0.2, seed=4)[1] != held_out
+    assert split(records, 0.0, seed=3) == (records, [])
+    assert len(split(records[:2], 0.001, seed=3)[1]) == 1
+    with pytest.raises(UserError, match="--eval-fraction 0"):
+        split(records[:1], 0.5, seed=3)
