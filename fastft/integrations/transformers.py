@@ -1,0 +1,216 @@
+"""Fine-tuning an attached model on transformers' Trainer: checkpoints hold the adapter, not the base.
+
+trainer = make_trainer(model, handle, arguments, train_rows, eval_rows, pad_token_id=tokenizer.pad_token_id)
+trainer.train(resume_from_checkpoint=None)
+trainer.evaluate()                      # {"eval_loss": mean over every held-out token}
+trainer.backends                        # Counter of (op, backend): what ran, launch by launch
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import testing
+from ..methods.base import load
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes: what the CUDA allocator held, or on CPU this process's resident set (code and libraries included)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # unlike ru_maxrss not inherited from the parent of a fork
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def collate(rows: list[dict[str, list[int]]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Pad rows on the right: input_ids, attention_mask, labels, each int64 [rows, longest]; padding has label -100."""
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def padded(key: str, fill: int) -> torch.Tensor:
+        return torch.tensor([row[key] + [fill] * (longest - len(row[key])) for row in rows])
+
+    mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows])
+    return {"input_ids": padded("input_ids", pad_token_id), "attention_mask": mask, "labels": padded("labels", -100)}
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The newest complete checkpoint-N in `folder`. Without trainer_state.json, written last, a save was interrupted."""
+    found = [p for p in Path(folder).glob("checkpoint-*") if p.name[11:].isdigit() and _complete(p)]
+    return max(found, key=lambda p: int(p.name[11:]), default=None)
+
+
+def _complete(checkpoint: Path) -> bool:
+    from transformers import TrainerState
+
+    try:
+        TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    except (OSError, ValueError, TypeError):
+        return False
+    return all((checkpoint / "adapter" / name).is_file() for name in ADAPTER_FILES)
+
+
+def restore(handle, directory: Path) -> None:
+    """Copy the adapter saved in `directory` into `handle`'s parameters, which keep their identity.
+
+    Raises:
+        as `fastft.load`; ValueError: the saved adapter has other parameters than the handle's.
+    """
+    saved = load(handle.model, directory, adapter_name="restored")
+    try:
+        values = {name.replace(".restored", f".{handle.name}"): value for name, value in saved.named_parameters()}
+        own = dict(handle.named_parameters())
+        if {n: p.shape for n, p in own.items()} != {n: v.shape for n, v in values.items()}:
+            raise ValueError(f"{directory} holds another adapter than the attached one (rank or modules differ)")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(values[name])
+    finally:
+        saved.detach()
+
+
+def make_trainer(model, handle, arguments, train_rows, eval_rows=(), *, pad_token_id: int = 0, callbacks=()) -> Any:
+    """A transformers Trainer over the attached `model`.
+
+    Args:
+        model: a transformers model with `handle` attached.
+        arguments: transformers.TrainingArguments.
+        train_rows, eval_rows: [{"input_ids": list[int], "labels": list[int]}].
+
+    It differs from Trainer in three ways: a checkpoint holds the adapter (checkpoint-N/adapter) and
+    no base weights; the evaluation loss is the mean over tokens, not over batches; launches are counted in `backends`.
+    """
+    from transformers import Trainer
+
+    class AdapterTrainer(Trainer):
+        backends: Counter
+        seconds_evaluating = 0.0
+
+        def training_step(self, *args, **kwargs):
+            with testing.record() as calls:
+                loss = super().training_step(*args, **kwargs)
+            self.backends.update((call.op, call.backend) for call in calls)
+            return loss
+
+        def _save(self, output_dir=None, state_dict=None):
+            # The handle's callback saves the adapter too, but after older checkpoints are deleted:
+            # killed in between, the run would have no checkpoint.
+            if self.args.should_save:
+                handle.save(Path(output_dir or self.args.output_dir) / "adapter")
+
+        def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+            restore(handle, Path(resume_from_checkpoint) / "adapter")
+
+        @torch.no_grad()
+        def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+            started = time.monotonic()
+            self.model.eval()
+            total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+            for inputs in self.get_eval_dataloader(eval_dataset):
+                inputs = self._prepare_inputs(inputs)
+                count = (inputs["labels"][:, 1:] != -100).sum()
+                total += torch.stack([self.model(**inputs).loss.double() * count, count.double()])
+            total = self.accelerator.reduce(total)
+            metrics = {f"{metric_key_prefix}_loss": (total[0] / total[1]).item()}
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            self.seconds_evaluating += time.monotonic() - started
+            return metrics
+
+    if arguments.data_seed is None:
+        # Else the order of the data follows torch's global seed of the moment, and a resumed run may see another order.
+        arguments.data_seed = arguments.seed
+    trainer = AdapterTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train_rows,
+        eval_dataset=list(eval_rows) or None,
+        data_collator=lambda rows: collate(rows, pad_token_id),
+        callbacks=[handle.callback(), *callbacks],
+    )
+    trainer.backends = Counter()
+    return trainer
+
+
+def progress(trainer) -> Any:
+    """Replace `trainer`'s progress bar by one with loss, tokens/s, peak memory (plain lines when stderr is no terminal).
+
+    The returned callback has `tokens_per_second` and `seconds` (of training, without evaluations) of this session.
+
+    Raises (from `trainer.train`):
+        FloatingPointError: the training loss is not finite.
+    """
+    from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+    class Progress(TrainerCallback):
+        def __init__(self):
+            self.bar = None
+            self.started: float | None = None
+            self.seconds = self.tokens_per_second = 0.0
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            if sys.stderr.isatty():
+                from tqdm.auto import tqdm
+
+                self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if self.started is None:
+                self.first_tokens = state.num_input_tokens_seen
+                self.started = time.monotonic() - trainer.seconds_evaluating
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if self.bar is not None:
+                self.bar.update(state.global_step - self.bar.n)
+
+        def on_log(self, args, state, control, logs, **kwargs):
+            if "eval_loss" in logs:
+                self._say(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}")
+            if "loss" not in logs:
+                return
+            if not math.isfinite(logs["loss"]):
+                raise FloatingPointError(
+                    f"the loss is {logs['loss']} at step {state.global_step}; "
+                    "try a lower --lr, a longer --warmup or --dtype float32"
+                )
+            self.seconds = time.monotonic() - trainer.seconds_evaluating - self.started
+            self.tokens_per_second = (state.num_input_tokens_seen - self.first_tokens) / self.seconds
+            values = {
+                "loss": f"{logs['loss']:.4f}",
+                "tokens/s": f"{self.tokens_per_second:,.0f}",
+                "memory": f"{peak_memory(args.device) / 2**30:.2f} GiB",
+            }
+            if self.bar is not None:
+                self.bar.set_postfix(values)
+            else:
+                self._say(f"step {state.global_step}/{state.max_steps}: " + ", ".join(f"{k} {v}" for k, v in values.items()))
+
+        def on_train_end(self, args, state, control, **kwargs):
+            if self.bar is not None:
+                self.bar.close()
+                self.bar = None
+
+        def _say(self, line: str) -> None:
+            if self.bar is not None:
+                self.bar.write(line, file=sys.stderr)
+            else:
+                print(line, file=sys.stderr, flush=True)
+
+    callback = Progress()
+    for default in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(default)
+    trainer.add_callback(callback)
+    return callback
