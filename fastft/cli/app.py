@@ -1,0 +1,111 @@
+"""The commands of `fastft` as a typer application. The options of `train` are the fields of `TrainConfig`."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+import typing
+from typing import Annotated, Any
+
+import typer
+
+from .config import TrainConfig, make_config
+from .errors import UserError
+
+app = typer.Typer(
+    help="Fine-tune language models with fast kernels.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command(help="Versions, what this machine can run, and the table op x backend.")
+def info() -> None:
+    from ..info import main
+
+    raise typer.Exit(main() or 0)
+
+
+@app.command(
+    help="Interleaved benchmarks against the floor and peers (fastft bench FAMILY ...).",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def bench(context: typer.Context) -> None:
+    from .main import _bench
+
+    sys.exit(_bench(context.args))
+
+
+def train(config: str | None, resume: bool, overwrite: bool, dry_run: bool, **options: Any) -> None:
+    from .train import resume_options, run
+
+    with _friendly():
+        if resume:
+            config, options = resume_options(config, options)
+        run(make_config(options, config), resume=resume, overwrite=overwrite, dry_run=dry_run)
+
+
+def _train_signature() -> inspect.Signature:
+    """`train`'s options: the run's own switches, then every field of TrainConfig, None where the user gave nothing."""
+
+    def parameter(name: str, kind: Any, default: Any, option: Any) -> inspect.Parameter:
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+
+    parameters = [
+        parameter("config", str | None, None, typer.Option(help="YAML file of the options below; options given here win.")),
+        parameter("resume", bool, False, typer.Option("--resume", help="Continue from OUT's last checkpoint.")),
+        parameter("overwrite", bool, False, typer.Option("--overwrite", help="Replace an earlier run in OUT.")),
+        parameter(
+            "dry_run",
+            bool,
+            False,
+            typer.Option(
+                "--dry-run", help="Print trainable parameters, memory estimate and matched modules; train nothing."
+            ),
+        ),
+    ]
+    kinds = typing.get_type_hints(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
+        kind = kinds[field.name]
+        required = field.default is dataclasses.MISSING
+        default = "" if required or field.default is None else f" [default: {field.default}]"
+        option = typer.Option(help=field.metadata["help"] + (" [required]" if required else default), show_default=False)
+        parameters.append(parameter(field.name, kind if type(None) in typing.get_args(kind) else kind | None, None, option))
+    return inspect.Signature(parameters)
+
+
+train.__signature__ = _train_signature()  # type: ignore[attr-defined]
+train.__annotations__ = {p.name: p.annotation for p in train.__signature__.parameters.values()}
+app.command("train", help="Fine-tune a causal language model on JSON lines; the adapter goes to OUT/adapter.")(train)
+
+
+@app.command(help="Fold an adapter into its model: a plain transformers checkpoint.")
+def merge(
+    model: Annotated[str, typer.Option(help="Folder of the base checkpoint, or a Hub id.")],
+    adapter: Annotated[str, typer.Option(help="Folder with adapter_config.json and adapter_model.safetensors.")],
+    out: Annotated[str, typer.Option(help="New folder for the checkpoint.")],
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in OUT.")] = False,
+) -> None:
+    from .merge import run
+
+    with _friendly():
+        run(model, adapter, out, dtype, overwrite)
+
+
+class _friendly:
+    """Print a UserError's message without a traceback and exit with 2, as for wrong options; Ctrl-C exits with 130."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if isinstance(error, UserError):
+            typer.echo(f"fastft: {error}", err=True)
+            raise typer.Exit(2) from None
+        if isinstance(error, KeyboardInterrupt):
+            typer.echo("fastft: stopped; --resume continues from the last checkpoint", err=True)
+            raise typer.Exit(130) from None

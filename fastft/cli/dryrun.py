@@ -1,0 +1,116 @@
+"""`fastft train --dry-run`: matched modules, trainable parameters and a memory estimate, without loading a weight."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any
+
+from .config import TrainConfig
+from .data import Tokenized
+from .loading import load
+from .train import attach, choose_device_and_dtype
+
+
+def report(config: TrainConfig, rows: Tokenized) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    modules, sizes = estimate(config, rows)
+    console = Console()
+    table = Table(
+        "modules with an adapter", "how many", "in -> out", title=f"{config.method} r={config.r}", title_justify="left"
+    )
+    for (name, shape), count in modules.items():
+        table.add_row(name, str(count), shape)
+    console.print(table)
+    trainable, base = sizes.pop("trainable"), sizes.pop("base")
+    console.print(
+        f"trainable: {trainable:,} parameters, {100 * trainable / (base + trainable):.2f} % of {base + trainable:,}"
+    )
+    table = Table("memory, estimated", "MiB", title_justify="left")
+    for name, size in sizes.items():
+        table.add_row(name, f"{size / 2**20:,.1f}")
+    table.add_row("sum", f"{sum(sizes.values()) / 2**20:,.1f}", style="bold")
+    console.print(table)
+    console.print("without the Python process itself and the allocator's reserve")
+
+
+def estimate(config: TrainConfig, rows: Tokenized) -> tuple[Counter, dict[str, int]]:
+    """Run one forward with the longest rows on fake tensors and count what autograd keeps for backward.
+
+    Returns:
+        ({(name with * for layer numbers, "K -> N"): count}, {"trainable", "base": parameters, then bytes by kind}).
+    """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import AutoModelForCausalLM
+
+    _, dtype = choose_device_and_dtype(config)
+    architecture = load("AutoConfig", config.model)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
+    _hollow(model)
+    base = list(model.parameters())
+    handle = attach(config, model)
+    trainable = list(handle.parameters())
+    longest = sorted((len(row["input_ids"]) for row in rows.rows), reverse=True)[: config.batch_size]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        tokens = torch.zeros(len(longest), longest[0], dtype=torch.int64)
+        kept = _kept_for_backward(model, tokens)
+    if config.gradient_checkpointing:
+        # Kept: every layer's input, and while backward is in one layer all of that layer.
+        layers = getattr(architecture, "num_hidden_layers", 1)
+        kept = tokens.numel() * architecture.hidden_size * dtype.itemsize * layers + kept // layers
+    adapter = sum(p.numel() * p.element_size() for p in trainable)
+    sizes = {
+        "trainable": sum(p.numel() for p in trainable),
+        "base": sum(p.numel() for p in base),
+        f"base weights ({dtype})": sum(p.numel() * p.element_size() for p in base),
+        "adapter weights": adapter,
+        "gradients": adapter,
+        "AdamW state": 2 * adapter,
+        f"activations ({tokens.shape[0]} x {tokens.shape[1]} tokens)": kept,
+    }
+    return _matched(handle), sizes
+
+
+def _hollow(model: Any) -> None:
+    """Give every meta tensor of `model` one real element seen at its full shape: attach takes it, and it costs no memory."""
+    import torch
+
+    made: dict[torch.Tensor, torch.Tensor] = {}  # tied parameters stay tied
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            for name, tensor in own.items():
+                if tensor is not None and tensor.is_meta:
+                    if tensor not in made:
+                        value = torch.zeros((), dtype=tensor.dtype, device="cpu").expand(tensor.shape)
+                        made[tensor] = torch.nn.Parameter(value) if own is module._parameters else value
+                    own[name] = made[tensor]
+
+
+def _kept_for_backward(model: Any, tokens: Any) -> int:
+    """Bytes of distinct storages that one forward with loss saves for backward, parameters excluded."""
+    import torch
+
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, Any] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage  # holding it keeps the id from being used again
+        return tensor
+
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=tokens, use_cache=False)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def _matched(handle: Any) -> Counter:
+    return Counter(
+        (re.sub(r"\.\d+\.", ".*.", name), f"{module.in_features} -> {module.out_features}")
+        for name, module in handle.targets.items()
+    )

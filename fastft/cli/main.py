@@ -1,0 +1,42 @@
+"""The `fastft` command. Importable with the core install: what a command needs beyond it is imported when it runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+EXTRAS = {"typer": "train", "rich": "train", "transformers": "train", "yaml": "train", "matplotlib": "train"}
+
+
+def main() -> None:
+    """Entry point. Without the train extra only `fastft info` and `fastft bench` run; anything else says what to install."""
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["info"] and len(arguments) == 1:
+        from ..info import main as info
+
+        sys.exit(info())
+    if arguments[:1] == ["bench"]:  # its options are its own: nothing here parses them
+        sys.exit(_bench(arguments[1:]))
+    missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(
+            f"fastft: {', '.join(missing)} not installed; run: pip install 'fastft[{EXTRAS[missing[0]]}]'"
+            "\n(fastft info works without)"
+        )
+    from .app import app
+
+    app()
+
+
+def _bench(arguments: list[str]):
+    try:
+        from ..bench.run import main as bench
+    except ModuleNotFoundError as error:
+        if error.name and error.name.startswith("fastft"):
+            raise
+        return f"fastft: {error.name} not installed; run: pip install 'fastft[bench]'"
+    return bench(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""`fastft merge`: base + adapter -> a plain transformers checkpoint."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from .errors import UserError
+from .loading import load
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def run(model: str, adapter: str, out: str, dtype: str = "auto", overwrite: bool = False) -> None:
+    """Write the merged model and the base's tokenizer into `out`, all or nothing.
+
+    The folder is written beside `out` and renamed: killed at any time, `out` is absent or complete.
+
+    Raises:
+        UserError: a missing or damaged model or adapter, or `out` in the way.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    target = Path(out).expanduser()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())) and not overwrite:
+        raise UserError(f"out {out} exists; use --overwrite to replace it, or another folder")
+    if target.exists() and overwrite and not (target / "config.json").is_file():
+        raise UserError(f"out {out} is no checkpoint, so --overwrite leaves it alone")
+    if not (Path(adapter).expanduser() / "adapter_config.json").is_file():
+        raise UserError(f"adapter {adapter}: no adapter_config.json there")
+
+    import torch
+
+    import fastft
+
+    tokenizer = load("AutoTokenizer", model)
+    base = load("AutoModelForCausalLM", model, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    try:
+        handle = fastft.load(base, Path(adapter).expanduser())
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"adapter {adapter}: {error}") from error
+    merged = handle.merge_and_unload()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+        new = Path(folder) / "new"
+        new.mkdir()
+        merged.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        for file in new.iterdir():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        _replace(new, target, Path(folder) / "old")
+    print(f"{target}: plain {type(merged).__name__} checkpoint, {merged.dtype}")
+
+
+def _replace(new: Path, target: Path, aside: Path) -> None:
+    """Rename `new` to `target`; what stood there moves to `aside` (renaming onto a filled folder is an error)."""
+    if target.exists():
+        target.rename(aside)
+    new.rename(target)
+    shutil.rmtree(aside, ignore_errors=True)

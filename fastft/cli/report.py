@@ -1,0 +1,107 @@
+"""What a run leaves behind: summary.json, loss.png, and the table at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+
+def summarize(config, trainer, speed, handle, model, train_rows, eval_rows) -> dict[str, Any]:
+    """The run as plain values for JSON. Seconds and tokens/s are of this session (after --resume: since then)."""
+    import torch
+
+    import fastft
+
+    from ..integrations.transformers import peak_memory
+
+    history = trainer.state.log_history
+    losses = [{"step": h["step"], "loss": h["loss"], "lr": h["learning_rate"]} for h in history if "loss" in h]
+    held_out = [{"step": h["step"], "loss": h["eval_loss"]} for h in history if "eval_loss" in h]
+    device = trainer.args.device
+    trainable = sum(p.numel() for p in handle.parameters())
+    return {
+        "held_out_loss": {"before": held_out[0]["loss"], "after": held_out[-1]["loss"]} if held_out else None,
+        "train_loss": {"first": losses[0]["loss"], "last": losses[-1]["loss"]} if losses else None,
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "seconds": speed.seconds,
+        "tokens_per_second": speed.tokens_per_second,
+        "peak_memory_bytes": peak_memory(device),
+        "peak_memory_is": "CUDA allocator" if device.type == "cuda" else "resident set of the process",
+        "trainable_parameters": trainable,
+        "base_parameters": sum(p.numel() for p in model.parameters()) - trainable,
+        "rows": {"train": len(train_rows.rows), "held_out": len(eval_rows.rows)},
+        "tokens": {"train": train_rows.tokens, "held_out": eval_rows.tokens},
+        "data": train_rows.notes,
+        "backends": [{"op": op, "backend": name, "calls": n} for (op, name), n in sorted(trainer.backends.items())],
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "versions": {
+            "python": platform.python_version(),
+            "fastft": fastft.__version__,
+            **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate")},
+        },
+        "config": dataclasses.asdict(config),
+        "train_curve": losses,
+        "held_out_curve": held_out,
+    }
+
+
+def write_summary(summary: dict[str, Any], path: Path) -> None:
+    temporary = path.with_suffix(".json.tmp")
+    temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def plot(summary: dict[str, Any], path: Path) -> None:
+    """The training curve (thin; its running mean thick where there are enough points) and the held-out losses as points."""
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+
+    figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    steps, losses = [p["step"] for p in summary["train_curve"]], [p["loss"] for p in summary["train_curve"]]
+    window = len(losses) // 10
+    axes.plot(steps, losses, color="tab:blue", linewidth=1, alpha=0.35 if window > 1 else 1, label="training")
+    if window > 1:
+        mean = [sum(losses[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(losses))]
+        axes.plot(steps, mean, color="tab:blue", linewidth=2, label=f"training, mean of {window} values")
+    points = summary["held_out_curve"]
+    if points:
+        axes.plot(
+            [p["step"] for p in points], [p["loss"] for p in points], "o", color="tab:orange", label="held out", zorder=3
+        )
+        for p in points[:: max(1, len(points) - 1)]:
+            axes.annotate(f"{p['loss']:.3f}", (p["step"], p["loss"]), textcoords="offset points", xytext=(0, 8), ha="center")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats a token)")
+    axes.set_title(f"{Path(summary['config']['model']).name}, {summary['config']['method']} r={summary['config']['r']}")
+    axes.margins(x=0.05, y=0.12)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
+
+
+def print_summary(summary: dict[str, Any], out: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, title="run summary", title_justify="left")
+    held_out = summary["held_out_loss"]
+    if held_out:
+        table.add_row("held-out loss", f"{held_out['before']:.4f} -> {held_out['after']:.4f}")
+    if summary["train_loss"]:
+        table.add_row("training loss", f"{summary['train_loss']['first']:.4f} -> {summary['train_loss']['last']:.4f}")
+    table.add_row("steps", f"{summary['steps']} in {summary['seconds']:.1f} s, {summary['tokens_per_second']:,.0f} tokens/s")
+    table.add_row("peak memory", f"{summary['peak_memory_bytes'] / 2**20:,.0f} MiB ({summary['peak_memory_is']})")
+    table.add_row(
+        "trainable", f"{summary['trainable_parameters']:,} beside {summary['base_parameters']:,} frozen parameters"
+    )
+    ran = "\n".join(f"{b['op']}: {b['backend']} ({b['calls']} calls)" for b in summary["backends"])
+    table.add_row("ops ran on", ran or "none recorded")
+    table.add_row("adapter", str(out / "adapter"))
+    table.add_row("more", f"{out / 'summary.json'}, {out / 'loss.png'}")
+    Console().print(table)

@@ -1,0 +1,221 @@
+"""`fastft train`: from a TrainConfig to OUT/{adapter, checkpoint-N, config.yaml, summary.json, loss.png}."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .config import TrainConfig, make_config
+from .data import Record, Tokenized, read_jsonl, split, tokenize
+from .errors import UserError
+from .loading import load
+
+WRITTEN = ("adapter", "config.yaml", "summary.json", "loss.png")  # besides checkpoint-N
+# Options that may differ between a run and its continuation.
+RESUMABLE = {"epochs", "max_steps", "log_steps", "eval_steps", "save_steps", "keep_checkpoints", "device"}
+
+
+def run(
+    config: TrainConfig, *, resume: bool = False, overwrite: bool = False, dry_run: bool = False
+) -> dict[str, Any] | None:
+    """Train and report. Returns the summary (None for a dry run).
+
+    Raises:
+        UserError: anything the user can put right; nothing was trained then.
+    """
+    # Quick checks before slow imports and downloads.
+    out = Path(config.out).expanduser()
+    if not dry_run:
+        _check_out(out, resume, overwrite)
+    records, held_out = _records(config)
+    tokenizer = load("AutoTokenizer", config.model)
+    train_rows = tokenize(records, tokenizer, config.max_length, config.packing)
+    eval_rows = tokenize(held_out, tokenizer, config.max_length) if held_out else Tokenized([], [])
+    for note in train_rows.notes:
+        print(f"data: {note}")
+    print(
+        f"data: {len(train_rows.rows)} rows with {train_rows.tokens:,} tokens; held out: {len(eval_rows.rows)} rows "
+        f"with {eval_rows.tokens:,} tokens"
+    )
+    if dry_run:
+        from .dryrun import report
+
+        report(config, train_rows)
+        return None
+    return _train(config, out, resume, tokenizer, train_rows, eval_rows)
+
+
+def resume_options(config: str | None, options: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """What `--resume` continues: OUT/config.yaml where no --config is given, so that `--resume --out OUT` is enough.
+
+    Raises:
+        UserError: nothing to continue, or an option that decides the numbers differs from the run's.
+    """
+    from ..integrations.transformers import last_checkpoint
+
+    out = options.get("out") or (make_config(options, config).out if config else None)
+    if out is None:
+        raise UserError("--resume needs --out, or --config with the key out")
+    saved = Path(out).expanduser() / "config.yaml"
+    if not saved.is_file() or last_checkpoint(saved.parent) is None:
+        raise UserError(f"--resume: {out} has no complete checkpoint; start without --resume (or with --overwrite)")
+    if config is None:
+        config = str(saved)
+    old = dataclasses.asdict(make_config({}, str(saved)))
+    new = dataclasses.asdict(make_config(options, config))
+    changed = [f"{k} was {old[k]!r}, is {new[k]!r}" for k in old if old[k] != new[k] and k not in RESUMABLE | {"out"}]
+    if changed:
+        raise UserError(f"--resume: the run in {out} had other options: {'; '.join(changed)}")
+    return config, options
+
+
+def _check_out(out: Path, resume: bool, overwrite: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out {out} is a file")
+    if resume or not out.is_dir() or not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(
+            f"out {out} is not empty; use --resume to continue its run, --overwrite to replace it, or another folder"
+        )
+    for path in [*(out / name for name in WRITTEN), *out.glob("checkpoint-*")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _records(config: TrainConfig) -> tuple[list[Record], list[Record]]:
+    records = read_jsonl(config.data)
+    if config.eval_data is not None:
+        return records, read_jsonl(config.eval_data)
+    return split(records, config.eval_fraction, config.seed)
+
+
+def choose_device_and_dtype(config: TrainConfig) -> tuple[Any, Any]:
+    """(torch.device, torch.dtype of the base) that `config` asks for.
+
+    Raises:
+        UserError: a GPU is asked for and there is none.
+    """
+    import torch
+
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda: torch sees no GPU here; use --device cpu (fastft info tells more)")
+    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if config.dtype == "auto":
+        return device, torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return device, getattr(torch, config.dtype)
+
+
+def attach(config: TrainConfig, model: Any) -> Any:
+    """Attach the adapter that `config` describes; its start depends on config.seed alone.
+
+    Raises:
+        UserError: no module matches, or an option the method refuses.
+    """
+    import torch
+
+    import fastft
+
+    torch.manual_seed(config.seed)
+    try:
+        return fastft.attach(
+            model,
+            fastft.LoRA(
+                r=config.r,
+                lora_alpha=config.alpha,
+                lora_dropout=config.dropout,
+                use_rslora=config.rslora,
+                target_modules=config.targets(),
+            ),
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from error
+
+
+def _arguments(config: TrainConfig, out: Path, device: Any, rows: int, evaluate: bool, start: bool) -> Any:
+    """transformers' TrainingArguments for `config`. `start`: the run begins here, so its held-out loss before is taken."""
+    from transformers import TrainingArguments
+
+    per_epoch = math.ceil(math.ceil(rows / config.batch_size) / config.gradient_accumulation)
+    steps = config.max_steps or max(1, round(per_epoch * config.epochs))
+    arguments = TrainingArguments(
+        output_dir=str(out),
+        use_cpu=device.type == "cpu",
+        seed=config.seed,
+        report_to="none",
+        disable_tqdm=True,
+        max_steps=config.max_steps or -1,
+        num_train_epochs=config.epochs,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        learning_rate=config.lr,
+        lr_scheduler_type=config.schedule if config.schedule != "constant" else "constant_with_warmup",
+        warmup_steps=config.warmup,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim="adamw_torch_fused",
+        remove_unused_columns=False,
+        include_num_input_tokens_seen="non_padding",
+        # The default filter replaces a NaN loss by the previous value: a run that diverged must be seen.
+        logging_steps=config.log_steps or max(1, steps // 200),
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if evaluate and config.eval_steps else "no",
+        eval_steps=config.eval_steps,
+        eval_on_start=evaluate and start,
+        save_strategy="steps" if config.save_steps else "epoch",
+        save_steps=config.save_steps or 500,
+        save_total_limit=config.keep_checkpoints,
+        dataloader_pin_memory=device.type == "cuda",
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # else Trainer wraps the model in DataParallel, which replicates parameters at every forward
+    return arguments
+
+
+def _recompute(model: Any) -> None:
+    """Gradient checkpointing without reentrant backward; transformers 5.23 warns about the old name."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def _train(
+    config: TrainConfig, out: Path, resume: bool, tokenizer: Any, train_rows: Tokenized, eval_rows: Tokenized
+) -> dict[str, Any]:
+    import transformers
+
+    from ..integrations.transformers import last_checkpoint, make_trainer, progress
+    from .report import plot, print_summary, summarize, write_summary
+
+    device, dtype = choose_device_and_dtype(config)
+    transformers.logging.set_verbosity_error()
+    model = load("AutoModelForCausalLM", config.model, dtype=dtype).to(device)
+    if config.gradient_checkpointing:
+        _recompute(model)
+    handle = attach(config, model)
+    checkpoint = last_checkpoint(out) if resume else None
+    os.makedirs(out, exist_ok=True)
+    config.save(out / "config.yaml")
+
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    arguments = _arguments(config, out, device, len(train_rows.rows), bool(eval_rows.rows), start=checkpoint is None)
+    trainer = make_trainer(model, handle, arguments, train_rows.rows, eval_rows.rows, pad_token_id=pad or 0)
+    speed = progress(trainer)
+    trainable = sum(p.numel() for p in handle.parameters())
+    print(f"training {trainable:,} parameters on {device} ({dtype}); output in {out}")
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except FloatingPointError as error:
+        raise UserError(str(error)) from error
+    if eval_rows.rows:
+        trainer.evaluate()
+    handle.save(out / "adapter")
+    summary = summarize(config, trainer, speed, handle, model, train_rows, eval_rows)
+    write_summary(summary, out / "summary.json")
+    plot(summary, out / "loss.png")
+    print_summary(summary, out)
+    return summary

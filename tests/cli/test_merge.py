@@ -1,0 +1,74 @@
+"""`fastft merge`: a plain checkpoint with the attached model's logits, or an explanation and nothing written."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import fastft
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model, tmp_path_factory):
+    """(adapter folder, logits of the model it is attached to)."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    handle = fastft.attach(model, fastft.LoRA(r=4, lora_alpha=8, target_modules="all-linear"))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.normal_(std=0.2)
+        logits = model(input_ids=torch.arange(20)[None]).logits
+    folder = tmp_path_factory.mktemp("adapter") / "adapter"
+    handle.save(folder)
+    return folder, logits
+
+
+def test_merged_checkpoint_gives_the_same_logits(tiny_model, trained, tmp_path, fastft_command):
+    adapter, expected = trained
+    result = fastft_command("merge", "--model", tiny_model, "--adapter", adapter, "--out", tmp_path / "merged")
+    assert result.exit_code == 0, result.output
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert type(merged.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)(input_ids=torch.arange(20)[None]).logits
+    logits = merged(input_ids=torch.arange(20)[None]).logits
+    assert (base - expected).abs().max() > 0.01
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "merged")("def f").input_ids
+        == AutoTokenizer.from_pretrained(tiny_model)("def f").input_ids
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["merged"]
+
+
+def test_dtype_and_overwrite(tiny_model, trained, tmp_path, fastft_command):
+    adapter, _ = trained
+    command = ["merge", "--model", tiny_model, "--adapter", adapter, "--out", tmp_path / "merged", "--dtype", "bfloat16"]
+    assert fastft_command(*command).exit_code == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").dtype == torch.bfloat16
+    again = fastft_command(*command)
+    assert again.exit_code == 2 and "exists; use --overwrite" in again.stderr
+    (tmp_path / "merged" / "stale.txt").write_text("old")
+    assert fastft_command(*command, "--overwrite").exit_code == 0
+    assert not (tmp_path / "merged" / "stale.txt").exists() and [p.name for p in tmp_path.iterdir()] == ["merged"]
+
+
+def test_wrong_input_is_explained_and_writes_nothing(tiny_model, trained, tmp_path, fastft_command):
+    adapter, _ = trained
+    out = tmp_path / "merged"
+    (tmp_path / "damaged").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "damaged" / name).write_bytes((adapter / name).read_bytes()[:-100])
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").write_text("keep")
+    for change, message in [
+        ({"--model": "./nowhere"}, "no such folder"),
+        ({"--adapter": str(tmp_path)}, "no adapter_config.json there"),
+        ({"--adapter": str(tmp_path / "damaged")}, "adapter_config.json"),
+        ({"--dtype": "int8"}, "dtype must be one of"),
+        ({"--out": str(tmp_path / "other")}, "use --overwrite"),
+    ]:
+        options = {"--model": tiny_model, "--adapter": str(adapter), "--out": str(out), **change}
+        result = fastft_command("merge", *(word for pair in options.items() for word in pair))
+        assert result.exit_code == 2 and message in result.stderr, (change, result.output)
+        assert not out.exists()
+    result = fastft_command("merge", "--model", tiny_model, "--adapter", adapter, "--out", tmp_path / "other", "--overwrite")
+    assert result.exit_code == 2 and (tmp_path / "other" / "mine.txt").read_text() == "keep"

@@ -1,0 +1,237 @@
+"""`fastft train` as a user runs it, on a tiny random Llama."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+SMALL = ["--r", "2", "--batch-size", "4", "--lr", "0.05", "--max-length", "32", "--device", "cpu", "--dropout", "0.1"]
+
+
+def adapter(out):
+    return load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_model, text_data, tmp_path_factory):
+    """One finished run of 30 steps: (its folder, the options that made it)."""
+    from typer.testing import CliRunner
+
+    from fastft.cli.app import app
+
+    out = tmp_path_factory.mktemp("run") / "out"
+    options = ["--model", tiny_model, "--data", text_data, *SMALL, "--max-steps", "30", "--save-steps", "5"]
+    result = CliRunner().invoke(app, ["train", *options, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    return out, options, result
+
+
+def test_a_run_leaves_what_it_promises(straight):
+    out, _, result = straight
+    assert {p.name for p in out.iterdir()} == {
+        "adapter",
+        "checkpoint-25",
+        "checkpoint-30",
+        "config.yaml",
+        "summary.json",
+        "loss.png",
+    }
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["held_out_loss"]["after"] < summary["held_out_loss"]["before"] - 0.1
+    assert summary["steps"] == 30 and summary["rows"] == {"train": 38, "held_out": 2}
+    assert [p["step"] for p in summary["train_curve"]] == list(range(1, 31))
+    assert [p["step"] for p in summary["held_out_curve"]] == [0, 30]
+    assert summary["trainable_parameters"] == sum(t.numel() for t in adapter(out).values())
+    assert summary["tokens_per_second"] > 0 and summary["peak_memory_bytes"] > 2**20
+    assert {b["op"] for b in summary["backends"]} >= {"lora_shrink", "lora_grad_sb"}
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "held-out loss" in result.stdout and str(out / "adapter").split("/")[-1] in result.stdout
+
+
+def test_its_config_runs_it_again(straight, tmp_path, fastft_command):
+    out, _, _ = straight
+    assert fastft_command("train", "--config", out / "config.yaml", "--out", tmp_path / "again").exit_code == 0
+    assert same(adapter(out), adapter(tmp_path / "again"))
+
+
+def test_killed_and_resumed_is_bit_for_bit(straight, tmp_path, fastft_command):
+    expected, options, _ = straight
+    out = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastft.cli.main", "train", *options, "--out", str(out)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while process.poll() is None and not (out / "checkpoint-5" / "trainer_state.json").exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (out / "summary.json").exists()
+    result = fastft_command("train", "--resume", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert same(adapter(expected), adapter(out))
+    curves = [json.loads((folder / "summary.json").read_text()) for folder in (expected, out)]
+    assert curves[0]["train_curve"] == curves[1]["train_curve"] and curves[0]["held_out_loss"] == curves[1]["held_out_loss"]
+
+
+def test_resume_refuses_other_options(straight, fastft_command):
+    out, options, _ = straight
+    result = fastft_command("train", *options, "--out", out, "--resume", "--lr", "0.5")
+    assert result.exit_code == 2 and "lr was 0.05, is 0.5" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "lines, note",
+    [
+        (
+            [{"prompt": f"{i} and", "completion": f" {i}"} for i in range(8)],
+            "8 prompt/completion examples, loss on the completion",
+        ),
+        (
+            [
+                {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i}"}]}
+                for i in range(8)
+            ],
+            "8 messages examples, loss on assistant turns",
+        ),
+    ],
+)
+def test_other_formats_train(tiny_model, tmp_path, write_jsonl, fastft_command, lines, note):
+    result = fastft_command(
+        "train",
+        "--model",
+        tiny_model,
+        "--data",
+        write_jsonl(*lines),
+        "--out",
+        tmp_path / "out",
+        *SMALL,
+        "--eval-fraction",
+        "0",
+        "--max-steps",
+        "4",
+        "--target-modules",
+        "q_proj,up_proj",
+        "--gradient-accumulation",
+        "2",
+        "--packing",
+    )
+    assert result.exit_code == 0, result.output
+    assert note in result.stdout
+    assert {key.split(".")[-3] for key in adapter(tmp_path / "out")} == {"q_proj", "up_proj"}
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["held_out_loss"] is None
+
+
+def test_separate_held_out_file_and_bfloat16(tiny_model, text_data, tmp_path, write_jsonl, fastft_command):
+    held_out = write_jsonl({"text": "the file is read"}, {"text": "a list of lines"})
+    result = fastft_command(
+        "train",
+        "--model",
+        tiny_model,
+        "--data",
+        text_data,
+        "--eval-data",
+        held_out,
+        "--eval-steps",
+        "2",
+        "--out",
+        tmp_path / "out",
+        *SMALL,
+        "--max-steps",
+        "4",
+        "--dtype",
+        "bfloat16",
+        "--gradient-checkpointing",
+    )
+    assert result.exit_code == 0, result.output
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["rows"] == {"train": 40, "held_out": 2}
+    assert {t.dtype for t in adapter(tmp_path / "out").values()} == {torch.float32}
+    assert sorted({p["step"] for p in summary["held_out_curve"]}) == [0, 2, 4]
+
+
+def test_dry_run(tiny_model, text_data, tmp_path, fastft_command):
+    result = fastft_command(
+        "train", "--model", tiny_model, "--data", text_data, "--out", tmp_path / "out", *SMALL, "--dry-run"
+    )
+    assert result.exit_code == 0, result.output
+    assert not (tmp_path / "out").exists()
+    # per layer r * (in + out): q, o 32-32; k, v 32-16; gate, up 32-48; down 48-32
+    expected = 2 * 2 * (2 * 64 + 2 * 48 + 3 * 80)
+    assert f"trainable: {expected:,} parameters" in result.stdout
+    for word in ("model.layers.*.self_attn.q_proj", "32 -> 16", "AdamW state", "activations"):
+        assert word in result.stdout
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"--model": "./nowhere"}, "model ./nowhere: no such folder"),
+        ({"--data": "nowhere.jsonl"}, "data nowhere.jsonl: No such file"),
+        ({"--target-modules": "q_prok"}, "q_proj"),
+        ({"--eval-fraction": "1.5"}, "eval_fraction must be in"),
+        ({"--schedule": "cosin"}, "cosin"),
+        ({"--max-length": "1"}, "max_length must be at least 2"),
+        ({"--data": None}, "missing --data"),
+    ],
+)
+def test_wrong_input_is_explained(tiny_model, text_data, tmp_path, fastft_command, change, message):
+    options = {"--model": tiny_model, "--data": text_data, "--out": str(tmp_path / "out"), "--device": "cpu", **change}
+    result = fastft_command("train", *(word for key, value in options.items() if value is not None for word in (key, value)))
+    assert result.exit_code == 2 and message in result.stderr, result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_no_checkpoint(text_data, tmp_path, fastft_command):
+    (tmp_path / "empty").mkdir()
+    result = fastft_command("train", "--model", tmp_path / "empty", "--data", text_data, "--out", tmp_path / "out")
+    assert result.exit_code == 2 and "no config.json" in result.stderr
+
+
+def test_an_output_folder_in_use(tiny_model, text_data, tmp_path, fastft_command):
+    out = tmp_path / "out"
+    (out / "checkpoint-9").mkdir(parents=True)
+    (out / "mine.txt").write_text("keep")
+    options = ["--model", tiny_model, "--data", text_data, "--out", out, *SMALL, "--max-steps", "1"]
+    result = fastft_command("train", *options)
+    assert result.exit_code == 2 and "is not empty; use --resume" in result.stderr
+    result = fastft_command("train", *options, "--resume")
+    assert result.exit_code == 2 and "no complete checkpoint" in result.stderr
+    assert fastft_command("train", *options, "--overwrite").exit_code == 0
+    assert (out / "mine.txt").read_text() == "keep" and not (out / "checkpoint-9").exists()
+
+
+def test_unknown_key_in_a_config_file(tiny_model, tmp_path, fastft_command):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"model": tiny_model, "learning_rate": 1}))
+    result = fastft_command("train", "--config", tmp_path / "run.yaml")
+    assert result.exit_code == 2 and "unknown option 'learning_rate'" in result.stderr
+
+
+def run_python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
+
+
+def test_the_command_is_light_to_import():
+    heavy = "{'torch', 'typer', 'transformers', 'rich', 'yaml'}"
+    result = run_python(f"import sys, fastft.cli.main; print(sorted({heavy} & set(sys.modules)))")
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_without_the_extra_it_says_what_to_install():
+    code = (
+        "import importlib.util, sys; found = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *a: None if name in ('typer', 'transformers') else found(name, *a)\n"
+        "sys.argv = ['fastft', 'train']\nimport fastft.cli.main\nfastft.cli.main.main()"
+    )
+    result = run_python(code)
+    assert result.returncode == 1 and "typer, transformers not installed; run: pip install 'fastft[train]'" in result.stderr
