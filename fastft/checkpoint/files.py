@@ -85,7 +85,7 @@ def _read_weights(folder: Path, expected: Shapes) -> dict[str, torch.Tensor]:
         raise FileNotFoundError(f"{folder}: no {WEIGHTS}{hint}")
     try:
         with safe_open(path, framework="pt") as file:
-            keys = [key for key in file.keys() if not _DUPLICATE.search(key)]
+            keys = [key for key in file.keys() if not _DUPLICATE.search(key)]  # noqa: SIM118 (not a dict)
             slices = {key: file.get_slice(key) for key in keys}
             _check(path, {k: (tuple(s.get_shape()), s.get_dtype()) for k, s in slices.items()}, expected)
             tensors = {key: file.get_tensor(key) for key in keys}

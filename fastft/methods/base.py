@@ -46,6 +46,10 @@ class Method(TargetOptions):
         """Their values at the start of training, by part; any dtype and device."""
         raise NotImplementedError
 
+    def scale(self, name: str) -> float:
+        """The factor of the module's delta."""
+        return 1.0
+
     def dtype(self, weight: torch.Tensor) -> torch.dtype:
         """The dtype in which the tensors of a module with this weight are held."""
         raise NotImplementedError
@@ -53,6 +57,10 @@ class Method(TargetOptions):
     def install(self, name: str, module: nn.Module, adapter: Adapter, tensors: dict[str, torch.Tensor]) -> None:
         """Give the (already adapted) module its tensors. Must not fail."""
         raise NotImplementedError
+
+    def target_key(self, name: str, part: str) -> str:
+        """The key of one of a module's tensors in adapter_model.safetensors."""
+        return f"base_model.model.{name}.{self.file_names[part]}"
 
     def after_update(self, handle: Handle) -> None:
         """The method's schedule, called once per optimizer update. The default has none."""
@@ -123,33 +131,23 @@ def load(model: nn.Module, directory, adapter_name: str = "default") -> Handle:
         shapes = {}
         for name, module in matched.targets.items():
             for part, shape in method.shapes(name, module).items():
-                shapes[target_key(method, name, part)] = tuple(shape)
+                shapes[method.target_key(name, part)] = tuple(shape)
         for name, (module, owned) in matched.copies.items():
             for own in owned:
-                shapes[copy_key(matched, name, own)] = tuple(getattr(module, own).shape)
+                shapes[matched.copy_key(name, own)] = tuple(getattr(module, own).shape)
         return shapes
 
     values = read_adapter(directory, expected)
     method, matched = found["method"], found["matched"]
     tensors = {
-        name: {part: values[target_key(method, name, part)] for part in method.shapes(name, module)}
+        name: {part: values[method.target_key(name, part)] for part in method.shapes(name, module)}
         for name, module in matched.targets.items()
     }
     copies = {
-        name: {own: values[copy_key(matched, name, own)].to(getattr(module, own), copy=True) for own in owned}
+        name: {own: values[matched.copy_key(name, own)].to(getattr(module, own), copy=True) for own in owned}
         for name, (module, owned) in matched.copies.items()
     }
     return _install(model, method, adapter_name, matched, tensors, copies)
-
-
-def target_key(method: Method, name: str, part: str) -> str:
-    return f"base_model.model.{name}.{method.file_names[part]}"
-
-
-def copy_key(matched: Matched, name: str, own: str) -> str:
-    """PEFT wraps an adapted layer, so its own bias lies one level deeper."""
-    wrapped = "base_layer." if name in matched.targets else ""
-    return f"base_model.model.{name}.{wrapped}{own}"
 
 
 def _plain_model(model):

@@ -7,6 +7,7 @@
 * Any torch optimizer over `parameters()` works.
 """
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,12 +15,26 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..checkpoint.files import write_adapter
+from ..checkpoint.files import AdapterFileError, read_adapter, write_adapter
 from ..modules.adapted_linear import Adapted, Adapter
 from .targets import Matched, tied_names
 
 _KEY = "_fastft_attachments"
+_handles: "weakref.WeakSet[Handle]" = weakref.WeakSet()
+
+
+def _note_update(optimizer, args, kwargs) -> None:
+    """An update is a step of the optimizer that holds the adapter's first parameter."""
+    # Parameters' version counters don't tell: fused optimizers leave them as they are.
+    for handle in list(_handles):
+        first = next(handle.parameters(), None) if handle.attached else None
+        if first is not None and any(p is first for group in optimizer.param_groups for p in group["params"]):
+            handle._updated = True
+
+
+register_optimizer_step_post_hook(_note_update)
 
 
 @dataclass
@@ -50,7 +65,12 @@ class Handle:
         }
         self._matched = matched
         self._adapter = adapter
-        self._seen_update = -1
+        self._updated = False  # by an optimizer, since the last step()
+        _handles.add(self)
+
+    def __setstate__(self, state):  # a deep copy
+        self.__dict__.update(state)
+        _handles.add(self)
 
     def __repr__(self):
         state = "active" if self._adapter.active else "inactive"
@@ -59,6 +79,10 @@ class Handle:
     @property
     def name(self) -> str:
         return self._adapter.name
+
+    @property
+    def attached(self) -> bool:
+        return handles(self.model).get(self.name) is self
 
     @property
     def merged(self) -> bool:
@@ -83,12 +107,11 @@ class Handle:
         return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, **options)
 
     def step(self) -> None:
-        """Run the method's schedule (LoRA has none). Call it after `optimizer.step()`; a second call without an update in between
-        does nothing.
+        """Run the method's schedule (LoRA has none) after an optimizer's step. Without an update since the last call it does
+        nothing.
         """
-        update = sum(parameter._version for parameter in self.parameters())  # in-place updates count versions up
-        if update != self._seen_update:
-            self._seen_update = update
+        if self._updated:
+            self._updated = False
             self.method.after_update(self)
 
     def callback(self):
@@ -121,8 +144,9 @@ class Handle:
 
     def merge(self) -> None:
         """Add the delta (computed in float32, rounded once) to the weights. Copies trained in full stay beside them."""
-        self._refuse_tied("merge")
-        for module in self._attached_targets():
+        targets = self._attached_targets()
+        self._refuse_tied("merge", [f"{path}.weight" for path in self.targets])
+        for module in targets:
             module.set_merged(self._adapter, True)
 
     def unmerge(self) -> None:
@@ -132,8 +156,9 @@ class Handle:
 
     def merge_and_unload(self) -> nn.Module:
         """Fold the adapter into the base for good, and detach it. Returns the model, plain again if it was the last."""
-        self._refuse_tied("merge_and_unload")
-        for module in self._attached().values():
+        modules = self._attached()
+        self._refuse_tied("merge_and_unload", self._matched.edited())
+        for module in modules.values():
             module.fold(self._adapter)
         self.detach()
         return self.model
@@ -157,13 +182,7 @@ class Handle:
         Atomic: whenever the process is killed, `fastft.load` finds the old adapter or the new one. Other files in the
         folder are left alone.
         """
-        from .base import copy_key, target_key
-
-        tensors = {}
-        for path, module in self._attached().items():
-            for holder, own, tensor in module.adapter_tensors(self._adapter):
-                key = copy_key(self._matched, path, own) if own else target_key(self.method, path, holder)
-                tensors[key] = tensor.detach()
+        tensors = self._file_tensors()
         hollow = [key for key, tensor in tensors.items() if not tensor.numel()]
         if hollow:
             raise ValueError(f"these tensors are empty (partitioned by DeepSpeed?), gather them first: {hollow[:5]}")
@@ -174,6 +193,39 @@ class Handle:
             "parent_library": type(self.model).__module__,
         }
         write_adapter(directory, config, tensors)
+
+    def restore(self, directory) -> None:
+        """Read a saved state of this adapter into its parameters, which keep their identity (to resume training).
+
+        Raises:
+            as `fastft.load`; AdapterFileError also if the folder holds an adapter with another scale.
+        """
+        own = self._file_tensors()
+
+        def expected(config):
+            saved = type(self.method).from_config(config)
+            for name in self.targets:
+                if saved.scale(name) != self.method.scale(name):
+                    raise AdapterFileError(
+                        f"{directory}: the scale of {name!r} is {saved.scale(name)}, that of adapter {self.name!r} "
+                        f"{self.method.scale(name)}; fastft.load attaches it as it is"
+                    )
+            return {key: tuple(tensor.shape) for key, tensor in own.items()}
+
+        values = read_adapter(directory, expected)
+        with torch.no_grad():
+            for key, tensor in own.items():
+                tensor.copy_(values[key])
+        for module in self.targets.values():
+            module.refresh()
+
+    def _file_tensors(self) -> dict[str, torch.Tensor]:
+        tensors = {}
+        for path, module in self._attached().items():
+            for holder, own, tensor in module.adapter_tensors(self._adapter):
+                key = self._matched.copy_key(path, own) if own else self.method.target_key(path, holder)
+                tensors[key] = tensor.detach()
+        return tensors
 
     # ---- used by attach
 
@@ -203,7 +255,7 @@ class Handle:
     # ---- internals
 
     def _attached(self) -> dict[str, Any]:
-        if handles(self.model).get(self.name) is not self:
+        if not self.attached:
             raise RuntimeError(f"adapter {self.name!r} is detached; its handle can't be used any more")
         return self.modules
 
@@ -211,13 +263,11 @@ class Handle:
         self._attached()
         return self.targets.values()
 
-    def _refuse_tied(self, what) -> None:
-        # A key of the store is a module's own parameter: writing it would change the other owner's output.
+    def _refuse_tied(self, what: str, names) -> None:
         tied = tied_names(self.model)
-        for path, module in self._attached().items():
-            for own in {"weight"} if path in self.targets else set(self._matched.copies[path][1]):
-                if f"{path}.{own}" in tied:
-                    raise ValueError(
-                        f"can't {what}: {path}.{own} is shared with {', '.join(tied[f'{path}.{own}'])}; "
-                        "give the module a parameter of its own first (and set tie_word_embeddings=False)"
-                    )
+        for name in names:
+            if name in tied:
+                raise ValueError(
+                    f"can't {what}: {name} is shared with {', '.join(tied[name])}, which would change too; "
+                    "give the module a parameter of its own first (and set tie_word_embeddings=False)"
+                )

@@ -4,7 +4,7 @@ import math
 import re
 import warnings
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -38,8 +38,8 @@ class LoRA(Method):
             halves the adapter's memory and traffic.
     """
 
-    peft_type = "LORA"
-    file_names = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+    peft_type: ClassVar[str] = "LORA"
+    file_names: ClassVar[dict[str, str]] = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
 
     r: int = 8
     lora_alpha: float = 8
@@ -142,7 +142,7 @@ class LoRA(Method):
 
     def _written_targets(self, matched):
         targets = self.target_modules
-        if targets is None or isinstance(targets, str) and targets.lower() == "all-linear":
+        if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
             return sorted(matched)
         return _as_list(targets)
 

@@ -51,7 +51,7 @@ class TargetOptions:
             raise ValueError(f'bias is {self.bias!r}; it must be "none", "all" or "lora_only"')
         for name in ("modules_to_save", "target_modules", "exclude_modules"):
             value = getattr(self, name)
-            if isinstance(value, str) and name != "modules_to_save" or value is None:
+            if (isinstance(value, str) and name != "modules_to_save") or value is None:
                 continue
             if isinstance(value, str) or not all(isinstance(entry, str) for entry in value):
                 raise TypeError(f"{name} is {value!r}; it must be a list of module names")
@@ -67,6 +67,16 @@ class Matched:
 
     targets: dict[str, nn.Module]
     copies: dict[str, tuple[nn.Module, list[str]]]
+
+    def edited(self) -> list[str]:
+        """The base tensors that the adapter stands for, by full name."""
+        return [f"{name}.weight" for name in self.targets] + [
+            f"{name}.{own}" for name, (_, owned) in self.copies.items() for own in owned
+        ]
+
+    def copy_key(self, name: str, own: str) -> str:
+        """The key of a copied tensor in adapter_model.safetensors. PEFT wraps adapted layers, hence base_layer."""
+        return f"base_model.model.{name}.{'base_layer.' if name in self.targets else ''}{own}"
 
 
 def match(model: nn.Module, options: TargetOptions, *, lenient: bool = False) -> Matched:
@@ -244,10 +254,8 @@ def _check_target(name, module):
 
 
 def _check_tied(model, matched: Matched):
-    edited = [f"{name}.weight" for name in matched.targets]
-    edited += [f"{name}.{own}" for name, (_, owned) in matched.copies.items() for own in owned]
     tied = tied_names(model)
-    for name in edited:
+    for name in matched.edited():
         if name in tied:
             raise ValueError(
                 f"{name} is shared with {', '.join(tied[name])}, and would change or come apart with it; "
@@ -270,7 +278,7 @@ def _copied_tensors(modules, names, saved, bias) -> dict[str, tuple[nn.Module, l
         if any(name == s or name.startswith(s + ".") for s in saved):
             buffers = [b for b in module._buffers if b not in module._non_persistent_buffers_set]
             own = [n for n in (*module._parameters, *buffers) if getattr(module, n) is not None]
-        elif (bias == "all" or bias == "lora_only" and name in names) and module._parameters.get("bias") is not None:
+        elif (bias == "all" or (bias == "lora_only" and name in names)) and module._parameters.get("bias") is not None:
             own = ["bias"]
         else:
             continue

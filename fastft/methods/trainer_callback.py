@@ -14,12 +14,6 @@ def trainer_callback(handle):
             sharded = getattr(args, "deepspeed", None) or getattr(args, "fsdp", None)  # these replace parameters
             if optimizer is not None and not sharded:
                 _check_optimizer(handle, optimizer)
-            # Reentrant checkpoints have no gradient unless an input of the checkpointed layer asks for one.
-            options = getattr(args, "activation_checkpointing_kwargs", None) or args.gradient_checkpointing_kwargs or {}
-            reentrant = args.gradient_checkpointing and options.get("use_reentrant")
-            self._enabled = bool(reentrant) and not hasattr(handle.model, "_require_grads_hook")
-            if self._enabled:
-                handle.model.enable_input_require_grads()
 
         def on_optimizer_step(self, args, state, control, **kwargs):
             handle.step()
@@ -28,10 +22,6 @@ def trainer_callback(handle):
             # A subfolder: with adapter_config.json in it, transformers would take the checkpoint itself for an adapter.
             if state.is_world_process_zero:
                 handle.save(os.path.join(args.output_dir, f"checkpoint-{state.global_step}", "adapter"))
-
-        def on_train_end(self, args, state, control, **kwargs):
-            if self._enabled:
-                handle.model.disable_input_require_grads()
 
     return FastftCallback()
 

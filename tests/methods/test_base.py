@@ -1,0 +1,468 @@
+"""The contract of an attached model, and what attach refuses."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import fastft
+from fastft.methods import handles
+from fastft.modules.adapted_linear import Adapted
+
+from .models import assert_same, gpt2, llama, randomize, snapshot, tokens, transformers
+
+X = tokens()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(X).logits
+
+
+def attached(model, name="default", seed=3, **options):
+    handle = fastft.attach(model, fastft.LoRA(**{"r": 4, "target_modules": "all-linear", **options}), name)
+    randomize(handle, seed)
+    return handle
+
+
+def plain_deltas(model, handle):
+    """The model with fp32 deltas written into its weights by hand: an independent statement of what LoRA is."""
+    other = copy.deepcopy(model)
+    reference = handles(other)[handle.name]
+    for module in reference.targets.values():
+        a, b = module.lora_A[handle.name].float(), module.lora_B[handle.name].float()
+        delta = module._lora[handle.name].scale * (b @ a)
+        with torch.no_grad():
+            module.weight.copy_(module.weight.float() + (delta.t() if module.fan_in_fan_out else delta))
+    reference.set_active(False)
+    return other
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+def test_attach_and_detach(make, bias):
+    model = make()
+    model.get_input_embeddings().weight.requires_grad_(False)  # so that detach has to restore a mixture
+    calls = []
+    model.get_submodule(next(n for n, m in model.named_modules() if n.endswith(("q_proj", "c_attn")))).register_forward_hook(
+        lambda *args: calls.append(1)
+    )
+    before, plain = snapshot(model), logits(model)
+    modules = dict(model.named_modules())
+    handle = fastft.attach(model, fastft.LoRA(r=4, target_modules="all-linear", bias=bias))
+    assert torch.equal(logits(model), plain)  # B is zero
+    assert all(modules[name] is module for name, module in model.named_modules() if name in modules)
+    randomize(handle)
+    assert not torch.allclose(logits(model), plain)
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert names == {name for name, _ in handle.named_parameters()}
+    assert {".lora_A." in name or ".lora_B." in name for name in names} == ({True} if bias == "none" else {True, False})
+    with handle.disabled():
+        assert torch.equal(logits(model), plain)
+    calls.clear()
+    logits(model)
+    assert calls == [1]
+    handle.detach()
+    assert_same(before, snapshot(model))
+    assert torch.equal(logits(model), plain)
+    with pytest.raises(RuntimeError, match="detached"):
+        handle.merge()
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_forward_is_the_base_plus_the_delta(make):
+    model = make()
+    handle = attached(model)
+    torch.testing.assert_close(logits(model), logits(plain_deltas(model, handle)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_merge_is_rounded_once_and_unmerge_exact(make, dtype):
+    model = make().to(dtype)
+    before = snapshot(model)
+    plain = logits(model)
+    handle = attached(model)
+    assert all(p.dtype == torch.float32 for p in handle.parameters())
+    expected = plain_deltas(model, handle).state_dict()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    apart = logits(model)
+    for _ in range(3):
+        handle.merge()
+        handle.merge()  # once more does nothing
+        assert handle.merged
+        for name in handle.targets:
+            assert torch.equal(model.get_submodule(name).weight, expected[f"{name}.weight"]), name
+        torch.testing.assert_close(logits(model), apart, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
+        with handle.disabled():
+            assert torch.equal(logits(model), plain)
+        seen = model.state_dict()
+        assert seen.keys() == state.keys() and all(torch.equal(seen[key], state[key]) for key in state)
+        handle.unmerge()
+        assert torch.equal(logits(model), apart)
+    handle.merge()
+    handle.detach()
+    assert_same(before, snapshot(model))
+
+
+def test_merge_and_unload_gives_the_plain_model():
+    model = llama()
+    before = snapshot(model)
+    handle = attached(model, modules_to_save=["lm_head", "norm"], bias="all")
+    apart = logits(model)
+    assert handle.merge_and_unload() is model
+    after = snapshot(model)
+    assert before[1:] == after[1:] and not handles(model)
+    torch.testing.assert_close(logits(model), apart, rtol=1e-5, atol=1e-5)
+
+
+def test_copies_of_a_merged_model_share_nothing_and_forget_nothing():
+    model = llama().bfloat16()
+    plain, handle = logits(model), attached(model)
+    apart = logits(model)
+    handle.merge()
+    merged = logits(model)
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin), merged)
+    with handle.disabled():  # the original's handle doesn't speak for the copy
+        assert torch.equal(logits(twin), merged)
+    handles(twin)["default"].unmerge()
+    assert torch.equal(logits(twin), apart) and torch.equal(logits(model), merged)
+    handles(twin)["default"].detach()
+    assert torch.equal(logits(twin), plain)
+    wide = copy.deepcopy(model).double()  # exact, so the way back is too
+    handles(wide)["default"].detach()
+    assert torch.equal(logits(wide.bfloat16()), plain)
+
+
+def test_state_dict_round_trip_while_merged():
+    one, two = llama(), llama(seed=5)
+    first, second = attached(one), attached(two, seed=9)
+    apart = logits(one)
+    second.merge()
+    two.load_state_dict(one.state_dict())
+    torch.testing.assert_close(logits(two), apart, rtol=1e-5, atol=1e-5)  # still merged, with the loaded values
+    assert second.merged
+    second.unmerge()
+    assert torch.equal(logits(two), apart)
+    first.merge()
+    assert first.merged and not two.load_state_dict(one.state_dict()).missing_keys
+    assert torch.equal(logits(two), apart)
+
+
+def test_disabled_between_forward_and_backward_matches_two_models():
+    """A preference loss: the policy's forward, a disabled one for the reference, then the backward."""
+    model = llama()
+    handle = attached(model, lora_dropout=0.0)
+    policy = copy.deepcopy(model)
+    out = model(X).logits.log_softmax(-1)
+    with torch.no_grad(), handle.disabled():
+        reference = model(X).logits.log_softmax(-1)
+    torch.nn.functional.logsigmoid(out - reference).mean().backward()
+    expected = policy(X).logits.log_softmax(-1)
+    base = logits(llama()).log_softmax(-1)
+    assert torch.equal(base, reference)
+    torch.nn.functional.logsigmoid(expected - base).mean().backward()
+    for one, two in zip(handle.parameters(), handles(policy)["default"].parameters(), strict=True):
+        assert torch.equal(one.grad, two.grad)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_gradient_checkpointing(reentrant, inside):
+    """Also when the backward, which recomputes the adapted forward, runs inside the disabled block."""
+    model = llama()
+    handle = attached(model, lora_dropout=0.3)
+    twin = copy.deepcopy(model).train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    model.train()
+    torch.manual_seed(1)
+    loss = model(X, labels=X).loss
+    with handle.disabled():
+        if inside:
+            loss.backward()
+    if not inside:
+        loss.backward()
+    torch.manual_seed(1)
+    twin(X, labels=X).loss.backward()
+    for one, two in zip(handle.parameters(), handles(twin)["default"].parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_disabled_belongs_to_its_thread():
+    model = llama()
+    handle = attached(model)
+    apart, results = logits(model), []
+    with handle.disabled():
+        thread = threading.Thread(target=lambda: results.append(logits(model)))
+        thread.start()
+        thread.join()
+        assert not torch.allclose(logits(model), apart)
+    assert torch.equal(results[0], apart) and torch.equal(logits(model), apart)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("merged", [(), (0,), (1,), (0, 1), (1, 0)])
+def test_two_adapters_in_any_order(dtype, order, merged):
+    model = llama().to(dtype)
+    before, plain = snapshot(model), logits(model)
+    pair = [attached(model, "a", 1), attached(model, "b", 2, target_modules=["q_proj", "down_proj"], r=3)]
+    both = logits(model)
+    alone = []
+    for other in (1, 0):
+        pair[other].set_active(False)
+        alone.append(logits(model))
+        pair[other].set_active(True)
+    assert torch.equal(logits(model), both)
+    close = {"rtol": 0, "atol": 2e-5 if dtype == torch.float32 else 0.1}
+    for index in merged:
+        pair[index].merge()
+    torch.testing.assert_close(logits(model), both, **close)
+    with pair[0].disabled():
+        torch.testing.assert_close(logits(model), alone[1], **close)
+        with pair[1].disabled():
+            assert torch.equal(logits(model), plain)
+    first, last = order
+    pair[first].detach()
+    torch.testing.assert_close(logits(model), alone[last], **close)
+    if last in merged:
+        pair[last].unmerge()
+    assert torch.equal(logits(model), alone[last])
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {n for n, _ in pair[last].named_parameters()}
+    pair[last].detach()
+    assert_same(before, snapshot(model))
+
+
+def test_folding_one_adapter_keeps_the_other():
+    model = llama()
+    first, second = attached(model, "a", 1), attached(model, "b", 2)
+    both = logits(model)
+    second.merge()
+    first.merge_and_unload()
+    torch.testing.assert_close(logits(model), both, rtol=1e-5, atol=2e-5)
+    second.unmerge()
+    torch.testing.assert_close(logits(model), both, rtol=1e-5, atol=2e-5)
+    assert list(handles(model)) == ["b"]
+
+
+def test_modules_to_save_are_copies():
+    model = llama()
+    before, plain = snapshot(model), logits(model)
+    handle = fastft.attach(model, fastft.LoRA(target_modules=["q_proj"], modules_to_save=["lm_head", "mlp"]))
+    assert torch.equal(logits(model), plain)
+    names = {name for name, _ in handle.named_parameters()}
+    assert "lm_head.modules_to_save.default.weight" in names
+    assert "model.layers.1.mlp.up_proj.modules_to_save.default.weight" in names
+    optimizer = handle.optimizer(lr=0.1)
+    model(X, labels=X).loss.backward()
+    assert all(parameter.grad is not None for parameter in handle.parameters())
+    optimizer.step()
+    assert not torch.allclose(logits(model), plain)
+    with handle.disabled():
+        assert torch.equal(logits(model), plain)
+    with pytest.raises(ValueError, match=r"'lm_head' is trained in full by the active adapter 'default'"):
+        fastft.attach(model, fastft.LoRA(target_modules=["q_proj"], modules_to_save=["lm_head"]), "second")
+    handle.set_active(False)
+    second = fastft.attach(model, fastft.LoRA(target_modules=["q_proj"], modules_to_save=["lm_head"]), "second")
+    assert torch.equal(logits(model), plain)
+    with pytest.raises(ValueError, match="second"):
+        handle.set_active(True)
+    second.detach()
+    handle.detach()
+    assert_same(before, snapshot(model))
+
+
+def test_buffers_of_saved_modules_are_copies_too():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    state = copy.deepcopy(model.state_dict())
+    handle = fastft.attach(model, fastft.LoRA(r=2, target_modules=["0"], modules_to_save=["1"]))
+    model(torch.randn(8, 4)).sum().backward()
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in state.items())
+    running = dict(model.named_buffers())["1.modules_to_save.default.running_mean"]
+    assert running.abs().max() > 0
+    handle.merge_and_unload()
+    assert torch.equal(model[1].running_mean, running) and model[1].num_batches_tracked == 1
+
+
+def test_compile_without_graph_breaks():
+    model = llama(num_hidden_layers=1)
+    plain = logits(model)
+    handle = attached(model, bias="all", modules_to_save=["lm_head"])
+    apart = logits(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(logits(compiled), apart, rtol=1e-5, atol=1e-5)
+    with handle.disabled():
+        torch.testing.assert_close(logits(compiled), plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(compiled), apart, rtol=1e-5, atol=1e-5)
+    compiled(X, labels=X).loss.backward()
+    gradients = [parameter.grad.clone() for parameter in handle.parameters()]
+    model.zero_grad()
+    model(X, labels=X).loss.backward()
+    for one, parameter in zip(gradients, handle.parameters(), strict=True):
+        torch.testing.assert_close(one, parameter.grad, rtol=1e-4, atol=1e-6)
+    assert handles(compiled)["default"] is handle
+
+
+def test_optimizer_and_step():
+    model = llama()
+
+    calls = []
+
+    class Counting(fastft.LoRA):
+        def after_update(self, handle):
+            calls.append(handle)
+
+    handle = fastft.attach(model, Counting(target_modules=["q_proj"]))
+    optimizer = handle.optimizer(lr=1e-2, weight_decay=0.1)
+    assert optimizer.defaults["fused"] and optimizer.defaults["weight_decay"] == 0.1
+    handle.step()
+    torch.optim.SGD([torch.ones(1, requires_grad=True)]).step()  # an optimizer of something else
+    handle.step()
+    assert not calls
+    for expected, stepping in enumerate((optimizer, optimizer, torch.optim.SGD(model.parameters())), 1):
+        model(X, labels=X).loss.backward()
+        stepping.step()
+        handle.step()
+        handle.step()
+        assert calls == [handle] * expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ["q_prj"]}, r"no module is named 'q_prj'; near matches: 'q_proj'"),
+        ({"target_modules": ["q_proj", "nothing"]}, "no module is named 'nothing'"),
+        ({"target_modules": r".*\.query"}, "no module matches"),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "no module matches"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [7]}, "no module matches"),
+        ({"target_modules": []}, "no module matches"),
+        ({"target_modules": ["self_attn"]}, "'model.layers.0.self_attn' is matched but is a .*LlamaAttention"),
+        ({"target_modules": ["embed_tokens"]}, "Embedding"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_heed"]}, "'lm_heed'; near matches: 'lm_head'"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["proj"]}, "both target_modules and modules_to_save"),
+        ({"target_modules": ["q_proj"], "adapter_dtype": torch.bfloat16}, "bfloat16 on the torch.float32 weight"),
+    ],
+)
+def test_refusals_leave_the_model_alone(options, message):
+    model = llama()
+    before = snapshot(model)
+    with pytest.raises((ValueError, TypeError), match=message):
+        fastft.attach(model, fastft.LoRA(**options))
+    assert_same(before, snapshot(model))
+
+
+def test_refused_modules():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.MultiheadAttention(4, 2))
+    with pytest.raises(ValueError, match=r"'2.out_proj' is matched but is a .*NonDynamicallyQuantizableLinear"):
+        fastft.attach(model, fastft.LoRA(target_modules="all-linear"))
+    model[0].forward = model[0].forward
+    with pytest.raises(ValueError, match="replaced on the instance"):
+        fastft.attach(model, fastft.LoRA(target_modules=["0"]))
+    model[1].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(TypeError, match=r"'1' is a Parameter of torch.int8"):
+        fastft.attach(model, fastft.LoRA(target_modules=["1"]))
+    with pytest.raises(ValueError, match="meta device"):
+        fastft.attach(nn.Sequential(nn.Linear(4, 4, device="meta")), fastft.LoRA(target_modules=["0"]))
+    with pytest.raises(TypeError, match="attach needs a method"):
+        fastft.attach(model, {"r": 8})
+    assert not any(isinstance(module, Adapted) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "a/b", "x" * 65, "keys", 3])
+def test_adapter_names(name):
+    with pytest.raises(ValueError, match="adapter name"):
+        fastft.attach(llama(), fastft.LoRA(target_modules=["q_proj"]), name)
+
+
+def test_an_adapter_name_is_used_once():
+    model = llama()
+    attached(model)
+    with pytest.raises(ValueError, match="attached already"):
+        attached(model)
+
+
+def test_tied_weights():
+    model = llama(tie_word_embeddings=True)
+    before = snapshot(model)
+    for options in ({"target_modules": ["lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}):
+        with pytest.raises(ValueError, match=r"lm_head.weight is shared with model.embed_tokens.weight"):
+            fastft.attach(model, fastft.LoRA(**options))
+        assert_same(before, snapshot(model))
+        handle = fastft.attach(model, fastft.LoRA(**options, allow_tied_weights=True))
+        randomize(handle)
+        with pytest.raises(ValueError, match=r"shared with model.embed_tokens.weight"):
+            handle.merge_and_unload()
+        handle.detach()
+        assert_same(before, snapshot(model))
+
+
+def test_bare_linear_and_eval_mode():
+    model = nn.Sequential(nn.Linear(6, 5))
+    handle = fastft.attach(model, fastft.LoRA(r=2, target_modules="all-linear", lora_dropout=0.5))
+    randomize(handle)
+    x = torch.randn(3, 6)
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+    assert model(x[0]).shape == (5,) and model(x[:0]).shape == (0, 5)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_trainer_with_callback_resumes_bit_for_bit(tmp_path):
+    rows = [{"input_ids": row, "labels": row} for row in tokens(16, 6)]
+
+    def run(folder, steps, resume=None, reentrant=False):
+        model = llama()
+        torch.manual_seed(1)
+        handle = fastft.attach(model, fastft.LoRA(r=4, target_modules="all-linear", lora_dropout=0.1))
+        arguments = transformers.TrainingArguments(
+            output_dir=str(folder),
+            max_steps=steps,
+            save_steps=2,
+            per_device_train_batch_size=4,
+            use_cpu=True,
+            report_to=[],
+            learning_rate=1e-2,
+            lr_scheduler_type="constant",
+            disable_tqdm=True,
+            logging_steps=1,
+            gradient_checkpointing=reentrant,
+            gradient_checkpointing_kwargs={"use_reentrant": True} if reentrant else None,
+        )
+        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[handle.callback()])
+        trainer.train(resume_from_checkpoint=resume)
+        return handle
+
+    whole = run(tmp_path / "whole", 4)
+    run(tmp_path / "parts", 2)
+    parts = run(tmp_path / "parts", 4, resume=True)
+    for (name, one), two in zip(whole.named_parameters(), parts.parameters(), strict=True):
+        assert torch.equal(one, two), name
+    loaded = fastft.load(llama(), tmp_path / "whole" / "checkpoint-4" / "adapter")
+    for one, two in zip(whole.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(one, two)
+    checkpointed = run(tmp_path / "reentrant", 2, reentrant=True)
+    assert all(p.abs().max() > 0 for n, p in checkpointed.named_parameters() if "lora_B" in n)
+
+
+def test_trainer_that_forgot_the_adapter(tmp_path):
+    model = llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = fastft.attach(model, fastft.LoRA(target_modules=["q_proj"]))
+    arguments = transformers.TrainingArguments(output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to=[])
+    rows = [{"input_ids": row, "labels": row} for row in tokens(4, 6)]
+    trainer = transformers.Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        callbacks=[handle.callback()],
+        optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer)),
+    )
+    with pytest.raises(RuntimeError, match=r"4 parameters of adapter 'default' are not in the optimizer"):
+        trainer.train()
