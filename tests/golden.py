@@ -28,21 +28,32 @@ def run_on(name):
     if kind == "cpu":
         if place not in _native.supported_isas():
             pytest.skip(f"this CPU does not run {place}")
-        with fastft.testing.cpu_isa(place), fastft.testing.use("cpu"), ran("cpu", f"fastft_cpu_{place}"):
+        with fastft.testing.cpu_isa(place), fastft.testing.use("cpu"), ran("cpu", f"tests on {place}", f"fastft_cpu_{place}"):
             yield device
     else:
         reason = next(iter(registry.OPS.values())).missing(kind, device)
         if reason and kind == "triton":
             pytest.skip(reason)
-        with fastft.testing.use(kind), ran(kind):
+        how = f"tests on {torch.cuda.get_device_name()}" if device == "cuda" else "tests in the interpreter"
+        with fastft.testing.use(kind), ran(kind, how):
             yield device
 
 
 @contextmanager
-def ran(backend, config=None):
+def ran(backend, how, config=None):
+    """Check that every launch inside was the wanted one, and note `how` that proves it."""
     with fastft.testing.record() as calls:
         yield
     assert all(c.backend == backend and config in (None, c.config) for c in calls), calls
+    for call in calls:
+        prove(call.op, backend, how)
+
+
+PENDING: list[tuple[str, str, str]] = []  # what the running test proves, if it passes (tests/conftest.py)
+
+
+def prove(op, backend, how):
+    PENDING.append((op, backend, how))
 
 
 @contextmanager

@@ -20,6 +20,7 @@ The reference also takes float64 (then everything is float64), for gradcheck.
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from ._philox import dropout_mask, unpack_mask
 from .registry import Op, Scope
@@ -147,6 +148,7 @@ class _LoRALinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         if ctx.scope is None:
             return _linear_backward(ctx, dy)
@@ -196,6 +198,7 @@ class _LoRAUpdate(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         if ctx.scope is None:
             return _update_backward(ctx, dy)

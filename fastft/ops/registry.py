@@ -99,19 +99,21 @@ class TritonBackend:
             return "Triton runs on CPU tensors only in its interpreter (set TRITON_INTERPRET=1 before Python starts)"
         if device not in ("cpu", "cuda"):
             return f"no launcher for {device} tensors"
+        if device == "cuda" and not torch.cuda.is_available():
+            return "no CUDA device"
         try:
-            module = self._module(op)
+            module = self.module(op)
         except ImportError as error:
             return f"{error} (pip install triton)"
         return None if hasattr(module, op.name) else f"fastft.kernels.{op.family} has no launcher of that name"
 
     def run(self, op, args):
-        module = self._module(op)
+        module = self.module(op)
         config = module.config_for(op.name, *args)
         return getattr(module, op.name)(*args, config=config), config
 
     @staticmethod
-    def _module(op):
+    def module(op):
         return importlib.import_module(f"fastft.kernels.{op.family}")
 
 

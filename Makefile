@@ -1,0 +1,63 @@
+# make demo    set up, then fine-tune a small language model (the main job)
+# make test    set up, then every test
+# make setup   only the virtual environment .venv, pinned packages and the native build
+# make help    the rest
+SHELL := bash
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export FASTFT_HOSTCUDA := 1
+
+NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml fastft/__init__.py
+
+.PHONY: help setup demo test test-aot proof lint format bench clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+	@echo "make test-aot  every shipped Triton configuration compiled ahead of time for every target"
+	@echo "make proof     rewrite fastft/proof.json, what 'fastft info' says was proven"
+	@echo "make lint      ruff and clang-format; make format applies them"
+	@echo "make bench     the LoRA benchmark of this machine"
+
+setup: $(VENV)/.built
+
+# torch goes first and alone: a range that another package asks for would fetch the newest CUDA build.
+$(VENV)/.packages: requirements/dev.txt Makefile
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastft needs Python 3.10 or newer, this is " + sys.version)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.packages $(NATIVE_SOURCES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+demo: setup
+	$(BIN)/python demo/run.py
+
+test: setup
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+
+test-aot: setup
+	$(BIN)/python -m pytest -q tests/aot --aot-all $(ARGS)
+
+proof: setup
+	rm -f fastft/proof.json && echo '{}' > fastft/proof.json
+	$(BIN)/python -m pytest -q tests/ops tests/kernels tests/cuda tests/aot --write-proof fastft/proof.json
+
+lint: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: setup
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(BIN)/clang-format -i
+
+bench: setup
+	$(BIN)/fastft bench lora
+
+clean:
+	rm -rf build dist fastft/lib fastft.egg-info $(VENV)/.built

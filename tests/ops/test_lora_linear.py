@@ -1,0 +1,302 @@
+"""The public functions `lora_linear` and `lora_update`: values, gradients, memory, compile, autocast, checkpointing."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+
+import fastft
+from fastft.ops import lora
+from fastft.ops.lora import lora_linear, lora_update
+from tests.golden import assert_close, backends, run_on
+
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+
+@pytest.fixture(params=backends())
+def device(request):
+    with run_on(request.param) as device:
+        yield device
+
+
+def layer(t=(6,), k=40, n=24, r=4, act=F32, adapter=F32, device="cpu", seed=0):
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*size, dtype):
+        return torch.randn(*size, generator=g).to(dtype).to(device)
+
+    x = draw(*t, k, dtype=act).requires_grad_()
+    w, bias = draw(n, k, dtype=act), draw(n, dtype=act)
+    return x, w, bias, draw(r, k, dtype=adapter).requires_grad_(), draw(n, r, dtype=adapter).requires_grad_()
+
+
+def composition(x, w, bias, a, b, scale=1.0):
+    """PEFT's forward: base, cast, two linears, scale, add, cast back."""
+    return (F.linear(x, w, bias) + F.linear(F.linear(x.to(a.dtype), a), b) * scale).to(x.dtype)
+
+
+def grads(f, inputs, dy):
+    inputs = [i.detach().clone().requires_grad_(i.requires_grad) for i in inputs]
+    out = f(*inputs)
+    out.backward(dy)
+    return [out.detach(), *(i.grad for i in inputs if i.requires_grad)]
+
+
+@pytest.mark.parametrize("act,adapter", [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F16), (F16, F32)])
+def test_outputs_and_gradients_beside_the_plain_composition(device, act, adapter):
+    for t in ((7,), (2, 3), (2, 2, 2), (), (0,), (2, 0)):
+        inputs = layer(t, act=act, adapter=adapter, device=device)
+        dy = torch.randn(*t, 24, generator=torch.Generator().manual_seed(1)).to(act).to(device)
+        got = grads(lambda *i: lora_linear(*i, 0.5), inputs, dy)
+        plain = grads(lambda *i: composition(*i, 0.5), inputs, dy)
+        exact = [i.detach().double().requires_grad_(i.requires_grad) for i in inputs]
+        want = grads(lambda *i: composition(*i, 0.5), exact, dy.double())
+        terms = grads(lambda *i: composition(*i, 0.5), [e.detach().abs().requires_grad_(e.requires_grad) for e in exact], dy.double().abs())
+        for name, g, e, p, m, i in zip(("y", "dx", "da", "db"), got, want, plain, terms, (inputs[0], inputs[0], *inputs[3:])):
+            assert g.dtype == i.dtype
+            assert_close(g, e, p, m, f"{name} {t} {act} {adapter}")
+
+
+def test_gradcheck():
+    with fastft.testing.use("reference"):
+        x, w, bias, a, b = layer((2, 3), k=10, n=6, r=3, act=F64, adapter=F64)
+        w.requires_grad_(), bias.requires_grad_()
+
+        def seeded(f, *fixed):
+            def run(*inputs):
+                torch.manual_seed(0)  # the same mask at every evaluation
+                return f(*inputs, *fixed)
+
+            return run
+
+        for p in (0.0, 0.4):
+            assert torch.autograd.gradcheck(seeded(lora_linear, 0.7, p), (x, w, bias, a, b))
+            y = torch.randn(2, 3, 6, dtype=F64, requires_grad=True)
+            assert torch.autograd.gradcheck(seeded(lora_update, 0.7, p), (y, x, a, b))
+        wt = w.detach().t().contiguous()
+        f = seeded(lambda x, a, b: lora_linear(x, wt, None, a, b, 0.7, fan_in_fan_out=True))
+        assert torch.autograd.gradcheck(f, (x, a, b))
+        torch.testing.assert_close(f(x, a, b), seeded(lora_linear)(x, w, None, a, b, 0.7))
+
+
+def test_second_derivative_is_refused():
+    x, w, bias, a, b = layer()
+    (g,) = torch.autograd.grad(lora_linear(x, w, bias, a, b).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        g.sum().backward()
+
+
+def test_frozen_parts_get_no_gradient_and_keep_no_memory():
+    for frozen_a, frozen_b in ((True, False), (False, True), (True, True)):
+        x, w, bias, a, b = layer()
+        a.requires_grad_(not frozen_a), b.requires_grad_(not frozen_b)
+        y = lora_linear(x, w, bias, a, b)
+        y.sum().backward()
+        assert (a.grad is None) == frozen_a and (b.grad is None) == frozen_b and x.grad is not None
+    x, w, bias, a, b = layer()
+    y = lora_linear(x.detach(), w, bias, a, b)
+    y.sum().backward()
+    assert a.grad is not None and b.grad is not None
+
+
+def saved_bytes(f, *besides):
+    """Bytes of the storages that autograd keeps for backward, without those of `besides`."""
+    storages = {}
+
+    def pack(t):
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = f()
+    for t in (*besides,):
+        storages.pop(t.untyped_storage().data_ptr(), None)
+    return sum(storages.values()), y
+
+
+@pytest.mark.parametrize("act", [F32, BF16])
+def test_saved_for_backward_is_x_and_s_and_the_packed_mask(act):
+    t, k, r = 64, 256, 8
+    x, w, bias, a, b = layer((t,), k=k, n=128, r=r, act=act)
+    x = x.detach().requires_grad_()
+    size, _ = saved_bytes(lambda: lora_linear(x, w, bias, a, b, 1.0, 0.0), x, w, a, b)
+    assert size == 4 * t * r
+    size, _ = saved_bytes(lambda: lora_linear(x, w, bias, a, b, 1.0, 0.1), x, w, a, b)
+    assert size == 4 * t * r + t * k // 8
+    size, _ = saved_bytes(lambda: lora_linear(x, w, bias, a.detach(), b, 1.0, 0.0), w, a, b)
+    assert size == 4 * t * r, "with A frozen x is not kept"
+
+
+def test_noncontiguous_inputs_and_gradients(device):
+    x, w, bias, a, b = layer((4, 6), device=device)
+    dy = torch.randn(24, 6, 4, device=device).permute(2, 1, 0)
+    for view in (x.detach().transpose(0, 1).contiguous().transpose(0, 1), x.detach()[:, :1].expand(4, 6, 40)):
+        got = grads(lambda *i: lora_linear(*i), (view.requires_grad_(), w, bias, a, b), dy)
+        want = grads(lambda *i: lora_linear(*i), (view.detach().contiguous().requires_grad_(), w, bias, a, b), dy.contiguous())
+        assert all(torch.equal(g, e) for g, e in zip(got, want))
+
+
+def test_rank_zero_is_the_frozen_linear(device):
+    x, w, bias, a, b = layer(r=0, device=device)
+    got = grads(lambda *i: lora_linear(*i), (x, w, bias, a, b), torch.ones(6, 24, device=device))
+    want = grads(lambda *i: F.linear(*i[:3]), (x, w, bias), torch.ones(6, 24, device=device))
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]) and got[2].shape == (0, 40) and got[3].shape == (24, 0)
+
+
+def test_zero_b_is_the_base_bit_for_bit(device):
+    for act in (F32, BF16, F16):
+        x, w, bias, a, b = layer(act=act, device=device)
+        assert torch.equal(lora_linear(x, w, bias, a, torch.zeros_like(b)), F.linear(x, w, bias))
+
+
+def test_dropout_is_reproducible_and_the_same_in_backward(device):
+    x, w, bias, a, b = layer((50,), device=device)
+    torch.manual_seed(3)
+    first = lora_linear(x, w, bias, a, b, 1.0, 0.4)
+    second = lora_linear(x, w, bias, a, b, 1.0, 0.4)
+    torch.manual_seed(3)
+    assert torch.equal(lora_linear(x, w, bias, a, b, 1.0, 0.4), first) and not torch.equal(first, second)
+    # The low-rank term is linear in x: its dX must use the forward's mask.
+    v = torch.randn_like(x)
+    torch.manual_seed(3)
+    (dx,) = torch.autograd.grad(lora_linear(x, torch.zeros_like(w), None, a, b, 1.0, 0.4), x, v @ w.t())
+    torch.manual_seed(3)
+    image = lora_linear(v, torch.zeros_like(w), None, a, b, 1.0, 0.4)
+    torch.manual_seed(3)
+    torch.testing.assert_close((dx * v).sum(), (image * (v @ w.t())).sum(), rtol=1e-4, atol=1e-2)
+
+
+def test_update_equals_linear(device):
+    for p in (0.0, 0.3):
+        x, w, bias, a, b = layer((3, 5), device=device)
+        dy = torch.randn(3, 5, 24, device=device)
+
+        def linear(x, a, b, p=p, w=w, bias=bias):
+            torch.manual_seed(0)
+            return lora_linear(x, w, bias, a, b, 0.5, p)
+
+        def update(x, a, b, p=p, w=w, bias=bias):
+            torch.manual_seed(0)
+            return lora_update(F.linear(x, w, bias), x, a, b, 0.5, p)
+
+        for g, e in zip(grads(update, (x, a, b), dy), grads(linear, (x, a, b), dy)):
+            torch.testing.assert_close(g, e, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_replays_the_mask(use_reentrant):
+    x, w, bias, a, b = layer((30,))
+
+    def run(wrap):
+        torch.manual_seed(5)
+        inputs = [i.detach().clone().requires_grad_(i.requires_grad) for i in (x, w, bias, a, b)]
+
+        def block(*i):
+            return lora_linear(F.gelu(lora_linear(*i, 1.0, 0.3)) @ w, *i[1:], 1.0, 0.3)
+
+        out = wrap(block, inputs)
+        out.square().sum().backward()
+        return [out.detach(), *(i.grad for i in inputs if i.requires_grad)]
+
+    plain = run(lambda f, i: f(*i))
+    again = run(lambda f, i: checkpoint(f, *i, use_reentrant=use_reentrant))
+    assert all(torch.equal(g, e) for g, e in zip(again, plain))
+
+
+def test_one_layer_used_twice_accumulates():
+    x, w, bias, a, b = layer(k=24)
+
+    def twice(f):
+        return lambda x, a, b: f(f(x, w, bias, a, b), w, bias, a, b)
+
+    got = grads(twice(lora_linear), (x, a, b), torch.ones(6, 24))
+    want = grads(twice(composition), (x, a, b), torch.ones(6, 24))
+    for g, e in zip(got, want):
+        torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_into_one_graph(backend, p):
+    x, w, bias, a, b = layer((4, 5))
+
+    def loss(x, a, b):
+        y = lora_linear(F.gelu(x), w, bias, a, b, 0.5, p)
+        return lora_update(y, x, a, b, 0.5, p).square().mean()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    got = grads(lambda *i: compiled(*i), (x, a, b), None)
+    assert all(torch.isfinite(g).all() for g in got)
+    if p == 0:  # under compile the seed comes from another stream of the generator
+        for g, e in zip(got, grads(loss, (x, a, b), None)):
+            torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-5)
+
+
+def test_opcheck():
+    x, _, _, a, b = (t.detach() for t in layer())
+    seed, y = torch.tensor([5]), torch.randn(6, 24)
+    s, mask = lora.lora_shrink(x, a, 0.2, seed)
+    ops = torch.ops.fastft
+    for op, args in (
+        (ops.lora_shrink, (x, a, 0.2, seed)),
+        (ops.lora_shrink, (x, a, 0.0, None)),
+        (ops.lora_expand_, (y, s, b, 0.5)),
+        (ops.lora_grad_sb, (y, s, b, 0.5)),
+        (ops.lora_grad_a, (s, x, a, mask, 0.2)),
+        (ops.lora_grad_x_, (x.clone(), s, a, mask, 0.2)),
+    ):
+        torch.library.opcheck(op.default, args)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_autocast(dtype):
+    x, w, bias, a, b = layer((8,))
+    with torch.autocast("cpu", dtype):
+        y = lora_linear(x, w, bias, a, b, 0.5)
+        plain = composition(x, w, bias, a, b, 0.5)
+    assert y.dtype == dtype
+    y.sum().backward()
+    assert x.grad.dtype == a.grad.dtype == b.grad.dtype == F32, "gradients have their parameters' dtypes"
+    exact = composition(*(i.double() for i in (x, w, bias, a, b)), 0.5)
+    assert (y - exact).norm() <= 1.5 * (plain - exact).norm()
+
+
+def test_wrong_inputs_are_refused():
+    x, w, bias, a, b = layer()
+    with pytest.raises(ValueError, match=r"x \[6, 39\] \(want \[\.\.\., 40\]\)"):
+        lora_linear(x[:, 1:], w, bias, a, b)
+    with pytest.raises(ValueError, match=r"lora_B \[24, 3\]"):
+        lora_linear(x, w, bias, a, b[:, :3])
+    with pytest.raises(TypeError, match=r"lora_A is torch\.bfloat16"):
+        lora_linear(x, w, bias, a.to(BF16), b)
+    with pytest.raises(TypeError, match=r"x is torch\.float32 but weight is torch\.bfloat16"):
+        lora_linear(x, w.to(BF16), None, a, b)
+    with pytest.raises(RuntimeError, match="lora_A on meta"):
+        lora_linear(x, w, bias, a.to("meta"), b)
+    with pytest.raises(ValueError, match="p is 1.5"):
+        lora_linear(x, w, bias, a, b, 1.0, 1.5)
+    with pytest.raises(ValueError, match="must share dtype and leading dimensions"):
+        lora_update(torch.zeros(5, 24), x, a, b)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    st.lists(st.integers(0, 9), max_size=3), st.integers(0, 70), st.integers(0, 70), st.integers(0, 40),
+    st.sampled_from([(F32, F32), (BF16, BF16), (BF16, F32), (F16, F32)]), st.booleans(), st.sampled_from([0.0, 0.5]),
+)  # fmt: skip
+def test_any_shape(t, k, n, r, dtypes, transposed, p):
+    """Kernels and reference agree on any shape, rank, strides and dtype pair, with the same mask."""
+    x, w, bias, a, b = layer(tuple(t), k, n, r, *dtypes)
+    if transposed and x.dim() > 1:
+        x = x.detach().transpose(0, -2).contiguous().transpose(0, -2).requires_grad_()
+    results = []
+    for backend in ("cpu", "reference"):
+        torch.manual_seed(0)
+        with fastft.testing.use(backend):
+            results.append(grads(lambda *i: lora_linear(*i, 0.5, p), (x, w, bias, a, b), torch.ones(*t, n, dtype=dtypes[0])))
+    for g, e in zip(*results):
+        tolerance = 1e-5 if g.dtype == F32 else 2e-2
+        torch.testing.assert_close(g, e, rtol=tolerance, atol=tolerance * max(1.0, float(e.abs().max()) if e.numel() else 1.0))
