@@ -86,9 +86,13 @@ stage_build() {
     if [[ $DRY != 1 ]]; then
         python3 -c 'import torch, triton, setuptools' || die "python3 needs torch, triton and setuptools"
     fi
-    run python3 -m venv --system-site-packages "$OUT/venv" || run python3 -m venv --without-pip --system-site-packages "$OUT/venv"
-    # When python3 itself lives in a virtual environment, the new one does not see that one's packages by itself.
-    run "$PY" "$ROOT/bench/gpu_checks.py" link-packages --from "$(python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+    # Bare, then linked to every package folder of python3 in its order: --system-site-packages would leave out an
+    # environment that python3 itself lives in, and both it and an own pip and setuptools would hide python3's newer ones.
+    run python3 -m venv --without-pip "$OUT/venv"
+    local folders
+    mapfile -t folders < <(python3 -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")')
+    run "$PY" "$ROOT/bench/gpu_checks.py" link-packages "${folders[@]}"
+    [[ $DRY == 1 ]] || "$PY" -m pip --version >/dev/null 2>&1 || run "$PY" -m ensurepip
     run env FASTFT_NATIVE=1 FASTFT_CUDA=1 "$PY" -m pip install --no-build-isolation --no-deps -e "$ROOT"
 }
 

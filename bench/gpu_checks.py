@@ -13,10 +13,10 @@ from pathlib import Path
 REFUSALS = ("Device not supported", "device is not supported", "Unable to find injection", "Failed to initialize")
 
 
-def link_packages(source: str) -> Path:
-    """Let this environment see the packages in the folder `source`, after its own."""
+def link_packages(folders: list[str]) -> Path:
+    """Let this environment see the packages in these folders, the first before the second, its own before all."""
     path = Path(sysconfig.get_path("purelib")) / "gpu-sh-parent.pth"
-    path.write_text(f"import site; site.addsitedir({source!r})\n")
+    path.write_text("".join(f"import site; site.addsitedir({folder!r})\n" for folder in folders))
     return path
 
 
@@ -144,7 +144,7 @@ def _json(path: Path):
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("link-packages").add_argument("--from", dest="source", required=True)
+    commands.add_parser("link-packages").add_argument("folders", nargs="+")
     for name in ("sanitizer", "no-sanitizer", "graph", "collect"):
         command = commands.add_parser(name)
         command.add_argument("--out", type=Path, required=True)
@@ -154,7 +154,7 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
 
     if args.command == "link-packages":
-        print(link_packages(args.source))
+        print(link_packages(args.folders))
         return 0
     if args.command == "sanitizer":
         stem = args.out / f"sanitize-{args.tool}"

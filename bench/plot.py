@@ -12,7 +12,7 @@ from . import results, shapes
 
 BEGIN, END = "<!-- numbers:begin -->", "<!-- numbers:end -->"
 LABELS = {"peft": "PEFT", "addmm": "plain PyTorch, one autograd node", "peft-compile": "PEFT, torch.compile"}
-COLOURS = ("#1b6ca8", "#4fa3d8", "#9cc9e8", "#e07b39", "#8d99a6", "#b04a7a")
+OURS, PEERS = ("#1b6ca8", "#4fa3d8", "#9cc9e8"), ("#e07b39", "#8d99a6", "#b04a7a", "#c9a227")
 
 
 def counted(rows) -> dict[tuple, dict[str, dict]]:
@@ -66,7 +66,7 @@ def readme_table(rows) -> str:
         commits = sorted({r["commit"] for a in here.values() for r in a.values()})
         lines = [
             f"**{device}**, {where}; {'; '.join(versions)}; commit {', '.join(commits)}. Time of forward and backward "
-            "over the frozen layer alone (median of paired ratios, with the 95 % interval of ours):",
+            "over the frozen layer alone (median of paired ratios, with the 95 % interval of ours; r: rank, p: dropout):",
             "",
             "| layer | T×K×N | dtype | " + " | ".join(LABELS.get(n, n) for n in names) + " | target |",
             "|---" * (4 + len(names)) + "|",
@@ -128,18 +128,23 @@ def _figure(cases, title):
 
     names = implementations(cases)
     panels = list(dict.fromkeys(shape for _, shape, _ in cases))
-    figure = Figure(figsize=(max(6.5, 5.5 * len(panels)), 4.6), layout="constrained")
+    across = min(2, len(panels))
+    down = -(-len(panels) // across)
+    figure = Figure(figsize=(6 * across + 1, 3.4 * down + 1.2), layout="constrained")
     width = 0.8 / len(names)
-    for panel, axes in zip(panels, figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]):
+    ours = sum(name.startswith("fastft") for name in names)
+    colours = [OURS[i % len(OURS)] if i < ours else PEERS[(i - ours) % len(PEERS)] for i in range(len(names))]
+    grid = figure.subplots(down, across, sharey=True, squeeze=False).flatten()
+    for spare in grid[len(panels) :]:
+        spare.remove()
+    for panel, axes in zip(panels, grid):
         groups = [key for key in cases if key[1] == panel]
         for i, name in enumerate(names):
             bars = [(g, cases[key][name]) for g, key in enumerate(groups) if name in cases[key]]
             at = [g + (i - (len(names) - 1) / 2) * width for g, _ in bars]
             ratio, low, high = ([100 * (float(row[f]) - 1) for _, row in bars] for f in ("ratio", "lo", "hi"))
             whiskers = [[r - lo for r, lo in zip(ratio, low)], [h - r for r, h in zip(ratio, high)]]
-            axes.bar(
-                at, ratio, width, yerr=whiskers, capsize=2, color=COLOURS[i % len(COLOURS)], label=LABELS.get(name, name)
-            )
+            axes.bar(at, ratio, width, yerr=whiskers, capsize=2, color=colours[i], label=LABELS.get(name, name))
             if name == "fastft":
                 for x, (_, row) in zip(at, bars):
                     if row["target"]:
@@ -151,14 +156,16 @@ def _figure(cases, title):
         axes.axhline(0, color="black", lw=0.8)
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
-    figure.axes[0].set_ylabel("time over the frozen layer, %")
+    figure.supylabel("time over the frozen layer, %", fontsize=10)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if any(row["target"] for arms in cases.values() for row in arms.values()):
         from matplotlib.lines import Line2D
 
         handles, labels = [*handles, Line2D([], [], color="black", lw=1.8)], [*labels, "target"]
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.suptitle(f"Cost of fine-tuning: {title} (lower is better; forward + backward, 95 % intervals)", fontsize=11)
+    figure.suptitle(
+        f"Cost of fine-tuning: {title} (forward + backward, 95 % intervals; p: dropout; lower is better)", fontsize=11
+    )
     return figure
 
 

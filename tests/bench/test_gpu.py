@@ -4,8 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import sysconfig
-from pathlib import Path
 
 import pytest
 
@@ -130,10 +128,18 @@ def test_sanitizer_command_keeps_its_verdict(tmp_path):
     assert {tool: v["verdict"] for tool, v in found.items()} == {"memcheck": "passed", "racecheck": "failed"}
 
 
-def test_link_packages(tmp_path, monkeypatch):
-    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    path = gpu_checks.link_packages("/some/where")
-    assert path.parent == Path(tmp_path) and path.read_text() == "import site; site.addsitedir('/some/where')\n"
+def test_link_packages(tmp_path):
+    """In a real bare environment: packages are found in the folders' order, those that a folder links to as well."""
+    for name in ("first", "second", "linked"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "everywhere.py").write_text(f"print({name!r})")
+    (tmp_path / "linked" / "far.py").write_text("print('far')")
+    (tmp_path / "second" / "link.pth").write_text(f"{tmp_path}/linked\n")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([python, gpu_checks.__file__, "link-packages", tmp_path / "first", tmp_path / "second"], check=True)
+    done = subprocess.run([python, "-c", "import everywhere, far"], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["first", "far"]
 
 
 def test_graph_check_accepts_a_faithful_replay():

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 
 from fastft.bench import plot, results
@@ -108,3 +110,14 @@ def test_figures(tmp_path):
     plot.draw(rows(FOUND), tmp_path)
     assert written[1].read_text() == first
     assert plot.draw(rows([measurement("fastft", 1.0, "void")]), tmp_path) == []
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_terminal_table_with_and_without_rich(monkeypatch, capsys, rich):
+    if rich:
+        pytest.importorskip("rich")
+    else:
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    results.show("toy tiny", results.table(FOUND))
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("toy tiny", "1.031", "1.027 - 1.037", "640 B", "skipped: not, installed"))
