@@ -1,0 +1,111 @@
+"""Wheels, with and without native code: what they hold, and that what they hold works."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TRY = """
+import pathlib, sys, warnings
+import torch, fastft
+assert pathlib.Path(fastft.__file__).is_relative_to(sys.argv[1]), fastft.__file__
+warnings.simplefilter("ignore")
+layer = fastft.LoRALinear(16, 16, lora_dropout=0.1)
+with fastft.testing.record() as calls:
+    layer(torch.randn(4, 16, requires_grad=True)).sum().backward()
+from fastft import info
+info.main()
+print("BACKENDS", sorted({c.backend for c in calls}), len(calls))
+"""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy of what a clone holds, so that building leaves this checkout alone and no stale file can ship."""
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
+    copy = tmp_path_factory.mktemp("clone")
+    for name in listed.stdout.splitlines():
+        path = ROOT / name
+        if name.startswith(("demo/", "tests/")) or not path.exists():
+            continue
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        if path.is_symlink():
+            (copy / name).symlink_to(os.readlink(path))
+        else:
+            shutil.copy2(path, copy / name)
+    return copy
+
+
+def build(source, out, **env):
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "--no-index", "-w", str(out), "."]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, env={**os.environ, "FASTFT_HOSTCUDA": "0", **env})
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = Path(out).glob("*.whl")
+    return wheel
+
+
+def run_from(wheel, folder):
+    """Run from the unpacked wheel alone, with the torch of this environment."""
+    with zipfile.ZipFile(wheel) as z:
+        z.extractall(folder)
+    # -P and a neutral folder: not this checkout; its editable install comes after PYTHONPATH.
+    env = {**os.environ, "PYTHONPATH": str(folder)}
+    env.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, "-c", TRY, str(folder)], cwd=folder, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def names(wheel):
+    with zipfile.ZipFile(wheel) as z:
+        return z.namelist()
+
+
+def check_python_part(files):
+    tops = {name.split("/")[0] for name in files}
+    assert tops == {"fastft", "fastft-0.1.0.dist-info"}, f"a wheel installs nothing beside fastft: {tops}"
+    for wanted in ("fastft/kernels/lora.py", "fastft/ops/lora.py", "fastft/bench/run.py", "fastft/proof.json"):
+        assert wanted in files, wanted
+    assert any(name.startswith("fastft/kernels/configs/") and name.endswith(".json") for name in files)
+    assert not [n for n in files if n.startswith("fastft/kernels/") and n.endswith("__init__.py")]
+
+
+def test_native_wheel(source, tmp_path):
+    wheel = build(source, tmp_path / "dist", FASTFT_NATIVE="1", FASTFT_CUDA="0")
+    assert wheel.name.startswith("fastft-0.1.0-cp310-abi3-linux_"), wheel.name
+    files = names(wheel)
+    check_python_part(files)
+    libraries = sorted(Path(n).name for n in files if n.endswith(".so"))
+    assert libraries == [f"libfastft_cpu_{isa}.so" for isa in ("avx2", "avx512", "default")]
+    assert all(n.startswith("fastft/lib/") for n in files if n.endswith(".so"))
+    assert "BACKENDS ['cpu'] 5" in run_from(wheel, tmp_path / "site")
+
+
+def test_pure_python_wheel(source, tmp_path):
+    wheel = build(source, tmp_path / "dist", FASTFT_NATIVE="0")
+    assert wheel.name == "fastft-0.1.0-py3-none-any.whl"
+    files = names(wheel)
+    check_python_part(files)
+    assert not [n for n in files if n.endswith(".so")]
+    output = run_from(wheel, tmp_path / "site")
+    assert "BACKENDS ['reference'] 5" in output and "is not built" in output
+
+
+def test_asking_for_native_code_without_tools_fails_clearly(source, tmp_path):
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    env = {"PATH": str(tmp_path), "FASTFT_NATIVE": "1", "HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, env=env)
+    assert done.returncode != 0 and "not found: cmake, ninja, a C++ compiler" in done.stderr, done.stderr
+
+
+def test_libraries_use_the_stable_abi_only():
+    """No C++ symbol of libtorch is needed, so one binary serves every torch >= 2.11."""
+    for library in (ROOT / "fastft" / "lib").glob("libfastft_cpu_*.so"):
+        symbols = subprocess.run(["nm", "-D", "--undefined-only", "-C", str(library)], capture_output=True, text=True, check=True)
+        foreign = [line for line in symbols.stdout.splitlines() if " at::" in line or " c10::" in line]
+        assert not foreign, foreign
