@@ -9,26 +9,30 @@
 namespace fastft {
 namespace {
 
+__device__ __forceinline__ int min_int(int a, int b) { return a < b ? a : b; }
+
 // -- S = drop(X) At and the packed mask: one pass over X. Grid: token tiles, rank tiles, parts of K.
 template <class T, int kRanks>
 __global__ void __launch_bounds__(kThreads, 2)
     shrink_kernel(Matrix<const T> x, Weights<T> a, const int64_t* seed, uint32_t threshold, uint8_t* mask, float* partial,
-                  int64_t tiles_per_part) {
+                  int tiles_per_part) {
   SharedMemory shared;
   float* act = shared.take<float>(kRows * kPitch);
   float* weights = shared.take<float>(kRanks * kPitch);
   static_assert(RowDot<kRanks>::kBuffer <= kRows * kPitch);
-  const int64_t row0 = int64_t(blockIdx.x) * kRows, rank0 = int64_t(blockIdx.y) * kRanks;
-  const int64_t begin = blockIdx.z * tiles_per_part, tiles = ceil_div(x.cols, kCols);
-  const int64_t end = begin + tiles_per_part < tiles ? begin + tiles_per_part : tiles;
+  const int64_t row0 = int64_t(blockIdx.x) * kRows;
+  const int rank0 = blockIdx.y * kRanks, begin = blockIdx.z * tiles_per_part;
+  const int end = min_int(begin + tiles_per_part, static_cast<int>(ceil_div(x.cols, kCols)));
   const uint64_t key = seed ? static_cast<uint64_t>(*seed) : 0;
 
   TileRegisters<T> ahead;
-  auto fetch = [&](int64_t tile) {
-    ahead.load(x, row0, x.rows, tile * kCols);
+  auto fetch = [&](int tile) {
+    const int64_t col = int64_t(tile) * kCols + unit_col();
+    ahead.load(x, row0, int64_t(tile) * kCols);
     if (!seed) return;
+#pragma unroll
     for (int i = 0; i < kUnits; ++i) {
-      const int64_t row = row0 + unit_row(i), col = tile * kCols + unit_col();
+      const int64_t row = row0 + unit_row(i);
       if (row >= x.rows || col >= x.cols) continue;
       unsigned keep = philox::keep_byte(key, row, static_cast<uint32_t>(col / kUnit), threshold);
       if (x.cols - col < kUnit) keep &= (1u << (x.cols - col)) - 1;
@@ -39,9 +43,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   RowDot<kRanks> dot;
   fetch(begin);
-  for (int64_t tile = begin; tile < end; ++tile) {
+  for (int tile = begin; tile < end; ++tile) {
     ahead.store(act);
-    a.template load<kRanks>(weights, rank0, tile * kCols);
+    a.template load<kRanks>(weights, rank0, int64_t(tile) * kCols);
     __syncthreads();
     if (tile + 1 < end) fetch(tile + 1);
     dot.add(act, weights);
@@ -49,8 +53,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   dot.publish(act);
   __syncthreads();
+#pragma unroll 1
   for (int i = threadIdx.x; i < kRows * kRanks; i += kThreads) {
-    const int64_t row = row0 + i / kRanks, rank = rank0 + i % kRanks;
+    const int64_t row = row0 + i / kRanks;
+    const int rank = rank0 + i % kRanks;
     if (row < x.rows && rank < a.rows)
       partial[(blockIdx.z * x.rows + row) * a.rows + rank] = RowDot<kRanks>::total(act, i);
   }
@@ -71,8 +77,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t col = col0 + unit_col();
 
   float sum[kUpdateUnits][kUnit] = {};
-  for (int64_t rank0 = 0; rank0 < s.cols; rank0 += kUpdateRanks) {
-    load_ranks<kUpdateRanks>(tokens, s, row0, s.rows, rank0, kUpdateRows);
+  for (int rank0 = 0; rank0 < s.cols; rank0 += kUpdateRanks) {
+    load_ranks<kUpdateRows, kUpdateRanks>(tokens, s, row0, rank0);
     if (kColumnMajor)
       w.template load_transposed<kUpdateRanks>(weights, col0, rank0);
     else
@@ -110,46 +116,47 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <class T, int kRanks>
 __global__ void __launch_bounds__(kThreads, 2)
     grad_sb_kernel(Matrix<const T> dy, Matrix<const float> s, Weights<T> b, float* ds_partial, float* db_partial,
-                   int64_t col_tiles_per_chunk, int64_t rows_per_part) {
+                   int col_tiles_per_chunk, int row_tiles_per_part) {
   SharedMemory shared;
   float* act = shared.take<float>(kRows * kPitch);
   float* weights = shared.take<float>(kRanks * kPitch);
   float* tokens = shared.take<float>(kRows * (kRanks + 4));
   float* buffer = shared.take<float>(RowDot<kRanks>::kBuffer);
-  const int64_t rank0 = int64_t(blockIdx.y) * kRanks, ranks = s.cols;
-  const int64_t begin = blockIdx.z * rows_per_part;
-  const int64_t end = begin + rows_per_part < dy.rows ? begin + rows_per_part : dy.rows;
-  const int64_t first_col = blockIdx.x * col_tiles_per_chunk * kCols;
-  const int64_t chunk_end = first_col + col_tiles_per_chunk * kCols;
-  float* ds = ds_partial + blockIdx.x * dy.rows * ranks;
-  float* db = db_partial + blockIdx.z * dy.cols * ranks;
+  const int rank0 = blockIdx.y * kRanks, first_col = blockIdx.x * col_tiles_per_chunk, begin = blockIdx.z * row_tiles_per_part;
+  const int end_col = min_int(first_col + col_tiles_per_chunk, static_cast<int>(ceil_div(dy.cols, kCols)));
+  const int end = min_int(begin + row_tiles_per_part, static_cast<int>(ceil_div(dy.rows, kRows)));
 
-  for (int64_t col0 = first_col; col0 < chunk_end && col0 < dy.cols; col0 += kCols) {
+  for (int col_tile = first_col; col_tile < end_col; ++col_tile) {
+    const int64_t col0 = int64_t(col_tile) * kCols;
     b.template load_transposed<kRanks>(weights, col0, rank0);
-    TileRegisters<T> ahead;
     TokenSum<kRanks> sum;
-    ahead.load(dy, begin, end, col0);
-    for (int64_t row0 = begin; row0 < end; row0 += kRows) {
-      ahead.store(act);
-      load_ranks<kRanks>(tokens, s, row0, end, rank0, kRows);
+    for (int row_tile = begin; row_tile < end; ++row_tile) {
+      const int64_t row0 = int64_t(row_tile) * kRows;
+      load_tile(act, dy, row0, col0);
+      load_ranks<kRows, kRanks>(tokens, s, row0, rank0);
       __syncthreads();
-      if (row0 + kRows < end) ahead.load(dy, row0 + kRows, end, col0);
       sum.add(act, tokens);
       RowDot<kRanks> dot;
       dot.add(act, weights);
       dot.publish(buffer);
       __syncthreads();
+#pragma unroll 1
       for (int i = threadIdx.x; i < kRows * kRanks; i += kThreads) {
-        const int64_t row = row0 + i / kRanks, rank = rank0 + i % kRanks;
-        if (row >= end || rank >= ranks) continue;
+        const int64_t row = row0 + i / kRanks;
+        const int rank = rank0 + i % kRanks;
+        if (row >= dy.rows || rank >= s.cols) continue;
+        float* target = ds_partial + (blockIdx.x * dy.rows + row) * s.cols + rank;
         const float part = RowDot<kRanks>::total(buffer, i);
-        ds[row * ranks + rank] = col0 == first_col ? part : ds[row * ranks + rank] + part;
+        *target = col_tile == first_col ? part : *target + part;
       }
     }
     sum.combine(weights);
+#pragma unroll 1
     for (int i = threadIdx.x; i < kCols * kRanks; i += kThreads) {
-      const int64_t col = col0 + i / kRanks, rank = rank0 + i % kRanks;
-      if (col < dy.cols && rank < ranks) db[col * ranks + rank] = weights[i % kRanks * kPitch + i / kRanks];
+      const int64_t col = col0 + i / kRanks;
+      const int rank = rank0 + i % kRanks;
+      if (col < dy.cols && rank < s.cols)
+        db_partial[(blockIdx.z * dy.cols + col) * s.cols + rank] = weights[i % kRanks * kPitch + i / kRanks];
     }
     __syncthreads();
   }
@@ -158,39 +165,43 @@ __global__ void __launch_bounds__(kThreads, 2)
 // -- dA = dSt drop(X). Grid: column tiles, rank tiles, parts of T.
 template <class T, int kRanks>
 __global__ void __launch_bounds__(kThreads, 2)
-    grad_a_kernel(Matrix<const T> x, Matrix<const float> ds, const uint8_t* mask, float* partial, int64_t rows_per_part) {
+    grad_a_kernel(Matrix<const T> x, Matrix<const float> ds, const uint8_t* mask, float* partial, int row_tiles_per_part) {
   SharedMemory shared;
   float* act = shared.take<float>((kRows > kRanks ? kRows : kRanks) * kPitch);
   float* tokens = shared.take<float>(kRows * (kRanks + 4));
-  const int64_t col0 = int64_t(blockIdx.x) * kCols, rank0 = int64_t(blockIdx.y) * kRanks, ranks = ds.cols;
-  const int64_t begin = blockIdx.z * rows_per_part;
-  const int64_t end = begin + rows_per_part < x.rows ? begin + rows_per_part : x.rows;
+  const int64_t col0 = int64_t(blockIdx.x) * kCols, col = col0 + unit_col();
+  const int rank0 = blockIdx.y * kRanks, begin = blockIdx.z * row_tiles_per_part;
+  const int end = min_int(begin + row_tiles_per_part, static_cast<int>(ceil_div(x.rows, kRows)));
 
   TileRegisters<T> ahead;
-  auto fetch = [&](int64_t row0) {
-    ahead.load(x, row0, end, col0);
-    if (!mask || col0 + unit_col() >= x.cols) return;
+  auto fetch = [&](int row_tile) {
+    const int64_t row0 = int64_t(row_tile) * kRows;
+    ahead.load(x, row0, col0);
+    if (!mask || col >= x.cols) return;
+#pragma unroll
     for (int i = 0; i < kUnits; ++i) {
       const int64_t row = row0 + unit_row(i);
-      if (row < end) ahead.drop(i, mask[row * ceil_div(x.cols, kUnit) + (col0 + unit_col()) / kUnit]);
+      if (row < x.rows) ahead.drop(i, mask[row * ceil_div(x.cols, kUnit) + col / kUnit]);
     }
   };
 
   TokenSum<kRanks> sum;
   fetch(begin);
-  for (int64_t row0 = begin; row0 < end; row0 += kRows) {
+  for (int row_tile = begin; row_tile < end; ++row_tile) {
     ahead.store(act);
-    load_ranks<kRanks>(tokens, ds, row0, end, rank0, kRows);
+    load_ranks<kRows, kRanks>(tokens, ds, int64_t(row_tile) * kRows, rank0);
     __syncthreads();
-    if (row0 + kRows < end) fetch(row0 + kRows);
+    if (row_tile + 1 < end) fetch(row_tile + 1);
     sum.add(act, tokens);
     __syncthreads();
   }
   sum.combine(act);
+#pragma unroll 1
   for (int i = threadIdx.x; i < kCols * kRanks; i += kThreads) {
-    const int64_t rank = rank0 + i / kCols, col = col0 + i % kCols;
-    if (rank < ranks && col < x.cols)
-      partial[(blockIdx.z * ranks + rank) * x.cols + col] = act[i / kCols * kPitch + i % kCols];
+    const int rank = rank0 + i / kCols;
+    const int64_t target_col = col0 + i % kCols;
+    if (rank < ds.cols && target_col < x.cols)
+      partial[(int64_t(blockIdx.z) * ds.cols + rank) * x.cols + target_col] = act[i / kCols * kPitch + i % kCols];
   }
 }
 
@@ -222,6 +233,11 @@ void dispatch_ranks(int64_t ranks, F&& f) {
 
 constexpr size_t tile_bytes(int rows) { return SharedMemory::bytes<float>(rows * kPitch); }
 constexpr size_t tokens_bytes(int rows, int ranks) { return SharedMemory::bytes<float>(rows * (ranks + 4)); }
+
+template <int kRanks>
+constexpr size_t kGradSbBytes = tile_bytes(kRows) + tile_bytes(kRanks) + tokens_bytes(kRows, kRanks) +
+                                SharedMemory::bytes<float>(RowDot<kRanks>::kBuffer);
+static_assert(kGradSbBytes<64> <= 99 * 1024, "the most a block may have on compute capability 8.6 and 8.9");
 
 void reduce_into(const Tensor& out, const Tensor& partial, int64_t parts, double scale, Stream stream) {
   dispatch_dtype(out.scalar_type(), [&](auto type) {
@@ -284,7 +300,7 @@ std::tuple<Tensor, Tensor> lora_shrink(const Tensor& x, const Tensor& a, double 
         launch(shrink_kernel<T, kRanks>, dim3(unsigned(row_tiles), unsigned(rank_tiles), unsigned(parts.count)),
                dim3(kThreads), tile_bytes(kRows) + tile_bytes(kRanks), device.stream, input<T>(x), weights<T>(a),
                p > 0 ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr, philox::threshold(p),
-               static_cast<uint8_t*>(mask.mutable_data_ptr()), floats(partial), parts.size);
+               static_cast<uint8_t*>(mask.mutable_data_ptr()), floats(partial), int(parts.size));
       reduce_into(s, partial, parts.count, philox::inverse_keep(p), device.stream);
     });
   });
@@ -325,10 +341,8 @@ std::tuple<Tensor, Tensor> lora_grad_sb(const Tensor& dy, const Tensor& s, const
       if (chunks * rank_tiles * parts.count > 0)
         launch(grad_sb_kernel<T, kRanks>, dim3(unsigned(chunks), unsigned(rank_tiles), unsigned(parts.count)),
                dim3(kThreads),
-               tile_bytes(kRows) + tile_bytes(kRanks) + tokens_bytes(kRows, kRanks) +
-                   SharedMemory::bytes<float>(RowDot<kRanks>::kBuffer),
-               device.stream, input<T>(dy), input<float>(s), weights<T>(b), floats(ds_partial), floats(db_partial),
-               tiles_per_chunk, parts.size * kRows);
+               kGradSbBytes<kRanks>, device.stream, input<T>(dy), input<float>(s), weights<T>(b), floats(ds_partial), floats(db_partial),
+               int(tiles_per_chunk), int(parts.size));
       reduce_into(ds, ds_partial, chunks, scale, device.stream);
       reduce_into(db, db_partial, parts.count, scale, device.stream);
     });
@@ -357,7 +371,7 @@ Tensor lora_grad_a(const Tensor& ds, const Tensor& x, const Tensor& a, const Ten
       if (col_tiles * rank_tiles * parts.count > 0)
         launch(grad_a_kernel<T, kRanks>, dim3(unsigned(col_tiles), unsigned(rank_tiles), unsigned(parts.count)),
                dim3(kThreads), tile_bytes(std::max(kRows, kRanks)) + tokens_bytes(kRows, kRanks), device.stream,
-               input<T>(x), input<float>(ds), bits, floats(partial), parts.size * kRows);
+               input<T>(x), input<float>(ds), bits, floats(partial), int(parts.size));
       reduce_into(da, partial, parts.count, philox::inverse_keep(p), device.stream);
     });
   });

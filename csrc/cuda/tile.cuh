@@ -89,12 +89,9 @@ template <class T>
 struct TileRegisters {
   Unit<T> units[kUnits];
 
-  __device__ __forceinline__ void load(const Matrix<const T>& m, int64_t row0, int64_t row_end, int64_t col0) {
+  __device__ __forceinline__ void load(const Matrix<const T>& m, int64_t row0, int64_t col0) {
 #pragma unroll
-    for (int i = 0; i < kUnits; ++i) {
-      int64_t row = row0 + unit_row(i);
-      units[i] = row < row_end ? load_unit<true, T>(m, row, col0 + unit_col()) : Unit<T>{};
-    }
+    for (int i = 0; i < kUnits; ++i) units[i] = load_unit<true, T>(m, row0 + unit_row(i), col0 + unit_col());
   }
 
   __device__ __forceinline__ void store(float* tile) const {
@@ -109,6 +106,21 @@ struct TileRegisters {
       if (!(keep >> j & 1)) units[i].v[j] = T(0.0f);
   }
 };
+
+// A whole tile straight into shared memory, for kernels whose sums leave no registers to hold the next tile in.
+template <class T>
+__device__ __forceinline__ void load_tile(float* tile, const Matrix<const T>& m, int64_t row0, int64_t col0) {
+  if (m.vectors) {
+    TileRegisters<T> held;
+    held.load({m.data, m.rows, m.cols, true}, row0, col0);
+    held.store(tile);
+  } else {
+    // Unit by unit: the element-wise loads of two units at once spilled 16 bytes in grad_sb_kernel.
+#pragma unroll 1
+    for (int i = 0; i < kUnits; ++i)
+      widen(tile + unit_row(i) * kPitch + unit_col(), load_unit<true, T>(m, row0 + unit_row(i), col0 + unit_col()));
+  }
+}
 
 // An adapter matrix, in the activations' dtype or in float32: small, read from cache, so the branch costs little.
 template <class T>
@@ -141,18 +153,20 @@ struct Weights {
   // tile[r][c] = this[row0 + c, col0 + r]: the transpose, for kTileRows ranks.
   template <int kTileRows>
   __device__ __forceinline__ void load_transposed(float* tile, int64_t row0, int64_t col0) const {
+#pragma unroll 2
     for (int i = threadIdx.x; i < kTileRows * kCols; i += kThreads)
       tile[i % kTileRows * kPitch + i / kTileRows] = at(row0 + i / kTileRows, col0 + i % kTileRows);
   }
 };
 
-// tile[t][r] = s[row0 + t, rank0 + r] of the float32 matrix s, 0 outside; rows are kRanks + 4 floats apart.
-template <int kRanks>
-__device__ __forceinline__ void load_ranks(float* tile, const Matrix<const float>& s, int64_t row0, int64_t row_end,
-                                           int64_t rank0, int tile_rows) {
-  for (int i = threadIdx.x; i < tile_rows * kRanks; i += kThreads) {
-    int64_t row = row0 + i / kRanks, rank = rank0 + i % kRanks;
-    tile[i / kRanks * (kRanks + 4) + i % kRanks] = row < row_end && rank < s.cols ? s.data[row * s.cols + rank] : 0.0f;
+// tile[t][r] = s[row0 + t, rank0 + r] of the float32 matrix s for kTileRows rows, 0 outside s; rows lie kRanks + 4 apart.
+template <int kTileRows, int kRanks>
+__device__ __forceinline__ void load_ranks(float* tile, const Matrix<const float>& s, int64_t row0, int rank0) {
+#pragma unroll 2
+  for (int i = threadIdx.x; i < kTileRows * kRanks; i += kThreads) {
+    int64_t row = row0 + i / kRanks;
+    int rank = rank0 + i % kRanks;
+    tile[i / kRanks * (kRanks + 4) + i % kRanks] = row < s.rows && rank < s.cols ? s.data[row * s.cols + rank] : 0.0f;
   }
 }
 

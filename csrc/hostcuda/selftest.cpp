@@ -1,0 +1,131 @@
+// Kernels that prove the emulator and the sanitizer: right ones and deliberately broken ones, as ops of the namespace
+// fastft_hostcuda for tests/cuda/test_emulator.py.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "../cuda/launch.cuh"
+
+namespace fastft {
+namespace {
+
+using torch::stable::Tensor;
+
+float* floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+
+// out = in, reversed through shared memory; wrong in some order of threads when the barrier is left out.
+__global__ void reverse_kernel(const float* in, float* out, bool barrier) {
+  SharedMemory shared;
+  float* tile = shared.take<float>(blockDim.x);
+  tile[threadIdx.x] = in[threadIdx.x];
+  if (barrier) __syncthreads();
+  out[threadIdx.x] = tile[blockDim.x - 1 - threadIdx.x];
+}
+
+Tensor reverse(const Tensor& in, bool barrier) {
+  Tensor out = torch::stable::empty_like(in);
+  unsigned threads = unsigned(in.numel());
+  launch(reverse_kernel, dim3(1), dim3(threads), SharedMemory::bytes<float>(int(threads)), Stream{}, floats(in), floats(out),
+         barrier);
+  return out;
+}
+
+// Row 0: shfl from lane 5 of each half warp; 1: xor 3; 2: down 2 (width 8); 3: up 1; 4: ballot of odd values; 5: any, all.
+__global__ void warp_kernel(const float* in, float* out) {
+  const unsigned all = 0xffffffffu;
+  float mine = in[threadIdx.x];
+  float* row = out + threadIdx.x;
+  const unsigned n = blockDim.x;
+  row[0] = __shfl_sync(all, mine, 5, 16);
+  row[n] = __shfl_xor_sync(all, mine, 3);
+  row[2 * n] = __shfl_down_sync(all, mine, 2, 8);
+  row[3 * n] = __shfl_up_sync(all, mine, 1);
+  row[4 * n] = __ballot_sync(all, int(mine) % 2) == 0xaaaaaaaau;
+  row[5 * n] = 2 * __any_sync(all, threadIdx.x == 7) + __all_sync(all, 1);
+  __syncwarp();
+}
+
+Tensor warp(const Tensor& in) {
+  Tensor out = torch::stable::new_empty(in, {6, in.numel()});
+  launch(warp_kernel, dim3(1), dim3(unsigned(in.numel())), 0, Stream{}, floats(in), floats(out));
+  return out;
+}
+
+__global__ void misuse_kernel(int kind, float* data, int64_t size) {
+  SharedMemory shared;
+  float* first = shared.take<float>(8);
+  float* second = shared.take<float>(8);
+  const bool odd = threadIdx.x % 2;
+  switch (kind) {
+    case 0:  // half of the threads leave before the barrier
+      if (odd) return;
+      __syncthreads();
+      return;
+    case 1:  // two barriers in two branches
+      if (odd)
+        __syncthreads();
+      else
+        __syncthreads();
+      return;
+    case 2:  // a warp barrier that half of its lanes never reach
+      if (odd) __syncwarp();
+      return;
+    case 3:  // a lane that its own mask leaves out
+      __syncwarp(odd ? 0xffffffffu : 0x55555554u);
+      return;
+    case 4:  // more shared memory than the launch gave
+      shared.take<float>(1);
+      return;
+    case 5:  // past the end of global memory
+      if (threadIdx.x == 0) data[size] = 1.0f;
+      return;
+    case 6:  // from one shared array into the next
+      if (threadIdx.x == 0) data[0] = first[8] + second[0];
+      return;
+    case 7: {  // past the end of an array of the thread, after a barrier
+      float local[4] = {};
+      __syncthreads();
+      for (int i = 0; i < int(size) + 5; ++i) local[i] = data[0];
+      __syncthreads();
+      data[0] = local[threadIdx.x % 4];
+      return;
+    }
+    default:  // shared memory read before it is written
+      if (threadIdx.x == 0) data[0] = second[3];
+  }
+}
+
+void misuse(const Tensor& data, int64_t kind) {
+  launch(misuse_kernel, dim3(1), dim3(32), 2 * SharedMemory::bytes<float>(8), Stream{}, int(kind), floats(data),
+         int64_t(data.numel()));
+}
+
+// Appends each block's index in the order in which blocks run: what a kernel must not depend on.
+__global__ void order_kernel(float* out, int* next) {
+  if (threadIdx.x == 0) out[(*next)++] = float(blockIdx.x);
+}
+
+Tensor block_order(const Tensor& like, int64_t blocks) {
+  Tensor out = torch::stable::new_empty(like, {blocks});
+  int next = 0;
+  launch(order_kernel, dim3(unsigned(blocks)), dim3(4), 0, Stream{}, floats(out), &next);
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(fastft_hostcuda, m) {
+  m.def("reverse(Tensor x, bool barrier) -> Tensor");
+  m.def("warp(Tensor x) -> Tensor");
+  m.def("misuse(Tensor x, int kind) -> ()");
+  m.def("block_order(Tensor like, int blocks) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastft_hostcuda, CPU, m) {
+  m.impl("reverse", TORCH_BOX(&reverse));
+  m.impl("warp", TORCH_BOX(&warp));
+  m.impl("misuse", TORCH_BOX(&misuse));
+  m.impl("block_order", TORCH_BOX(&block_order));
+}
+
+}  // namespace fastft

@@ -1,0 +1,54 @@
+"""The host build of the CUDA sources (csrc/hostcuda): where it lies, and how a process runs under its sanitizer."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastft import _native
+from fastft.ops import registry
+
+ROOT = Path(__file__).parents[2]
+LIBRARY = _native.LIB / "libfastft_cuda_host.so"
+
+
+def need_library():
+    if not LIBRARY.exists():
+        pytest.skip(f"{LIBRARY.name} is not built (FASTFT_HOSTCUDA=1 pip install -e ., or make setup)")
+
+
+def register():
+    """Load the library and add the backend `cuda_host`; only in a process started by `under_sanitizer`."""
+    torch.ops.load_library(str(LIBRARY))
+    registry.BACKENDS["cuda_host"] = registry.NativeBackend(lambda: ("fastft_cuda_host", None), "cpu", "CPU")
+
+
+def under_sanitizer(*arguments, seed=0):
+    """Run this Python with `arguments`, AddressSanitizer loaded first; the completed process with its output as text."""
+    compiler = os.environ.get("CXX", "c++")
+    libraries = [
+        subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")  # libstdc++ too, or the sanitizer misses its exceptions
+    ]
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python itself leaks at exit
+        "OMP_NUM_THREADS": "1",
+        "PYTHONMALLOC": "malloc",
+        "PYTHONPATH": str(ROOT),
+        "FASTFT_HOSTCUDA_SEED": str(seed),
+    }
+    return subprocess.run([sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=500)
+
+
+def passed(process):
+    """Number of tests that passed in a pytest process, which must have neither failed nor skipped any."""
+    output = process.stdout + process.stderr
+    assert process.returncode == 0, output[-6000:]
+    summary = process.stdout.strip().splitlines()[-1]
+    assert "skipped" not in summary and "deselected" not in summary, output[-3000:]
+    return int(summary.split(" passed")[0].split()[-1])

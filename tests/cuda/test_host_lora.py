@@ -1,0 +1,11 @@
+"""The CUDA C++ kernels of the LoRA family, run on the CPU under AddressSanitizer (no GPU needed)."""
+
+from tests.cuda import host
+
+
+def test_kernels_under_address_sanitizer():
+    """`cases_lora.py`: the test matrix of the family and what only the host build can show."""
+    host.need_library()
+    process = host.under_sanitizer("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/cuda/cases_lora.py")
+    assert host.passed(process) >= 20
+
