@@ -1,6 +1,6 @@
 """Make demo/model: a 2.4 M parameter Llama and tokenizer, pretrained on the prose of `demo.data` (10 minutes on one core).
 
-    python -m demo.pretrain [--steps 700] [--out demo/model]
+    python -m demo.pretrain [--steps 900] [--out demo/model]
 
 The weights in the repository came from this script. `fastft train` is for fine-tuning; pretraining is this plain loop.
 """
@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from demo.data import functions, prose
 
-LENGTH, BATCH, VOCABULARY = 256, 16, 2048
+LENGTH, BATCH, VOCABULARY = 256, 8, 2048
 # `generation` marks what a loss on assistant turns covers.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
@@ -73,7 +73,7 @@ def save(model: LlamaForCausalLM, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model")
     options = parser.parse_args()
 
@@ -82,7 +82,7 @@ def main() -> None:
     tokenizer = make_tokenizer(documents + functions(1500))
     tokenizer.save_pretrained(options.out)
     encoded = [tokenizer(document).input_ids for document in documents]
-    held_out, train = encoded[:150], encoded[150:]
+    held_out, train = encoded[:80], encoded[80:]
     held_rows = pack(held_out, tokenizer.eos_token_id)
     print(f"{len(documents)} documents, {sum(map(len, encoded))} tokens", flush=True)
 
@@ -130,7 +130,7 @@ def main() -> None:
         optimizer.zero_grad()
         if step % 200 == 199:
             save(model, options.out)  # an interrupted run leaves a model too
-        if step % 50 == 0 or step == options.steps - 1:
+        if step % 100 == 0 or step == options.steps - 1:
             print(
                 f"step {step} loss {loss.item():.3f} held out {mean_loss(model, held_rows):.3f} "
                 f"{time.monotonic() - started:.0f} s",

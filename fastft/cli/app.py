@@ -29,16 +29,6 @@ def info() -> None:
     raise typer.Exit(main() or 0)
 
 
-@app.command(
-    help="Interleaved benchmarks against the floor and peers (fastft bench FAMILY ...).",
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-)
-def bench(context: typer.Context) -> None:
-    from .main import _bench
-
-    sys.exit(_bench(context.args))
-
-
 def train(config: str | None, resume: bool, overwrite: bool, dry_run: bool, **options: Any) -> None:
     from .train import resume_options, run
 
@@ -94,6 +84,16 @@ def merge(
 
     with _friendly():
         run(model, adapter, out, dtype, overwrite)
+
+
+@app.command(
+    help="Interleaved benchmarks against the floor and peers (fastft bench FAMILY ...).",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def bench(context: typer.Context) -> None:
+    from .main import _bench
+
+    sys.exit(_bench(context.args))
 
 
 class _friendly:

@@ -60,13 +60,14 @@ def write_summary(summary: dict[str, Any], path: Path) -> None:
 def plot(summary: dict[str, Any], path: Path) -> None:
     """The training curve (thin; its running mean thick where there are enough points) and the held-out losses as points."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     steps, losses = [p["step"] for p in summary["train_curve"]], [p["loss"] for p in summary["train_curve"]]
-    window = len(losses) // 10
-    axes.plot(steps, losses, color="tab:blue", linewidth=1, alpha=0.35 if window > 1 else 1, label="training")
-    if window > 1:
+    window = len(losses) // 12
+    axes.plot(steps, losses, color="tab:blue", linewidth=1, alpha=0.35 if window > 2 else 1, label="training")
+    if window > 2:
         mean = [sum(losses[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(losses))]
         axes.plot(steps, mean, color="tab:blue", linewidth=2, label=f"training, mean of {window} values")
     points = summary["held_out_curve"]
@@ -77,6 +78,7 @@ def plot(summary: dict[str, Any], path: Path) -> None:
         for p in points[:: max(1, len(points) - 1)]:
             axes.annotate(f"{p['loss']:.3f}", (p["step"], p["loss"]), textcoords="offset points", xytext=(0, 8), ha="center")
     axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("loss (nats a token)")
     axes.set_title(f"{Path(summary['config']['model']).name}, {summary['config']['method']} r={summary['config']['r']}")
     axes.margins(x=0.05, y=0.12)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -55,14 +54,13 @@ def resume_options(config: str | None, options: dict[str, Any]) -> tuple[str | N
     Raises:
         UserError: nothing to continue, or an option that decides the numbers differs from the run's.
     """
-    from ..integrations.transformers import last_checkpoint
-
     out = options.get("out") or (make_config(options, config).out if config else None)
     if out is None:
         raise UserError("--resume needs --out, or --config with the key out")
     saved = Path(out).expanduser() / "config.yaml"
-    if not saved.is_file() or last_checkpoint(saved.parent) is None:
-        raise UserError(f"--resume: {out} has no complete checkpoint; start without --resume (or with --overwrite)")
+    _check_out(saved.parent, resume=True, overwrite=False)
+    if not saved.is_file():
+        raise UserError(f"--resume: {out} has no config.yaml, so it is no run's folder")
     if config is None:
         config = str(saved)
     old = dataclasses.asdict(make_config({}, str(saved)))
@@ -74,16 +72,31 @@ def resume_options(config: str | None, options: dict[str, Any]) -> tuple[str | N
 
 
 def _check_out(out: Path, resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise UserError("--resume continues a run and --overwrite replaces it; give one of them")
     if out.exists() and not out.is_dir():
         raise UserError(f"out {out} is a file")
-    if resume or not out.is_dir() or not any(out.iterdir()):
+    if resume:
+        from ..integrations.transformers import last_checkpoint
+
+        if last_checkpoint(out) is None:
+            raise UserError(f"--resume: {out} has no complete checkpoint; start without --resume (or with --overwrite)")
+        return
+    if not out.is_dir() or not any(out.iterdir()):
         return
     if not overwrite:
         raise UserError(
             f"out {out} is not empty; use --resume to continue its run, --overwrite to replace it, or another folder"
         )
+
+
+def _clear(out: Path) -> None:
+    """Remove an earlier run; files that are not a run's stay."""
     for path in [*(out / name for name in WRITTEN), *out.glob("checkpoint-*")]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _records(config: TrainConfig) -> tuple[list[Record], list[Record]]:
@@ -198,7 +211,9 @@ def _train(
         _recompute(model)
     handle = attach(config, model)
     checkpoint = last_checkpoint(out) if resume else None
-    os.makedirs(out, exist_ok=True)
+    if not resume:  # only now, when nothing of the user's input can be wrong any more
+        _clear(out)
+    out.mkdir(parents=True, exist_ok=True)
     config.save(out / "config.yaml")
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -211,7 +226,9 @@ def _train(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except FloatingPointError as error:
         raise UserError(str(error)) from error
-    if eval_rows.rows:
+    if eval_rows.rows and not any(
+        "eval_loss" in h and h["step"] == trainer.state.global_step for h in trainer.state.log_history
+    ):
         trainer.evaluate()
     handle.save(out / "adapter")
     summary = summarize(config, trainer, speed, handle, model, train_rows, eval_rows)

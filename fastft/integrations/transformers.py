@@ -90,8 +90,8 @@ def make_trainer(model, handle, arguments, train_rows, eval_rows=(), *, pad_toke
         arguments: transformers.TrainingArguments.
         train_rows, eval_rows: [{"input_ids": list[int], "labels": list[int]}].
 
-    It differs from Trainer in three ways: a checkpoint holds the adapter (checkpoint-N/adapter) and
-    no base weights; the evaluation loss is the mean over tokens, not over batches; launches are counted in `backends`.
+    It differs from Trainer in three ways: a checkpoint holds the adapter (checkpoint-N/adapter) and no base weights; the
+    evaluation loss is the mean over tokens, not over batches; launches are counted in `backends`.
     """
     from transformers import Trainer
 

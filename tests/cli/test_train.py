@@ -207,6 +207,8 @@ def test_an_output_folder_in_use(tiny_model, text_data, tmp_path, fastft_command
     assert result.exit_code == 2 and "is not empty; use --resume" in result.stderr
     result = fastft_command("train", *options, "--resume")
     assert result.exit_code == 2 and "no complete checkpoint" in result.stderr
+    result = fastft_command("train", *options, "--overwrite", "--target-modules", "q_prok")
+    assert result.exit_code == 2 and (out / "checkpoint-9").exists()  # a wrong option costs no earlier run
     assert fastft_command("train", *options, "--overwrite").exit_code == 0
     assert (out / "mine.txt").read_text() == "keep" and not (out / "checkpoint-9").exists()
 
