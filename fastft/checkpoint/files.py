@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
-from .atomic import current, read, switch
+from .atomic import read, switch
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-_DTYPES = {"F64", "F32", "F16", "BF16"}
-_INTEGERS = {"I64", "I32", "I16", "I8", "U8", "BOOL"}  # counters among a saved module's buffers
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DTYPES += (torch.int64, torch.int32, torch.uint8, torch.bool)  # counters among a saved module's buffers
 _READS = 3
 # A copy of a bias that PEFT also writes with bias="all" and modules_to_save; it reads neither of them.
 _DUPLICATE = re.compile(r"\.(original_module|modules_to_save)\.(.*\.)?bias$")
@@ -73,39 +73,31 @@ def _parse(folder: Path, raw: bytes) -> dict[str, Any]:
 
 
 def _read_weights(folder: Path, expected: Shapes) -> dict[str, torch.Tensor]:
-    path = current(folder, WEIGHTS)
-    if not path.is_file():
-        pickles = [p.name for p in folder.glob("adapter_model.*") if p.suffix in (".bin", ".pt", ".pth")]
-        hint = (
-            f"; {pickles[0]} is a pickle, which can run code when it is opened, and is not read: convert it with PEFT "
-            "(load it there, then save_pretrained)"
-            if pickles
-            else ""
-        )
-        raise FileNotFoundError(f"{folder}: no {WEIGHTS}{hint}")
+    path = folder / WEIGHTS
     try:
-        with safe_open(path, framework="pt") as file:
-            keys = [key for key in file.keys() if not _DUPLICATE.search(key)]  # noqa: SIM118 (not a dict)
-            slices = {key: file.get_slice(key) for key in keys}
-            _check(path, {k: (tuple(s.get_shape()), s.get_dtype()) for k, s in slices.items()}, expected)
-            tensors = {key: file.get_tensor(key) for key in keys}
-    except SafetensorError as error:
-        raise AdapterFileError(f"{path} is damaged ({path.stat().st_size} bytes): {error}") from error
-    _refuse(
-        path,
-        "not finite",
-        [k for k, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()],
-    )
-    return tensors
-
-
-def _check(path: Path, found: dict[str, tuple[tuple[int, ...], str]], expected: Shapes) -> None:
-    _refuse(path, "missing", [key for key in expected if key not in found])
-    _refuse(path, "not expected by this model and config", [key for key in found if key not in expected])
-    wrong = [f"{key} {list(found[key][0])} (want {list(s)})" for key, s in expected.items() if found[key][0] != s]
+        data = read(folder, WEIGHTS)
+    except FileNotFoundError as error:
+        pickles = [p.name for p in folder.glob("adapter_model.*") if p.suffix in (".bin", ".pt", ".pth")]
+        if not pickles:
+            raise
+        raise FileNotFoundError(
+            f"{folder}: no {WEIGHTS}; {pickles[0]} is a pickle, which can run code when it is opened, and is not read: "
+            "convert it with PEFT (load it there, then save_pretrained)"
+        ) from error
+    # From memory: safe_open opens the file twice, and a writer may switch it in between.
+    try:
+        tensors = {key: tensor for key, tensor in load(data).items() if not _DUPLICATE.search(key)}
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch lacks
+        raise AdapterFileError(f"{path} is damaged ({len(data)} bytes): {error!r}") from error
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    _refuse(path, "missing", [key for key in expected if key not in shapes])
+    _refuse(path, "not expected by this model and config", [key for key in shapes if key not in expected])
+    wrong = [f"{key} {list(shapes[key])} (want {list(want)})" for key, want in expected.items() if shapes[key] != want]
     _refuse(path, "of the wrong shape", wrong)
-    kinds = [f"{key} ({dtype})" for key, (_, dtype) in found.items() if dtype not in _DTYPES | _INTEGERS]
+    kinds = [f"{key} ({tensor.dtype})" for key, tensor in tensors.items() if tensor.dtype not in _DTYPES]
     _refuse(path, "of an unsupported dtype", kinds)
+    _refuse(path, "not finite", [key for key, tensor in tensors.items() if not tensor.isfinite().all()])
+    return tensors
 
 
 def _refuse(path: Path, what: str, offenders: list[str]) -> None:

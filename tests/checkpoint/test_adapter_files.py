@@ -1,0 +1,303 @@
+"""Adapter folders: what is refused, and that a killed writer never leaves a broken one."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import fastft
+from fastft.checkpoint import atomic
+from fastft.checkpoint.files import CONFIG, WEIGHTS, AdapterFileError, read_adapter, write_adapter
+from tests.methods.models import assert_same, llama, randomize, snapshot, tokens
+
+KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    handle = fastft.attach(llama(), fastft.LoRA(r=4, target_modules=["q_proj", "v_proj"]))
+    randomize(handle)
+    handle.save(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def change(folder, tensors=None, **config):
+    if tensors is not None:
+        weights = load_file(folder / WEIGHTS)
+        tensors(weights)
+        save_file({key: value.contiguous() for key, value in weights.items()}, folder / WEIGHTS)
+    old = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**old, **config}))
+
+
+def refuse(folder, match, error=AdapterFileError):
+    model = llama()
+    before = snapshot(model)
+    with pytest.raises(error, match=match):
+        fastft.load(model, folder)
+    assert_same(before, snapshot(model))
+
+
+def test_round_trip_and_restore(folder):
+    model = llama()
+    handle = fastft.load(model, folder, "other")
+    state = torch.get_rng_state()
+    fastft.load(llama(), folder)
+    assert torch.equal(state, torch.get_rng_state())  # loading draws no random numbers
+    values = [parameter.clone() for parameter in handle.parameters()]
+    saved = load_file(folder / WEIGHTS)
+    for name, parameter in handle.named_parameters():
+        assert torch.equal(parameter, saved["base_model.model." + name.replace(".other", ".weight")])
+    randomize(handle, seed=8)
+    handle.merge()
+    handle.restore(folder)
+    assert all(torch.equal(one, two) for one, two in zip(values, handle.parameters(), strict=True))
+    merged = model(tokens()).logits
+    handle.unmerge()
+    torch.testing.assert_close(merged, model(tokens()).logits, rtol=1e-5, atol=1e-5)
+    change(folder, lora_alpha=3)
+    with pytest.raises(AdapterFileError, match=r"the scale of 'model.layers.0.self_attn.q_proj' is 0.75"):
+        handle.restore(folder)
+
+
+def test_saved_twice_is_the_same_file(folder, tmp_path):
+    fastft.load(llama(), folder).save(tmp_path / "again")
+    for name in (CONFIG, WEIGHTS):
+        assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_damaged_files(folder):
+    whole = (folder / WEIGHTS).read_bytes()
+    for size in (0, 4, 100, len(whole) - 1):
+        (folder / WEIGHTS).write_bytes(whole[:size])
+        refuse(folder, rf"adapter_model.safetensors is damaged \({size} bytes\)")
+    (folder / WEIGHTS).write_bytes(b"\xff" * 64)
+    refuse(folder, "damaged")
+    (folder / WEIGHTS).write_bytes(whole)
+    for text, match in (("{", "not JSON"), ("[1]", "holds a list"), (b"\xff\xfe", "not JSON")):
+        (folder / CONFIG).write_bytes(text if isinstance(text, bytes) else text.encode())
+        refuse(folder, match)
+
+
+def test_missing_files(folder, tmp_path):
+    refuse(tmp_path / "nowhere", "no adapter folder", FileNotFoundError)
+    (folder / WEIGHTS).rename(folder / "adapter_model.bin")
+    refuse(folder, "adapter_model.bin is a pickle, which can run code", FileNotFoundError)
+    (folder / CONFIG).unlink()
+    refuse(folder, "adapter_config.json", FileNotFoundError)
+
+
+def test_tensors_that_do_not_fit(folder, tmp_path):
+    good = {name: (folder / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+
+    def check(tensors, match, **config):
+        for name, data in good.items():
+            (folder / name).write_bytes(data)
+        change(folder, tensors, **config)
+        refuse(folder, match)
+
+    check(lambda w: w.pop(KEY), rf"1 tensors are missing: {KEY}")
+    check(lambda w: w.clear(), r"8 tensors are missing: (\S+, ){4}\S+ and 3 more$")
+    check(lambda w: w.update(extra=torch.zeros(1)), "1 tensors are not expected by this model and config: extra")
+    check(lambda w: w.update({KEY: w[KEY].t()}), rf"of the wrong shape: {KEY} \[16, 4\] \(want \[4, 16\]\)")
+    check(None, r"of the wrong shape", r=5)
+    check(lambda w: w.update({KEY: w[KEY].to(torch.complex64)}), rf"unsupported dtype: {KEY} \(torch.complex64\)")
+    for bad in (float("nan"), float("inf")):
+        check(lambda w, bad=bad: w[KEY].view(-1)[5].fill_(bad), rf"not finite: {KEY}")
+
+
+def test_configs_that_are_not_supported(folder):
+    good = (folder / CONFIG).read_text()
+    for config, match in (
+        ({"use_dora": True}, r"not supported: {'use_dora': True}; supported: alpha_pattern, bias, .*rank_pattern"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"target_parameters": ["mlp.experts"]}, "target_parameters"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"an_option_of_tomorrow": 1}, "an_option_of_tomorrow"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' changed the base weights"),
+        ({"init_lora_weights": "olora"}, "olora"),
+        ({"peft_type": "IA3"}, r"peft_type 'IA3' is not supported; supported: \['LORA'\]"),
+        ({"peft_type": None}, "peft_type None"),
+        ({"r": "8"}, "rank r='8'"),
+        ({"lora_dropout": 2.0}, "lora_dropout"),
+    ):
+        (folder / CONFIG).write_text(good)
+        change(folder, **config)
+        refuse(folder, match)
+    change(folder, **{**json.loads(good), "target_modules": ["query"]})
+    refuse(folder, "no module matches", ValueError)
+
+
+def test_a_model_that_does_not_fit(folder):
+    model = llama(hidden_size=8, num_attention_heads=1)
+    with pytest.raises(AdapterFileError, match="6 tensors are of the wrong shape"):
+        fastft.load(model, folder)
+    model = llama()
+    fastft.load(model, folder)
+    with pytest.raises(ValueError, match="attached already"):
+        fastft.load(model, folder)
+
+
+def test_mode_follows_the_umask(tmp_path):
+    for mask in (0o022, 0o077, 0o002):
+        before = os.umask(mask)
+        try:
+            write_adapter(tmp_path / str(mask), {}, {"x": torch.ones(2)})
+        finally:
+            os.umask(before)
+        for name in (CONFIG, WEIGHTS):
+            assert stat.S_IMODE((tmp_path / str(mask) / name).stat().st_mode) == 0o666 & ~mask
+
+
+def test_other_files_survive_and_rubbish_is_swept(tmp_path):
+    (tmp_path / "optimizer.pt").write_text("state")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "rng.pth").write_text("rng")
+    (tmp_path / ".fastft-draft-1").mkdir()
+    (tmp_path / ".fastft-draft-1" / WEIGHTS).write_text("half")
+    for value in (1, 2):
+        write_adapter(tmp_path, {"r": value}, {"x": torch.full((2,), value)})
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([CONFIG, WEIGHTS, "optimizer.pt", "deep"])
+    assert (tmp_path / "optimizer.pt").read_text() == "state" and (tmp_path / "deep" / "rng.pth").read_text() == "rng"
+
+
+def test_a_full_disk_leaves_the_old_adapter(tmp_path, monkeypatch):
+    write_adapter(tmp_path, {"r": 1}, {"x": torch.ones(2)})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(atomic.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_adapter(tmp_path, {"r": 2}, {"x": torch.zeros(2)})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def consistent(folder):
+    """The version in the folder; fails if config and weights are of different ones."""
+    found = {}
+
+    def expected(config):
+        found.update(config)
+        return {"x": (config["version"] % 7 + 1, 50)}
+
+    tensors = read_adapter(folder, expected)
+    assert (tensors["x"] == found["version"]).all()
+    return found["version"]
+
+
+WRITER = """
+    import json, os, random, signal, sys, time, torch
+    from fastft.checkpoint import atomic
+    from fastft.checkpoint.files import write_adapter
+
+    folder, mode, *kills = sys.argv[1:]
+
+    def write(name, version):
+        values = torch.full((version % 7 + 1, 50), float(version))
+        write_adapter(os.path.join(folder, name), {"version": version}, {"x": values})
+
+    def kill_at_call(number):
+        count = 0
+        def counted(function):
+            def call(*args, **kwargs):
+                nonlocal count
+                count += 1
+                if count == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*args, **kwargs)
+            return call
+        for name in ("open", "close", "fsync", "rename", "replace"):
+            setattr(atomic.os, name, counted(getattr(os, name)))
+        for name in ("mkdir", "rmdir", "unlink"):
+            setattr(atomic.Path, name, counted(getattr(atomic.Path, name)))
+
+    def write_on(name):
+        for version in range(1, 10**9):
+            write(name, version)
+
+    if mode == "on":
+        write("", 1)
+        print("ready", flush=True)
+        write_on("")
+    for number in range(1, 1000):  # children of one process, since importing torch takes longest
+        started = time.monotonic()
+        write(str(number), 1)
+        span = time.monotonic() - started
+        child = os.fork()
+        if not child:
+            if mode == "calls":
+                kill_at_call(number)
+                write(str(number), 2)
+                os._exit(0)
+            write_on(str(number))
+        if mode == "times":
+            time.sleep(random.Random(number).uniform(0, 5 * span))
+            os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+        if not os.WIFSIGNALED(status) or mode == "times" and number == 20:
+            break
+    print(number)
+"""
+
+
+def writer(folder, mode):
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(WRITER), str(folder), mode],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.parametrize("mode", ["calls", "times"])
+def test_killed_at_any_point_the_folder_loads(tmp_path, mode):
+    """Before each of a save's system calls; and at 20 random times."""
+    count = int(writer(tmp_path, mode).communicate()[0])
+    assert count >= 20
+    versions = []
+    for number in range(1, count + 1):
+        folder = tmp_path / str(number)
+        versions.append(consistent(folder))
+        write_adapter(folder, {"version": 3}, {"x": torch.full((4, 50), 3.0)})  # and can be written again
+        assert consistent(folder) == 3
+        assert {path.name for path in folder.iterdir()} == {CONFIG, WEIGHTS}
+    if mode == "calls":  # there is one point from which the new version counts
+        assert versions == sorted(versions) and set(versions) == {1, 2}
+    else:
+        assert len(set(versions)) > 1
+
+
+def test_reading_while_another_process_writes(tmp_path):
+    process = writer(tmp_path, "on")
+    assert process.stdout.readline() == "ready\n"
+    seen, deadline = set(), time.monotonic() + 60
+    while len(seen) < 5:
+        seen.add(consistent(tmp_path))
+        assert time.monotonic() < deadline
+    process.kill()
+    process.wait()
+
+
+def test_writers_take_turns(tmp_path):
+    def write(version):
+        for _ in range(10):
+            write_adapter(tmp_path, {"version": version}, {"x": torch.full((version % 7 + 1, 50), float(version))})
+
+    threads = [threading.Thread(target=write, args=(version,)) for version in (1, 2, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert consistent(tmp_path) in (1, 2, 3)
+    assert {path.name for path in tmp_path.iterdir()} == {CONFIG, WEIGHTS}
