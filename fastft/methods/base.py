@@ -33,7 +33,8 @@ class Method(TargetOptions):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        Method.known[cls.peft_type] = cls
+        if "peft_type" in cls.__dict__:
+            Method.known[cls.peft_type] = cls
 
     def check(self, matched: dict[str, nn.Module]) -> None:
         """Raise or warn about options that don't suit the matched modules. The default has none."""

@@ -4,8 +4,6 @@ The options mean what they mean in PEFT, so that a config written for one works 
 """
 
 import difflib
-import importlib
-import importlib.util
 import re
 import warnings
 from collections import defaultdict
@@ -96,7 +94,8 @@ def match(model: nn.Module, options: TargetOptions, *, lenient: bool = False) ->
     _check_entries(modules, targets, names, saved, options, lenient)
     for name in names:
         _check_target(name, modules[name])
-    matched = Matched({name: modules[name] for name in names}, _copied_tensors(modules, names, saved, options.bias))
+    selected = {name: modules[name] for name in names}
+    matched = Matched(selected, _copied_tensors(modules, selected, saved, options.bias))
     if not (options.allow_tied_weights or lenient):
         _check_tied(model, matched)
     return matched
@@ -104,23 +103,22 @@ def match(model: nn.Module, options: TargetOptions, *, lenient: bool = False) ->
 
 def _base_modules(model) -> dict[str, nn.Module]:
     """All modules of the model by name, without the parts that adapters added."""
-    added: list[str] = []
-    modules = {}
+    modules, added = {}, set()
     for name, module in model.named_modules():
-        if any(name == prefix or name.startswith(prefix + ".") for prefix in added):
+        if module in added:
             continue
         modules[name] = module
         if isinstance(module, Adapted):
-            added = [f"{name}.{holder}".lstrip(".") for holder in module.holders]
+            added.update(part for holder in module.holders for part in getattr(module, holder, nn.Module()).modules())
     return modules
 
 
-def _resolve_targets(model, modules, options) -> str | list[str]:
+def _resolve_targets(model, modules, options) -> str | set[str]:
     targets = options.target_modules
     if targets is None:
         return _default_targets(model)
     if not isinstance(targets, str):
-        return list(targets)
+        return set(targets)
     if targets.lower() != "all-linear":
         return targets
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -129,29 +127,36 @@ def _resolve_targets(model, modules, options) -> str | list[str]:
         heads = [getattr(model, name) for name in CLASSIFIER_HEADS if hasattr(model, name)][:1]
     # Subclasses of nn.Linear (quantised layers, attention's own projection) are selected too, and refused by name
     # later: leaving them out in silence would train less than was asked for.
-    return [
+    return {
         name
         for name, module in modules.items()
         if name and (is_linear(module) or isinstance(module, nn.Linear)) and not any(module is head for head in heads)
-    ]
+    }
 
 
-def _default_targets(model) -> str | list[str]:
+def _default_targets(model) -> str | set[str]:
     architecture = getattr(getattr(model, "config", None), "model_type", None)
-    table = {}
-    if importlib.util.find_spec("peft"):
-        table = importlib.import_module("peft.utils.constants").TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    try:
+        from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as table
+    except ImportError:
+        table = {}
     if architecture not in table:
         raise ValueError(
             f"no default targets for model type {architecture!r}"
             + ("" if table else " (the table comes from peft, which is not installed)")
             + '; give target_modules, for example target_modules="all-linear"'
         )
-    return table[architecture]
+    targets = table[architecture]
+    return targets if isinstance(targets, str) else set(targets)
+
+
+def _suffixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
 
 
 def _ends_with(name: str, entries) -> bool:
-    return any(name == entry or name.endswith("." + entry) for entry in entries)
+    return any(suffix in entries for suffix in _suffixes(name))
 
 
 def _is_target(name: str, targets, options: TargetOptions) -> bool:
@@ -191,9 +196,10 @@ def _saved_modules(modules, entries) -> list[str]:
 def _check_entries(modules, targets, names, saved, options, lenient):
     known = [name for name in modules if name]
     if not isinstance(targets, str) and not lenient:
-        for entry in targets:
-            if not any(_ends_with(name, [entry]) for name in known):
-                raise ValueError(f"target_modules: no module is named {entry!r}{_near(entry, known)}")
+        unknown = targets - {suffix for name in known for suffix in _suffixes(name)}
+        if unknown:
+            entry = min(unknown)
+            raise ValueError(f"target_modules: no module is named {entry!r}{_near(entry, known)}")
     if not lenient:
         for entry in options.modules_to_save or []:
             if not _saved_modules(known, [entry]):

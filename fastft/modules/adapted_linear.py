@@ -221,9 +221,9 @@ class Adapted(nn.Module):
 
     def _copies(self, adapters) -> dict[str, torch.Tensor]:
         """The own tensors that these adapters replace."""
-        held = getattr(self, "modules_to_save", {})
+        held = self._modules.get("modules_to_save")  # getattr would be slow where there are none
         copies: dict[str, torch.Tensor] = {}
-        for adapter in adapters:
+        for adapter in adapters if held is not None else ():
             if adapter.name in held:
                 copies.update(held[adapter.name]._parameters)
                 copies.update(held[adapter.name]._buffers)
@@ -261,7 +261,7 @@ class AdaptedLinear(Adapted):
         target = weight.t() if self.fan_in_fan_out else weight
         target.addmm_(b, a, alpha=self._lora[name].scale)
 
-    def forward(self, x):
+    def forward(self, input):
         on = [adapter for adapter in self._adapters.values() if adapter.on()]
         replaced = self._copies(on)
         names = [adapter.name for adapter in on if adapter.name in self._lora]
@@ -271,7 +271,7 @@ class AdaptedLinear(Adapted):
             else:  # something that is merged is disabled now
                 replaced["weight"] = self._pristine_weight
         if not names:
-            return self._plain_forward(replaced, x)
+            return self._plain_forward(replaced, input)
         weight, bias = replaced.get("weight", self.weight), replaced.get("bias", self.bias)
         y = None
         for name in names:
@@ -283,7 +283,7 @@ class AdaptedLinear(Adapted):
                 settings.dropout if self.training else 0.0,
             )
             if y is None:
-                y = lora_linear(x, weight, bias, *factors, fan_in_fan_out=self.fan_in_fan_out)
+                y = lora_linear(input, weight, bias, *factors, fan_in_fan_out=self.fan_in_fan_out)
             else:
-                y = lora_update(y, x, *factors)
+                y = lora_update(y, input, *factors)
         return y

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import fastft
-from fastft.methods import handles
+from fastft.methods import Method, handles
 from fastft.modules.adapted_linear import Adapted
 
 from .models import assert_same, gpt2, llama, randomize, snapshot, tokens, transformers
@@ -152,6 +152,15 @@ def test_state_dict_round_trip_while_merged():
     assert torch.equal(logits(two), apart)
 
 
+def test_save_pretrained_while_merged_writes_the_pristine_base(tmp_path):
+    model = llama()
+    handle = attached(model)
+    handle.merge()
+    model.save_pretrained(tmp_path)
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again), logits(llama()))
+
+
 def test_disabled_between_forward_and_backward_matches_two_models():
     """A preference loss: the policy's forward, a disabled one for the reference, then the backward."""
     model = llama()
@@ -290,6 +299,43 @@ def test_buffers_of_saved_modules_are_copies_too():
     assert torch.equal(model[1].running_mean, running) and model[1].num_batches_tracked == 1
 
 
+class Block(nn.Module):
+    """A module with parameters of its own beside its children."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(4))
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.inner(input=x + self.bias)
+
+
+def test_a_second_adapter_ignores_the_parts_of_the_first():
+    model = nn.Sequential(Block(), Block())
+    before, x = snapshot(model), torch.randn(3, 4)
+    plain = model(x)
+    first = fastft.attach(model, fastft.LoRA(r=2, target_modules="all-linear", bias="all"), "one")
+    assert {name for name, _ in first.named_parameters()} >= {
+        "0.modules_to_save.one.bias",
+        "0.inner.modules_to_save.one.bias",
+    }
+    randomize(first)
+    changed = model(x)
+    assert not torch.allclose(changed, plain)
+    first.set_active(False)
+    second = fastft.attach(model, fastft.LoRA(r=2, target_modules="all-linear", bias="all"), "two")
+    assert [name.replace(".b", ".a") for name, _ in second.named_parameters()] == [
+        name for name, _ in first.named_parameters()
+    ]
+    assert torch.equal(model(x), plain)
+    second.detach()
+    first.set_active(True)
+    assert torch.equal(model(x), changed)
+    first.detach()
+    assert_same(before, snapshot(model))
+
+
 def test_compile_without_graph_breaks():
     model = llama(num_hidden_layers=1)
     plain = logits(model)
@@ -318,6 +364,7 @@ def test_optimizer_and_step():
         def after_update(self, handle):
             calls.append(handle)
 
+    assert Method.known["LORA"] is fastft.LoRA  # a subclass is no new kind of file
     handle = fastft.attach(model, Counting(target_modules=["q_proj"]))
     optimizer = handle.optimizer(lr=1e-2, weight_decay=0.1)
     assert optimizer.defaults["fused"] and optimizer.defaults["weight_decay"] == 0.1

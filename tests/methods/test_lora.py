@@ -56,7 +56,7 @@ def matched_by_us(model, **options):
         {"target_modules": ["model.layers.1.self_attn.q_proj", "v_proj"], "layers_to_transform": [0]},
         {"target_modules": ["q_proj", "v_proj", "o_proj"], "r": 4, "rank_pattern": {"v_proj": 2, r"layers\.0\..*q_proj": 3},
          "alpha_pattern": {"q_proj": 5, "^model.layers.1.self_attn.o_proj": 7}},
-        {"target_modules": ["q_proj"], "r": 4, "lora_alpha": 3, "use_rslora": True, "rank_pattern": {"0.self_attn.q_proj": 9}},
+        {"target_modules": ["q_proj"], "r": 4, "lora_alpha": 3, "use_rslora": True, "rank_pattern": {"0.*q_proj": 9}},
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]},
         {"target_modules": "all-linear", "modules_to_save": ["mlp"], "bias": "none"},
         {"target_modules": ["q_proj"], "bias": "all"},
