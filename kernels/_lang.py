@@ -1,0 +1,64 @@
+"""Device functions that the kernel families share."""
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def cast(b, dtype: tl.constexpr):
+    """b in `dtype`, rounded to nearest even."""
+    # Triton's interpreter keeps bfloat16 as integers, truncates on conversion and mistakes subnormals.
+    if INTERPRETED and b.dtype == tl.float32 and dtype == tl.bfloat16:
+        b_bits = b.to(tl.uint32, bitcast=True)
+        b_round = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) >> 16
+        return tl.where(b == b, b_round, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    elif INTERPRETED and b.dtype == tl.bfloat16 and dtype == tl.float32:
+        return (b.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return b.to(dtype)
+
+
+@triton.jit
+def dot(b_left, b_right, b_acc, dtype: tl.constexpr):
+    """b_acc + b_left @ b_right in float32, with the operands in `dtype`.
+
+    16-bit operands use tensor cores. "ieee" keeps float32 operands out of them: tf32 has 10 bits of mantissa.
+    """
+    b_left, b_right = cast(b_left, dtype), cast(b_right, dtype)
+    if INTERPRETED:
+        # Its product of bfloat16 blocks multiplies the integers that hold them.
+        b_left, b_right = cast(b_left, tl.float32), cast(b_right, tl.float32)
+    return tl.dot(b_left, b_right, b_acc, input_precision="ieee")
+
+
+@triton.jit
+def draw_mask(seed, o_t, o_byte, threshold, K):
+    """Bytes [BLOCK_T, BLOCK_BYTES] of the packed dropout mask, uint8, at tokens o_t (int64) and byte columns o_byte.
+
+    One Philox4x32-7 call (Salmon et al. 2011) makes one byte: the low and high halves of its four words are eight
+    lanes, and bit j is set, i.e. element 8 * o_byte + j is kept, iff lane j >= threshold. Bits past K are 0.
+    """
+    b_t = tl.broadcast_to(o_t[:, None], [o_t.shape[0], o_byte.shape[0]])
+    b_byte = tl.broadcast_to(o_byte[None, :], [o_t.shape[0], o_byte.shape[0]]).to(tl.uint32)
+    word0, word1, word2, word3 = tl.philox(
+        seed, b_t.to(tl.uint32), (b_t >> 32).to(tl.uint32), b_byte, tl.zeros_like(b_byte), n_rounds=7
+    )
+    b_mask = _two_bits(word0, threshold) | (_two_bits(word1, threshold) << 2)
+    b_mask |= (_two_bits(word2, threshold) << 4) | (_two_bits(word3, threshold) << 6)
+    n_inside = tl.minimum(tl.maximum(K - 8 * o_byte, 0), 8).to(tl.uint32)
+    b_inside = (tl.full(n_inside.shape, 1, tl.uint32) << n_inside) - 1
+    return (b_mask & b_inside[None, :]).to(tl.uint8)
+
+
+@triton.jit
+def _two_bits(word, threshold):
+    return ((word & 0xFFFF) >= threshold).to(tl.uint32) | (((word >> 16) >= threshold).to(tl.uint32) << 1)
+
+
+@triton.jit
+def unpack_mask(b_mask):
+    """int1 [BLOCK_T, 8 * BLOCK_BYTES], True where kept, of mask bytes [BLOCK_T, BLOCK_BYTES]; lowest bit first."""
+    b_bits = (b_mask[:, :, None] >> tl.arange(0, 8).to(tl.uint8)[None, None, :]) & 1
+    return tl.reshape(b_bits, [b_mask.shape[0], 8 * b_mask.shape[1]]) != 0

@@ -1,0 +1,68 @@
+"""Launch mechanics that the kernel families share.
+
+A sum over a long axis is cut into slabs. Each slab writes its own float32 partial result and `sum_slabs` adds them in
+order: no atomics, the same bits every time.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from ._lang import cast
+
+
+@functools.cache
+def device_name(device: torch.device) -> str:
+    """The folder of ``configs`` that holds what was tuned for this device: "sm_90", "gfx942"; "default" for a CPU."""
+    if device.type != "cuda":
+        return "default"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def launch(kernel, grid: int, *args, num_warps: int, num_stages: int, **constants):
+    """Run `kernel` in `grid` programs on the device of its first argument."""
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device_of(args[0]):
+        # Fusion is stated because Triton's default depends on its version.
+        kernel[(grid,)](*args, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+
+
+def split(config: dict) -> tuple[dict, int]:
+    """What a configuration fixes at compile time, and the number of programs that its launch should aim at."""
+    constants = dict(config)
+    return constants, constants.pop("programs", 1)
+
+
+def slabs(n_tiles: int, n_others: int, programs: int) -> tuple[int, int]:
+    """(slabs, tiles per slab) of a sum over `n_tiles` tiles, so that slabs * n_others comes near `programs`."""
+    tiles = triton.cdiv(n_tiles, max(1, min(n_tiles, programs // n_others)))
+    return triton.cdiv(n_tiles, tiles), tiles
+
+
+@triton.jit(do_not_specialize=["n_slabs"])
+def _sum_slabs_kernel(p_in, p_out, n_slabs, size, BLOCK: tl.constexpr):
+    """out[i] = sum over slabs, in order, of in[slab, i]."""
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    p_slab = p_in + o
+    b_sum = tl.zeros([BLOCK], tl.float32)
+    for _ in range(n_slabs):
+        b_sum += tl.load(p_slab, mask=o < size, other=0.0)
+        p_slab += size
+    tl.store(p_out + o, cast(b_sum, p_out.dtype.element_ty), mask=o < size)
+
+
+def sum_slabs(parts, dtype):
+    """[...] in `dtype`: the sum of float32 [slabs, ...] over slabs."""
+    n_slabs, *shape = parts.shape
+    if n_slabs == 1 and dtype == torch.float32:
+        return parts[0]
+    out = torch.empty(shape, dtype=dtype, device=parts.device)
+    size = out.numel()
+    if size:
+        launch(_sum_slabs_kernel, triton.cdiv(size, 1024), parts, out, n_slabs, size, BLOCK=1024, num_warps=4, num_stages=1)
+    return out

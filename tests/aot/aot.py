@@ -1,0 +1,256 @@
+"""Compiles Triton kernels for GPUs that this machine does not have, and records what they need.
+
+    python tests/aot/aot.py --quick            one launch per op and target, checked
+    python tests/aot/aot.py --all              every launch, checked (minutes; Triton caches compiled kernels)
+    python tests/aot/aot.py --all --write      the same, then rewrite kernels/configs/aot.json
+    python tests/aot/aot.py --table            check that kernels/configs/aot.json is of the present sources (seconds)
+
+`tests/aot/<family>.py` lists launches as op arguments on the meta device. The family's launcher is called with them
+while `JITFunction.run` is replaced by a recorder, so what is compiled is what the launcher would have launched, with
+each configuration that `kernels/configs` ships for the target. Must run without TRITON_INTERPRET.
+"""
+
+import argparse
+import ast
+import functools
+import hashlib
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import textwrap
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime import JITFunction
+
+from fastft.kernels import _config
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "kernels" / "configs"
+TABLE = CONFIGS / "aot.json"
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Bytes of shared memory that one block can use: CUDA C++ Programming Guide, "Technical specifications per compute
+# capability"; AMD CDNA3 ISA guide, "Local data share".
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One compilation: everything that Triton's compiled code depends on."""
+
+    kernel: JITFunction
+    signature: tuple
+    constants: tuple
+    aligned: tuple
+    options: tuple
+
+    @classmethod
+    def of(cls, kernel, *args, grid, warmup, **kwargs):
+        """What Triton's own launcher would derive from the arguments of one call."""
+        given = dict(zip(kernel.arg_names, args)) | kwargs
+        signature, constants, aligned = {}, {}, []
+        for parameter in kernel.params:
+            name, value = parameter.name, given.pop(parameter.name)
+            specialised = type(value) is int and not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (specialised and value == 1):
+                signature[name], constants[name] = "constexpr", value
+                continue
+            signature[name] = _type_name(value)
+            if isinstance(value, torch.Tensor) or (specialised and value % 16 == 0):
+                aligned.append(name)
+        return cls(kernel, tuple(signature.items()), tuple(constants.items()), tuple(aligned), tuple(given.items()))
+
+    @property
+    def label(self) -> str:
+        pointers = [f"{name.removeprefix('p_')}={kind[1:]}" for name, kind in self.signature if kind[0] == "*"]
+        settings = [f"{name}={value}" for name, value in (*self.constants, *self.options) if value is not None]
+        return " ".join([self.kernel.__name__, *pointers, *settings])
+
+    def source_hash(self) -> str:
+        """Changes with the kernel's code (comments and docstrings aside), argument types, constants and options."""
+        parts = (*_code(self.kernel), self.signature, self.constants, self.aligned, self.options)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    def compile(self, target: str) -> dict:
+        """{"registers", "spills", "shared"} of the kernel compiled for `target`; spills and shared in bytes."""
+        index = {name: (i,) for i, name in enumerate(self.kernel.arg_names)}
+        source = ASTSource(
+            self.kernel,
+            dict(self.signature),
+            {index[name]: value for name, value in self.constants},
+            {index[name]: [["tt.divisibility", 16]] for name in self.aligned},
+        )
+        compiled = triton.compile(source, target=TARGETS[target], options=dict(self.options))
+        usage = _amd_usage(compiled) if target.startswith("gfx") else _nvidia_usage(compiled)
+        return {**usage, "shared": compiled.metadata.shared}
+
+
+def _nvidia_usage(compiled) -> dict:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        command = [tool, "--dump-resource-usage", cubin.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return {"registers": usage["REG"], "spills": usage["STACK"] + usage["LOCAL"]}
+
+
+def _amd_usage(compiled) -> dict:
+    usage = {key: int(value) for key, value in re.findall(r"^\s*\.(\w+):\s+(\d+)$", compiled.asm["amdgcn"], re.M)}
+    return {
+        "registers": usage["vgpr_count"],
+        "spills": 4 * (usage["vgpr_spill_count"] + usage["sgpr_spill_count"]) + usage["private_segment_fixed_size"],
+    }
+
+
+@functools.cache
+def _code(kernel: JITFunction) -> tuple[str, ...]:
+    """Normalised source of a kernel and of the device functions it calls."""
+    tree = ast.parse(textwrap.dedent(kernel.src))
+    function = tree.body[0]
+    if ast.get_docstring(function):
+        del function.body[0]
+    called = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
+    scope = kernel.fn.__globals__
+    functions = [scope[name] for name in sorted(called) if isinstance(scope.get(name), JITFunction)]
+    return (ast.unparse(function), *(text for inner in functions if inner is not kernel for text in _code(inner)))
+
+
+def _type_name(value) -> str:
+    if isinstance(value, torch.Tensor):
+        return "*" + _TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"
+
+
+_TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+}
+
+
+def launches(target: str, quick: bool = False) -> dict[str, Launch]:
+    """Every launch that a shipped configuration means on `target`, by label; with `quick` the first of each kernel."""
+    found: dict[str, Launch] = {}
+    for path in sorted((CONFIGS / "default").glob("*.json")):
+        family = path.stem
+        module = importlib.import_module(f"fastft.kernels.{family}")
+        cases = _cases(family)
+        for op, entries in _config.table(target, family).items():
+            for entry in entries:
+                for args in cases.arguments(op, entry["when"]):
+                    for launch in intercept(getattr(module, op), args, entry["config"]):
+                        found.setdefault(launch.label, launch)
+    return {launch.label: launch for launch in _first_of_each_kernel(found.values())} if quick else found
+
+
+def _first_of_each_kernel(launches):
+    return {launch.kernel: launch for launch in reversed(list(launches))}.values()
+
+
+def _cases(family):
+    spec = importlib.util.spec_from_file_location(f"aot_{family}", Path(__file__).parent / f"{family}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def intercept(launcher, args, config) -> list[Launch]:
+    calls = []
+    with mock.patch.object(JITFunction, "run", lambda *values, **options: calls.append(Launch.of(*values, **options))):
+        launcher(*args, config=config)
+    return calls
+
+
+def compile_all(quick: bool) -> dict:
+    """{label: {"source": hash, target: usage}} of every launch on every target, compiled on all cores."""
+    table: dict[str, dict] = {}
+    jobs = [(target, label) for target in TARGETS for label in launches(target, quick)]
+    with ProcessPoolExecutor() as pool:
+        for (target, label), (source, usage) in zip(jobs, pool.map(_compile_one, jobs, chunksize=4)):
+            table.setdefault(label, {"source": source})[target] = usage
+    return table
+
+
+def _compile_one(job):
+    target, label = job
+    launch = _cached_launches(target)[label]
+    return launch.source_hash(), launch.compile(target)
+
+
+_cached_launches = functools.cache(launches)
+
+
+def broken(table: dict) -> list[str]:
+    """What would be slow or impossible on the device: registers spilled to memory, or too much shared memory."""
+    found = []
+    for label, row in table.items():
+        for target, usage in row.items():
+            if target == "source":
+                continue
+            if usage["spills"]:
+                found.append(f"{label} on {target} spills {usage['spills']} bytes")
+            if usage["shared"] > SHARED_LIMIT[target]:
+                found.append(f"{label} on {target} needs {usage['shared']} of {SHARED_LIMIT[target]} bytes shared memory")
+    return found
+
+
+def stale(table: dict) -> list[str]:
+    """Where the table differs from what the present sources and configurations would compile."""
+    present = {}
+    for target in TARGETS:
+        for label, launch in launches(target).items():
+            present.setdefault(label, {"source": launch.source_hash()})[target] = None
+    differ = [
+        k for k in table if k in present and present[k] != {t: v if t == "source" else None for t, v in table[k].items()}
+    ]
+    return sorted({*differ, *(table.keys() ^ present.keys())})
+
+
+def write(table: dict) -> None:
+    """One line per launch, so that a diff shows which kernels changed."""
+    rows = ",\n".join(f"  {json.dumps(label)}: {json.dumps(table[label])}" for label in sorted(table))
+    TABLE.write_text("{\n" + rows + "\n}\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--quick", action="store_true", help="compile one launch per kernel and target")
+    what.add_argument("--all", action="store_true", help="compile every launch")
+    what.add_argument("--table", action="store_true", help="check the committed table without compiling")
+    parser.add_argument("--write", action="store_true", help="with --all: rewrite the table")
+    options = parser.parse_args()
+    if options.table:
+        table = json.loads(TABLE.read_text())
+        problems = [f"{TABLE.relative_to(ROOT)} is stale at {label}" for label in stale(table)] + broken(table)
+        hint = "rewrite it: python tests/aot/aot.py --all --write"
+    else:
+        table = compile_all(options.quick)
+        print(f"compiled {sum(len(row) - 1 for row in table.values())} kernels with triton {triton.__version__}")
+        problems, hint = broken(table), "choose smaller blocks in kernels/configs"
+        if options.write and options.all and not problems:
+            write(table)
+    print("\n".join([*problems, hint]) if problems else "ok")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

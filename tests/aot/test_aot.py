@@ -1,0 +1,62 @@
+"""Triton kernels compiled ahead of time, in processes of their own: Triton's interpreter excludes its compiler."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+HARNESS = Path(__file__).parent / "aot.py"
+
+
+def python(*arguments):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_committed_table_is_that_of_the_sources_and_has_no_spills():
+    python(HARNESS, "--table")
+
+
+def test_every_kernel_compiles_for_every_target():
+    python(HARNESS, "--quick")
+
+
+@pytest.mark.aot_all
+def test_every_launch_compiles_for_every_target():
+    python(HARNESS, "--all")
+
+
+def test_scale_dropout_and_token_count_do_not_recompile():
+    python("-c", SAME_LAUNCH, HARNESS.parent)
+
+
+SAME_LAUNCH = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch, aot
+from fastft.kernels import lora
+from fastft.kernels._launch import _sum_slabs_kernel
+
+def meta(*size, dtype=torch.float32):
+    return torch.empty(size, dtype=dtype, device="meta")
+
+def launched(op, T=4096, scale=0.5, p=0.5):
+    x, s, mask = meta(T, 64), meta(T, 8), meta(T, 8, dtype=torch.uint8)
+    a, b, seed = meta(8, 64), meta(64, 8), meta(1, dtype=torch.int64)
+    args = {
+        "lora_shrink": (x, a, p, seed), "lora_expand_": (x, s, b, scale), "lora_grad_sb": (x, s, b, scale),
+        "lora_grad_a": (s, x, a, mask, p), "lora_grad_x_": (x, s, a, mask, p),
+    }[op]
+    calls = aot.intercept(getattr(lora, op), args, lora.config_for(op, *args))
+    # Whether partial results are summed depends on their number, which depends on T.
+    return [call.source_hash() for call in calls if call.kernel is not _sum_slabs_kernel]
+
+for op in lora._OPERANDS:
+    for change in ({"scale": 1.0}, {"scale": 2}, {"p": 0.1}, {"p": 1.0}, {"p": 2**-16}, {"T": 1}, {"T": 17}):
+        assert launched(op, **change) == launched(op) != [], (op, change)
+"""

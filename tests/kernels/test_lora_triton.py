@@ -1,0 +1,265 @@
+# ruff: noqa: E402
+"""The Triton LoRA kernels against their definition: on the GPU, or in Triton's interpreter where there is none."""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    raise RuntimeError("without a GPU these tests run Triton's interpreter; start Python with TRITON_INTERPRET=1")
+
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+
+from fastft import testing
+from fastft.kernels import lora
+from fastft.kernels._lang import draw_mask, unpack_mask
+from fastft.ops import lora as ops
+from fastft.ops._philox import dropout_mask, philox4x32, threshold
+from fastft.ops._philox import unpack_mask as unpack_reference
+from tests.golden import assert_close, poisoned
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+DTYPES = [(F32, F32), (BF16, F32), (BF16, BF16), (F16, F32), (F16, F16)]
+# Rank and (T, K, N): around the tiles' boundaries, beyond the largest rank tile, and empty.
+SIZES = [
+    (0, (5, 9, 6)),
+    (1, (1, 1, 1)),
+    (3, (63, 100, 65)),
+    (16, (65, 7, 130)),
+    (17, (33, 41, 9)),
+    (64, (20, 129, 31)),
+    (130, (37, 64, 70)),
+    (4, (0, 9, 4)),
+    (4, (5, 0, 4)),
+    (4, (5, 9, 0)),
+]
+SCALE = 0.75
+
+
+@pytest.fixture(autouse=True)
+def poisoned_allocations():
+    with poisoned():
+        yield
+
+
+def guarded(values):
+    """A contiguous copy of `values` with NaN before and after it in memory, and a check that they are still there."""
+    pad = 512
+    memory = torch.full((values.numel() + 2 * pad,), float("nan"), dtype=values.dtype, device=DEVICE)
+    inside = memory[pad : pad + values.numel()].view(values.shape)
+    inside.copy_(values)
+    return inside, lambda: memory[:pad].isnan().all() and memory[pad + values.numel() :].isnan().all()
+
+
+def matmul(left, right):
+    """left @ right; below float64 with that order of summation, of eight, that errs most.
+
+    The largest error in float32 is a matter of luck: with 65 terms one order was seen to err 2.6 times as another.
+    """
+    if left.dtype == torch.float64 or not left.shape[0] * right.shape[1]:
+        return left @ right
+    generator = torch.Generator().manual_seed(3)
+    orders = [torch.randperm(left.shape[1], generator=generator).to(left.device) for _ in range(8)]
+    products = torch.stack([left[:, order] @ right[order] for order in orders])
+    error = (products.double() - left.double() @ right.double()).abs()
+    return products[error.amax((1, 2)).argmax()]
+
+
+class Problem:
+    """Inputs of the five ops for one layer, all drawn from one seed."""
+
+    def __init__(self, shape, rank, act, adapter, p):
+        self.act, self.adapter, self.p = act, adapter, p
+        tokens, k, n = shape
+        generator = torch.Generator().manual_seed(7)
+
+        def draw(dtype, *size):
+            return guarded(torch.randn(size, generator=generator).to(dtype))[0]
+
+        self.x, self.dy = draw(act, tokens, k), draw(act, tokens, n)
+        self.y, self.dx = draw(act, tokens, n), draw(act, tokens, k)
+        self.a, self.b = draw(adapter, rank, k), draw(adapter, n, rank)
+        self.s, self.ds = draw(F32, tokens, rank), draw(F32, tokens, rank)
+        self.seed = torch.tensor([-(2**61) + 12345], device=DEVICE) if p else None
+        self.mask = dropout_mask(self.seed, tokens, k, p) if p else torch.empty(0, dtype=torch.uint8, device=DEVICE)
+        self.keep = (
+            unpack_reference(self.mask, k) if p and tokens and k else torch.ones(tokens, k, dtype=torch.bool, device=DEVICE)
+        )
+
+    def arguments(self, op):
+        return {
+            "lora_shrink": (self.x, self.a, self.p, self.seed),
+            "lora_expand_": (self.y, self.s, self.b, SCALE),
+            "lora_grad_sb": (self.dy, self.s, self.b, SCALE),
+            "lora_grad_a": (self.ds, self.x, self.a, self.mask, self.p),
+            "lora_grad_x_": (self.dx, self.ds, self.a, self.mask, self.p),
+        }[op]
+
+    def composed(self, op, dtype, change=lambda t: t):
+        """The op in plain PyTorch: as PEFT computes it in the adapter's dtype, or the exact formula in float64."""
+        act = dtype if dtype == torch.float64 else self.act
+        tensors = self.x, self.dy, self.y, self.dx, self.a, self.b, self.s, self.ds
+        x, dy, y, dx, a, b, s, ds = (change(t.to(dtype)) for t in tensors)
+        inverse_keep = 1 / (1 - self.p) if self.p < 1 else 0.0
+        dropped = torch.where(self.keep, x, 0) * inverse_keep
+        return {
+            "lora_shrink": lambda: (matmul(dropped, a.t()),),
+            "lora_expand_": lambda: ((y + SCALE * matmul(s, b.t())).to(act),),
+            "lora_grad_sb": lambda: (matmul(SCALE * dy, b), matmul((SCALE * dy).t(), s)),
+            "lora_grad_a": lambda: (matmul(ds.t(), dropped),),
+            "lora_grad_x_": lambda: ((dx + torch.where(self.keep, matmul(ds, a) * inverse_keep, 0).to(act)).to(act),),
+        }[op]()
+
+
+OPS = list(lora._OPERANDS)
+
+
+def run(op, problem, config=None):
+    """Floating results of the launcher; an in-place op works on a guarded copy."""
+    args = list(problem.arguments(op))
+    launcher = getattr(lora, op)
+    if op.endswith("_"):
+        args[0], intact = guarded(args[0])
+        assert launcher(*args, config=config) is None
+        assert intact(), "wrote outside its tensor"
+        return (args[0],)
+    results = launcher(*args, config=config)
+    if op == "lora_shrink":
+        assert torch.equal(results[1], problem.mask)
+        return results[:1]
+    return results if isinstance(results, tuple) else (results,)
+
+
+def check(op, problem, config=None):
+    results = run(op, problem, config)
+    expected_dtypes = {
+        "lora_shrink": (F32,),
+        "lora_grad_sb": (F32, problem.adapter),
+        "lora_grad_a": (problem.adapter,),
+    }.get(op, (problem.act,))
+    assert tuple(r.dtype for r in results) == expected_dtypes
+    plain = problem.composed(op, problem.adapter)
+    exact = problem.composed(op, torch.float64)
+    magnitude = problem.composed(op, torch.float64, torch.abs)
+    for got, *expected in zip(results, exact, plain, magnitude, strict=True):
+        assert_close(got, *expected, op)
+
+
+def test_the_interpreter_runs_where_there_is_no_gpu():
+    assert DEVICE == "cuda" or isinstance(lora._lora_shrink_kernel, InterpretedFunction), "TRITON_INTERPRET=1 was ignored"
+
+
+@pytest.mark.parametrize("act,adapter", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("rank,shape", SIZES)
+@pytest.mark.parametrize("op", OPS)
+def test_every_size_and_dtype(op, rank, shape, act, adapter):
+    check(op, Problem(shape, rank, act, adapter, p=0.3))
+    if op not in ("lora_expand_", "lora_grad_sb"):
+        check(op, Problem(shape, rank, act, adapter, p=0.0))
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"BLOCK_M": 16, "features": 16, "BLOCK_R": 16, "programs": 1},
+        {"BLOCK_M": 32, "features": 64, "BLOCK_R": 32, "programs": 7},
+        {"BLOCK_M": 128, "features": 16, "BLOCK_R": 16, "programs": 1000},
+    ],
+    ids=lambda c: f"programs={c['programs']}",
+)
+def test_any_configuration_is_right_and_repeatable(op, config):
+    config = dict(config, num_warps=4, num_stages=1)
+    config["BLOCK_N" if op in ("lora_expand_", "lora_grad_sb") else "BLOCK_K"] = config.pop("features")
+    if op in ("lora_expand_", "lora_grad_x_"):
+        del config["programs"]
+    problem = Problem((70, 65, 50), 20, F32, F32, p=0.5)
+    check(op, problem, config)
+    for first, second in zip(run(op, problem, config), run(op, problem, config), strict=True):
+        assert torch.equal(first, second), "not bitwise repeatable"
+
+
+@pytest.mark.parametrize("p", [1e-9, 0.01, 0.5, 0.999, 1.0])
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**62 - 1, 2**32, -(2**63)])
+def test_masks_are_those_of_the_reference(p, seed):
+    x, a, seed = torch.randn(19, 43, device=DEVICE), torch.randn(2, 43, device=DEVICE), torch.tensor([seed], device=DEVICE)
+    s, mask = lora.lora_shrink(x, a, p, seed)
+    assert torch.equal(mask, dropout_mask(seed, 19, 43, p))
+    assert mask.dtype == torch.uint8
+    assert (s == 0).all() or p < 1
+
+
+@triton.jit
+def _mask_kernel(p_mask, p_keep, p_seed, first_token, first_byte, threshold, K):
+    o_t, o_byte = tl.arange(0, 4), tl.arange(0, 2)
+    b_mask = draw_mask(tl.load(p_seed), first_token + o_t.to(tl.int64), first_byte + o_byte, threshold, K)
+    tl.store(p_mask + o_t[:, None] * 2 + o_byte[None, :], b_mask)
+    tl.store(p_keep + o_t[:, None] * 16 + tl.arange(0, 16)[None, :], unpack_mask(b_mask).to(tl.int8))
+
+
+def test_mask_beyond_two_to_the_32_tokens():
+    token, byte, cut = 2**32 * 3 - 2, 1000, threshold(0.5)
+    seed = torch.tensor([2**40 + 17], device=DEVICE)
+    mask, keep = seed.new_empty(4, 2, dtype=torch.uint8), seed.new_empty(4, 16, dtype=torch.int8)
+    _mask_kernel[(1,)](mask, keep, seed, token, byte, cut, 8 * 1002)
+    t, i = token + torch.arange(4, device=DEVICE)[:, None], byte + torch.arange(2, device=DEVICE)[None, :]
+    words = philox4x32((t & 0xFFFFFFFF, t >> 32, i, torch.zeros_like(i)), (seed & 0xFFFFFFFF, seed >> 32))
+    lanes = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
+    assert torch.equal(keep.bool().view(4, 2, 8), lanes >= cut)
+    assert torch.equal(mask.long(), ((lanes >= cut).long() << torch.arange(8, device=DEVICE)).sum(-1))
+
+
+@pytest.mark.parametrize("act,adapter", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_dropped_elements_do_not_exist(act, adapter):
+    problem = Problem((20, 30, 10), 5, act, adapter, p=0.5)
+    clean = run("lora_shrink", problem)[0], run("lora_grad_a", problem)[0]
+    problem.x.masked_fill_(~problem.keep, float("nan"))
+    assert torch.equal(run("lora_shrink", problem)[0], clean[0])
+    assert torch.equal(run("lora_grad_a", problem)[0], clean[1])
+    # A NaN with a payload, in bits: a conversion there and back would make it another NaN.
+    bits = {F32: torch.int32, BF16: torch.int16, F16: torch.int16}[act]
+    problem.dx.view(bits).masked_fill_(~problem.keep, {F32: 0x7F812345, BF16: 0x7F81, F16: 0x7C01}[act])
+    before = problem.dx.view(bits).clone()
+    after = run("lora_grad_x_", problem)[0].view(bits)
+    assert torch.equal(after[~problem.keep], before[~problem.keep])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("act,adapter", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_non_finite_values_reach_what_they_enter_and_nothing_else(act, adapter, value):
+    problem = Problem((9, 12, 10), 3, act, adapter, p=0.0)
+    for tensor in (problem.x, problem.dy, problem.y, problem.dx):
+        tensor[2, 4] = value
+    rows, columns = torch.arange(9, device=DEVICE) == 2, torch.arange(12, device=DEVICE) == 4
+    (s,), (ds, db) = run("lora_shrink", problem), run("lora_grad_sb", problem)
+    assert torch.equal(~s.isfinite(), rows[:, None].expand(9, 3))
+    assert torch.equal(~ds.isfinite(), rows[:, None].expand(9, 3))
+    assert torch.equal(~db.isfinite(), columns[:10, None].expand(10, 3))
+    assert torch.equal(~run("lora_grad_a", problem)[0].isfinite(), columns[None].expand(3, 12))
+    assert torch.equal(~run("lora_expand_", problem)[0].isfinite(), (rows[:, None] & columns[None, :10]))
+    assert torch.equal(~run("lora_grad_x_", problem)[0].isfinite(), (rows[:, None] & columns[None]))
+
+
+def test_partial_sums_stay_within_the_workspace(monkeypatch):
+    """Chunks of T give the same dS (a token's sum does not cross them), and dB within rounding."""
+    problem = Problem((100, 8, 40), 5, F32, F32, p=0.0)
+    ds, _ = run("lora_grad_sb", problem)
+    monkeypatch.setattr(lora, "_WORKSPACE", 1)
+    assert torch.equal(run("lora_grad_sb", problem)[0], ds)
+    check("lora_grad_sb", problem)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_registry_runs_the_launcher_and_records_its_configuration(op):
+    problem = Problem((5, 6, 7), 2, F32, F32, p=0.5)
+    args = problem.arguments(op)
+    with testing.use("triton"), testing.record() as calls:
+        getattr(ops, op)(*args)
+    assert [(c.op, c.backend) for c in calls] == [(op, "triton")]
+    assert calls[0].config == lora.config_for(op, *args)
+    assert calls[0].config["BLOCK_R"] == 16
