@@ -1,13 +1,13 @@
 // The LoRA family on CPU; definitions in fastft/ops/lora.py. T tokens, K in, N out, R rank.
 //
-// Every activation is read once per op, converted to float32 in an L1-sized tile where it is 16 bit or masked, and used
-// in place where it is float32. Work is split by shape alone, and partial sums are added in a fixed order, so results do not
-// depend on the number of threads.
+// Every activation is read once per op from memory. Work is split by shape alone and partial sums are added in a fixed
+// order, so results do not depend on the number of threads.
 #include "common/philox.h"
-#include "panel.h"
+#include "operands.h"
 
 #include <torch/csrc/stable/library.h>
 
+#include <optional>
 #include <tuple>
 
 namespace fastft {
@@ -17,38 +17,15 @@ constexpr auto f32 = ScalarType::Float;
 constexpr auto b16 = ScalarType::BFloat16;
 constexpr auto h16 = ScalarType::Half;
 
-template <class T>
-const T* data(const Tensor& t, const T*) { return static_cast<const T*>(t.const_data_ptr()); }
+constexpr int64_t block_t = 4 * panel_rows, block_c = 256;  // tokens x channels of an activation tile: 24 KiB of float32
 
-// A packed keep mask [T, ceil(K / 8)], or none.
-struct Mask {
-  Mask(const char* op, const Tensor& t, int64_t tokens, int64_t features, double p) : row_bytes((features + 7) / 8) {
-    if (p > 0) {
-      check(op, "mask", t, Where::cpu, {ScalarType::Byte}, {tokens, row_bytes});
-      bits = static_cast<const uint8_t*>(t.const_data_ptr());
-    }
-  }
-  vi keep(int64_t t, int64_t k) const { return keep_lanes(bits + t * row_bytes, k, row_bytes); }
+int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-  const uint8_t* bits = nullptr;
-  int64_t row_bytes;
-};
-
-// Rows [t, t + rows) x columns [k, k + cols) of an activation as float32, dropped elements 0, columns padded to vectors.
-// `tile` is written only where the activation's own memory does not serve.
-template <class T>
-std::pair<const float*, int64_t> float_tile(const T* x, int64_t ld, int64_t t, int64_t rows, int64_t k, int64_t cols,
-                                            const Mask* mask, float* tile) {
-  if constexpr (std::is_same_v<T, float>) {
-    if ((!mask || !mask->bits) && cols % VL == 0) return {x + t * ld + k, ld};
-  }
-  int64_t row = round_up(cols, VL);
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < cols; j += VL) {
-      vf v = load(x + (t + i) * ld + k + j, cols - j);
-      store(tile + i * row + j, mask && mask->bits ? select(mask->keep(t + i, k + j), v) : v);
-    }
-  return {tile, row};
+Mask checked_mask(const char* op, const Tensor& t, int64_t tokens, int64_t features, double p) {
+  if (p == 0) return {};
+  const int64_t row_bytes = (features + 7) / 8;
+  check(op, "mask", t, Where::cpu, {ScalarType::Byte}, {tokens, row_bytes});
+  return {static_cast<const uint8_t*>(t.const_data_ptr()), row_bytes};
 }
 
 // Mask bytes [0, bytes) of token t: Philox on VL byte numbers at a time (common/philox.h has the plain form).
@@ -76,90 +53,92 @@ void write_mask_row(uint64_t seed, int64_t t, int64_t features, uint32_t thresho
   if (features % 8) row[bytes - 1] &= (1u << features % 8) - 1u;
 }
 
+// sum [rows, panel.row()] += tokens [t, t + rows) of x times a panel whose units run along x's channels [c0, c1).
+template <class Unit, class T, class P>
+void shrink_block(const T* x, int64_t ld, int64_t t, int64_t rows, int64_t c0, int64_t c1, Mask mask, const P& panel, Unit* tile,
+                  float* sum) {
+  for (int64_t c = c0; c < c1; c += block_c) {
+    const int64_t cols = std::min(block_c, c1 - c);
+    panel_product(rows, panel.row(), units<Unit>(cols), feature_tile<Unit>(x, ld, t, rows, c, cols, mask, tile),
+                  panel.at(c / terms<Unit>, 0), sum, panel.row());
+  }
+}
+
 std::tuple<Tensor, Tensor> lora_shrink(const Tensor& x, const Tensor& a, double p, std::optional<Tensor> seed) {
   const char* op = "lora_shrink";
   check_matrix(op, "x", x);
   check_matrix(op, "a", a);
   check_probability(op, p);
-  const int64_t T = x.size(0), K = x.size(1), R = a.size(0);
+  const int64_t T = x.size(0), K = x.size(1), R = a.size(0), row_bytes = (K + 7) / 8;
   check(op, "x", x, Where::cpu, {f32, b16, h16}, {T, K});
   check(op, "a", a, Where::cpu, {x.scalar_type(), f32}, {R, K});
   STD_TORCH_CHECK(seed.has_value() == (p > 0), op, ": a seed is needed if and only if p > 0");
-  const int64_t row_bytes = (K + 7) / 8;
+  if (seed) check(op, "seed", *seed, Where::cpu, {ScalarType::Long}, {1});
   Tensor s = torch::stable::new_empty(x, {T, R}, f32);
   Tensor mask_tensor = p > 0 ? torch::stable::new_empty(x, {T, row_bytes}, ScalarType::Byte)
                              : torch::stable::new_empty(x, {0}, ScalarType::Byte);
-  uint64_t key = 0;
-  if (p > 0) {
-    check(op, "seed", *seed, Where::cpu, {ScalarType::Long}, {1});
-    key = *static_cast<const uint64_t*>(seed->const_data_ptr());
-  }
+  const uint64_t key = seed ? *static_cast<const uint64_t*>(seed->const_data_ptr()) : 0;
   const uint32_t threshold = philox::threshold(p);
   const float factor = philox::inverse_keep(p);
-  const Mask mask(op, mask_tensor, T, K, p);
-  const TransposedPanel panel(a);  // [K][R]
-  uint8_t* mask_out = static_cast<uint8_t*>(mask_tensor.mutable_data_ptr());
-  float* out = static_cast<float*>(s.mutable_data_ptr());
+  const Mask mask = checked_mask(op, mask_tensor, T, K, p);
+  auto* mask_out = static_cast<uint8_t*>(mask_tensor.mutable_data_ptr());
+  auto* out = static_cast<float*>(s.mutable_data_ptr());
 
-  constexpr int64_t block_t = 4 * panel_rows, block_k = 256;
-  dispatch(x, [&](auto* type) {
-    const auto* from = data(x, type);
-    parallel_for((T + block_t - 1) / block_t, [&](int64_t task) {
-      const int64_t t = task * block_t, rows = std::min(block_t, T - t);
-      alignas(64) float tile[block_t * block_k];
-      Scratch sum(block_t * panel.row);
-      sum.zero(rows * panel.row);
+  dispatch_units(x, a, [&](auto* type, auto* unit) {
+    using Unit = std::remove_pointer_t<decltype(unit)>;
+    const TransposedPanel<Unit> panel(a);  // [K][R]
+    parallel_for(blocks(T, block_t), [&](int64_t task) {
+      const int64_t t = task * block_t, rows = std::min(block_t, T - t), row = panel.row();
+      alignas(64) Unit tile[block_t * block_c];
+      Scratch sum(rows * row);
+      std::fill_n(sum.get(), rows * row, 0.0f);
       if (p > 0)
         for (int64_t i = 0; i < rows; ++i) write_mask_row(key, t + i, K, threshold, mask_out + (t + i) * row_bytes);
-      for (int64_t k = 0; k < K; k += block_k) {
-        const int64_t depth = std::min(block_k, K - k);
-        auto [block, ld] = float_tile(from, K, t, rows, k, depth, &mask, tile);
-        panel_product(rows, panel.row, depth, block, ld, 1, panel.get() + k * panel.row, panel.row, sum.get(), panel.row);
-      }
+      shrink_block(data(x, type), K, t, rows, 0, K, mask, panel, tile, sum.get());
       for (int64_t i = 0; i < rows; ++i)
-        for (int64_t r = 0; r < R; r += VL)
-          store(out + (t + i) * R + r, factor * load(sum.get() + i * panel.row + r), R - r);
+        for (int64_t r = 0; r < R; r += VL) store(out + (t + i) * R + r, factor * load(sum.get() + i * row + r), R - r);
     });
   });
   return {s, mask_tensor};
 }
 
-// to [T, C] += factor · (keep ∘ S P) for S [T, R] and a panel P [R][C]: y and dx.
-void add_low_rank(Tensor& to_tensor, const Tensor& s, const float* panel, int64_t panel_row, float factor, const Mask& mask) {
-  const int64_t T = s.size(0), R = s.size(1), C = to_tensor.size(1);
+// to [T, C] += factor · (keep ∘ S P) for S [T, R] and a panel P [units(R)][C]: y and dx.
+template <class T, class Unit, class P>
+void add_low_rank(Tensor& to_tensor, const T* type, const Tensor& s, const P& panel, float factor, Mask mask, const Unit*) {
+  const int64_t tokens = s.size(0), R = s.size(1), C = to_tensor.size(1);
   if (R == 0) return;
+  T* to = const_cast<T*>(data(to_tensor, type));
   const float* coefficients = static_cast<const float*>(s.const_data_ptr());
-  constexpr int64_t block_t = 8 * panel_rows, block_c = 256;
-  const int64_t blocks_c = (C + block_c - 1) / block_c;
-  dispatch(to_tensor, [&](auto* type) {
-    auto* to = static_cast<decltype(type)>(to_tensor.mutable_data_ptr());
-    parallel_for((T + block_t - 1) / block_t * blocks_c, [&](int64_t task) {
-      const int64_t c = task % blocks_c * block_c, cols = std::min(block_c, C - c), row = round_up(cols, VL);
-      const int64_t first = task / blocks_c * block_t, last = std::min(first + block_t, T);
-      Scratch scaled(panel_rows * R);
-      alignas(64) float tile[panel_rows * block_c];
-      for (int64_t t = first; t < last; t += panel_rows) {
-        const int64_t rows = std::min<int64_t>(panel_rows, last - t);
-        for (int64_t i = 0; i < rows * R; ++i) scaled.get()[i] = factor * coefficients[t * R + i];
-        auto product = [&](float* sum, int64_t ld) {
-          panel_product(rows, row, R, scaled.get(), R, 1, panel + c, panel_row, sum, ld);
-        };
-        if constexpr (std::is_same_v<decltype(type), float*>) {
-          if (!mask.bits && cols % VL == 0) {
-            product(to + t * C + c, C);
-            continue;
-          }
+  parallel_for(blocks(tokens, block_t) * blocks(C, block_c), [&](int64_t task) {
+    const int64_t c = task % blocks(C, block_c) * block_c, cols = std::min(block_c, C - c), row = round_up(cols, VL);
+    const int64_t first = task / blocks(C, block_c) * block_t, last = std::min(first + block_t, tokens);
+    Scratch<Unit> scaled(panel_rows * round_up(R, VL));
+    alignas(64) float tile[panel_rows * block_c];
+    for (int64_t t = first; t < last; t += panel_rows) {
+      const int64_t rows = std::min<int64_t>(panel_rows, last - t);
+      const auto x = rank_coefficients<Unit>(coefficients, R, t, rows, factor, scaled.get());
+      if constexpr (std::is_same_v<T, float>) {
+        if (!mask.bits && cols % VL == 0) {
+          panel_product(rows, cols, units<Unit>(R), x, panel.at(0, c), to + t * C + c, C);
+          continue;
         }
-        std::fill_n(tile, rows * row, 0.0f);
-        product(tile, row);
-        for (int64_t i = 0; i < rows; ++i)
-          for (int64_t j = 0; j < cols; j += VL) {
-            auto* at = to + (t + i) * C + c + j;
-            vf before = load(at, cols - j), after = before + load(tile + i * row + j);
-            store(at, mask.bits ? (mask.keep(t + i, c + j) ? after : before) : after, cols - j);
-          }
       }
-    });
+      // The tile starts as the values to add to, or at 0 where the mask still has to choose.
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < cols; j += VL)
+          store(tile + i * row + j, mask.bits ? vf{} : load(to + (t + i) * C + c + j, cols - j));
+      panel_product(rows, row, units<Unit>(R), x, panel.at(0, c), tile, row);
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < cols; j += VL) {
+          T* at = to + (t + i) * C + c + j;
+          vf sum = load(tile + i * row + j);
+          if (mask.bits) {
+            vf before = load(at, cols - j);
+            sum = mask.keep(t + i, c + j) ? before + sum : before;
+          }
+          store(at, sum, cols - j);
+        }
+    }
   });
 }
 
@@ -171,11 +150,13 @@ void lora_expand_(Tensor y, const Tensor& s, const Tensor& b, double scale) {
   check(op, "y", y, Where::cpu, {f32, b16, h16}, {T, N});
   check(op, "s", s, Where::cpu, {f32}, {T, R});
   check(op, "b", b, Where::cpu, {y.scalar_type(), f32}, {N, R});
-  const TransposedPanel panel(b);  // [R][N]
-  add_low_rank(y, s, panel.get(), panel.row, static_cast<float>(scale), Mask(op, s, T, N, 0.0));
+  dispatch_units(y, b, [&](auto* type, auto* unit) {
+    const TransposedPanel<std::remove_pointer_t<decltype(unit)>> panel(b);  // [R][N]
+    add_low_rank(y, type, s, panel, static_cast<float>(scale), {}, unit);
+  });
 }
 
-void lora_grad_x_(Tensor dx, const Tensor& ds, const Tensor& a, const Tensor& mask, double p) {
+void lora_grad_x_(Tensor dx, const Tensor& ds, const Tensor& a, const Tensor& mask_tensor, double p) {
   const char* op = "lora_grad_x_";
   check_matrix(op, "ds", ds);
   check_matrix(op, "a", a);
@@ -184,29 +165,36 @@ void lora_grad_x_(Tensor dx, const Tensor& ds, const Tensor& a, const Tensor& ma
   check(op, "dx", dx, Where::cpu, {f32, b16, h16}, {T, K});
   check(op, "ds", ds, Where::cpu, {f32}, {T, R});
   check(op, "a", a, Where::cpu, {dx.scalar_type(), f32}, {R, K});
-  const Panel panel(a);  // [R][K]
-  add_low_rank(dx, ds, panel.p, panel.row, philox::inverse_keep(p), Mask(op, mask, T, K, p));
-}
-
-// out [rows, cols] = factor · the sum over parts of float32 partials [parts][rows][row], in order, in out's dtype.
-void reduce_parts(const Tensor& out_tensor, const float* partial, int64_t parts, int64_t row, float factor) {
-  Tensor out_copy = out_tensor;
-  const int64_t rows = out_tensor.size(0), cols = out_tensor.size(1);
-  dispatch(out_tensor, [&](auto* type) {
-    auto* out = static_cast<decltype(type)>(out_copy.mutable_data_ptr());
-    torch::stable::parallel_for(0, rows, 32, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        for (int64_t j = 0; j < cols; j += VL) {
-          vf sum = {};
-          for (int64_t part = 0; part < parts; ++part) sum += load(partial + (part * rows + i) * row + j);
-          store(out + i * cols + j, factor * sum, cols - j);
-        }
-    });
+  const Mask mask = checked_mask(op, mask_tensor, T, K, p);
+  dispatch_units(dx, a, [&](auto* type, auto* unit) {
+    const Panel<std::remove_pointer_t<decltype(unit)>> panel(a);  // [R][K]
+    add_low_rank(dx, type, ds, panel, philox::inverse_keep(p), mask, unit);
   });
 }
 
-// One pass over dY: tasks of slab_n columns x chunk_t tokens each form a partial of dS (summed over slabs) and of
-// dB (summed over chunks). Slabs grow with R, so that partials stay under an eighth of dY.
+// Partial sums of a product over tokens, out [R, C] = Σ_t s[t]ᵀ x[t]: one float32 part a chunk of tokens, in order.
+struct TokenParts {
+  TokenParts(int64_t tokens, int64_t r, int64_t c)
+      // Chunks grow with R, so that the parts stay under a quarter of the activation's bytes.
+      : chunk(std::max<int64_t>(1008, round_up(8 * r, block_t))), count(blocks(tokens, chunk)), rows(r), row(round_up(c, VL)),
+        parts(count * r * row) {}
+
+  float* clear(int64_t part, int64_t c, int64_t cols) const {
+    float* to = parts.get() + part * rows * row + c;
+    for (int64_t r = 0; r < rows; ++r) std::fill_n(to + r * row, round_up(cols, VL), 0.0f);
+    return to;
+  }
+  vf total(int64_t r, int64_t c) const {
+    vf sum = {};
+    for (int64_t part = 0; part < count; ++part) sum += load(parts.get() + (part * rows + r) * row + c);
+    return sum;
+  }
+
+  const int64_t chunk, count, rows, row;
+  Scratch<float> parts;
+};
+
+// One pass over dY: tasks of slab columns x chunk tokens each form a part of dS (summed over slabs) and of dBᵀ (over chunks).
 std::tuple<Tensor, Tensor> lora_grad_sb(const Tensor& dy, const Tensor& s, const Tensor& b, double scale) {
   const char* op = "lora_grad_sb";
   check_matrix(op, "s", s);
@@ -216,34 +204,60 @@ std::tuple<Tensor, Tensor> lora_grad_sb(const Tensor& dy, const Tensor& s, const
   check(op, "s", s, Where::cpu, {f32}, {T, R});
   check(op, "b", b, Where::cpu, {dy.scalar_type(), f32}, {N, R});
   Tensor ds = torch::stable::new_empty(s, {T, R}, f32), db = torch::stable::new_empty(b, {N, R});
-  const Panel s_panel(s), b_panel(b);
-  const int64_t row = b_panel.row;
-  const int64_t slab_n = round_up(std::max<int64_t>(512, 8 * R), 64), chunk_t = std::max<int64_t>(1024, 8 * R);
-  const int64_t slabs = (N + slab_n - 1) / slab_n, chunks = (T + chunk_t - 1) / chunk_t;
-  Scratch ds_parts(slabs * T * row), db_parts(chunks * N * row);
+  const float factor = static_cast<float>(scale);
+  const float* coefficients = static_cast<const float*>(s.const_data_ptr());
+  const TokenParts db_parts(T, R, N);
+  const int64_t slab = round_up(std::max<int64_t>(512, 8 * R), block_c), slabs = blocks(N, slab), row = round_up(R, VL);
+  const Scratch<float> ds_parts(slabs * T * row);
 
-  constexpr int64_t block_t = 36, block_n = 256;
-  dispatch(dy, [&](auto* type) {
-    const auto* from = data(dy, type);
-    parallel_for(slabs * chunks, [&](int64_t task) {
-      const int64_t slab = task % slabs, chunk = task / slabs;
-      const int64_t n0 = slab * slab_n, n1 = std::min(n0 + slab_n, N), t0 = chunk * chunk_t, t1 = std::min(t0 + chunk_t, T);
-      float* ds_part = ds_parts.get() + slab * T * row;
-      float* db_part = db_parts.get() + chunk * N * row;
+  dispatch_units(dy, b, [&](auto* type, auto* unit) {
+    using Unit = std::remove_pointer_t<decltype(unit)>;
+    const Panel<Unit> panel(b);  // [N][R]
+    parallel_for(slabs * db_parts.count, [&](int64_t task) {
+      const int64_t n0 = task % slabs * slab, n1 = std::min(n0 + slab, N), part = task / slabs;
+      const int64_t t0 = part * db_parts.chunk, t1 = std::min(t0 + db_parts.chunk, T);
+      float* ds_part = ds_parts.get() + task % slabs * T * row;
+      float* db_part = db_parts.clear(part, n0, n1 - n0);
       std::fill_n(ds_part + t0 * row, (t1 - t0) * row, 0.0f);
-      std::fill_n(db_part + n0 * row, (n1 - n0) * row, 0.0f);
-      alignas(64) float tile[block_t * block_n];
-      for (int64_t t = t0; t < t1; t += block_t)
-        for (int64_t n = n0; n < n1; n += block_n) {
-          const int64_t rows = std::min(block_t, t1 - t), cols = std::min(block_n, n1 - n);
-          auto [block, ld] = float_tile(from, N, t, rows, n, cols, nullptr, tile);
-          panel_product(rows, row, cols, block, ld, 1, b_panel.p + n * row, row, ds_part + t * row, row);
-          panel_product(cols, row, rows, block, 1, ld, s_panel.p + t * row, row, db_part + n * row, row);
+      alignas(64) Unit tile[block_t * block_c];
+      Scratch<Unit> words(block_t * R);
+      for (int64_t t = t0; t < t1; t += block_t) {
+        const int64_t rows = std::min(block_t, t1 - t);
+        const auto tokens = token_coefficients<Unit>(coefficients, R, t, rows, words.get());
+        for (int64_t n = n0; n < n1; n += block_c) {
+          const int64_t cols = std::min(block_c, n1 - n);
+          shrink_block(data(dy, type), N, t, rows, n, n + cols, {}, panel, tile, ds_part + t * row);
+          panel_product(R, round_up(cols, VL), units<Unit>(rows), tokens,
+                        token_tile<Unit>(data(dy, type), N, t, rows, n, cols, {}, tile), db_part + (n - n0), db_parts.row);
         }
+      }
     });
   });
-  reduce_parts(ds, ds_parts.get(), slabs, row, static_cast<float>(scale));
-  reduce_parts(db, db_parts.get(), chunks, row, static_cast<float>(scale));
+
+  auto* ds_out = static_cast<float*>(ds.mutable_data_ptr());
+  torch::stable::parallel_for(0, T, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
+      for (int64_t r = 0; r < R; r += VL) {
+        vf sum = {};
+        for (int64_t i = 0; i < slabs; ++i) sum += load(ds_parts.get() + (i * T + t) * row + r);
+        store(ds_out + t * R + r, factor * sum, R - r);
+      }
+  });
+  dispatch(db, [&](auto* type) {
+    auto* out = const_cast<std::remove_pointer_t<decltype(type)>*>(data(db, type));
+    torch::stable::parallel_for(0, blocks(N, VL), 16, [&](int64_t begin, int64_t end) {
+      Scratch line(VL * row);  // VL columns of dBᵀ, transposed to rows of dB
+      std::fill_n(line.get(), VL * row, 0.0f);
+      for (int64_t n = begin * VL; n < std::min(end * VL, N); n += VL) {
+        for (int64_t r = 0; r < R; ++r) {
+          vf sum = factor * db_parts.total(r, n);
+          for (int l = 0; l < VL; ++l) line.get()[l * row + r] = sum[l];
+        }
+        for (int64_t l = 0; l < std::min<int64_t>(VL, N - n); ++l)
+          for (int64_t r = 0; r < R; r += VL) store(out + (n + l) * R + r, load(line.get() + l * row + r), R - r);
+      }
+    });
+  });
   return {ds, db};
 }
 
@@ -256,30 +270,35 @@ Tensor lora_grad_a(const Tensor& ds, const Tensor& x, const Tensor& a, const Ten
   check(op, "x", x, Where::cpu, {f32, b16, h16}, {T, K});
   check(op, "ds", ds, Where::cpu, {f32}, {T, R});
   check(op, "a", a, Where::cpu, {x.scalar_type(), f32}, {R, K});
-  const Mask mask(op, mask_tensor, T, K, p);
+  const Mask mask = checked_mask(op, mask_tensor, T, K, p);
   Tensor da = torch::stable::new_empty(a, {R, K});
   const float* coefficients = static_cast<const float*>(ds.const_data_ptr());
-  constexpr int64_t block_t = 32, block_k = 256;
-  const int64_t row = round_up(K, VL), chunk_t = std::max<int64_t>(2048, 8 * R);
-  const int64_t chunks = (T + chunk_t - 1) / chunk_t, blocks_k = (K + block_k - 1) / block_k;
-  Scratch parts(chunks * R * row);
+  const TokenParts parts(T, R, K);
 
-  dispatch(x, [&](auto* type) {
-    const auto* from = data(x, type);
-    parallel_for(chunks * blocks_k, [&](int64_t task) {
-      const int64_t k = task % blocks_k * block_k, cols = std::min(block_k, K - k), padded = round_up(cols, VL);
-      const int64_t t0 = task / blocks_k * chunk_t, t1 = std::min(t0 + chunk_t, T);
-      float* part = parts.get() + task / blocks_k * R * row + k;
-      for (int64_t r = 0; r < R; ++r) std::fill_n(part + r * row, padded, 0.0f);
-      alignas(64) float tile[block_t * block_k];
+  dispatch_units(x, a, [&](auto* type, auto* unit) {
+    using Unit = std::remove_pointer_t<decltype(unit)>;
+    parallel_for(parts.count * blocks(K, block_c), [&](int64_t task) {
+      const int64_t k = task % blocks(K, block_c) * block_c, cols = std::min(block_c, K - k);
+      const int64_t part = task / blocks(K, block_c), t0 = part * parts.chunk, t1 = std::min(t0 + parts.chunk, T);
+      float* to = parts.clear(part, k, cols);
+      alignas(64) Unit tile[block_t * block_c];
+      Scratch<Unit> words(block_t * R);
       for (int64_t t = t0; t < t1; t += block_t) {
         const int64_t rows = std::min(block_t, t1 - t);
-        auto [block, ld] = float_tile(from, K, t, rows, k, cols, &mask, tile);
-        panel_product(R, padded, rows, coefficients + t * R, 1, R, block, ld, part, row);
+        panel_product(R, round_up(cols, VL), units<Unit>(rows), token_coefficients<Unit>(coefficients, R, t, rows, words.get()),
+                      token_tile<Unit>(data(x, type), K, t, rows, k, cols, mask, tile), to, parts.row);
       }
     });
   });
-  reduce_parts(da, parts.get(), chunks, row, philox::inverse_keep(p));
+
+  dispatch(da, [&](auto* type) {
+    auto* out = const_cast<std::remove_pointer_t<decltype(type)>*>(data(da, type));
+    const float factor = philox::inverse_keep(p);
+    torch::stable::parallel_for(0, R, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r)
+        for (int64_t k = 0; k < K; k += VL) store(out + r * K + k, factor * parts.total(r, k), K - k);
+    });
+  });
   return da;
 }
 

@@ -27,6 +27,7 @@ using vu8 = uint8_t __attribute__((vector_size(VL)));
 
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
+struct bf16x2 { uint32_t bits; };  // two neighbouring terms of a sum, the first in the low half
 
 template <class V, class T>
 inline V load_bytes(const T* p) {
@@ -42,14 +43,31 @@ inline vf load(const bf16* p) {
   return reinterpret_cast<vf>(__builtin_convertvector(load_bytes<vu16>(p), vu) << 16);
 }
 
-inline void store(bf16* p, vf v) {
-  // Round to nearest even on the bits; a NaN stays a (quiet) NaN. vcvtneps2bf16 would flush denormals.
+// Nearest bfloat16, ties to even, in the low half of each lane; a NaN stays a (quiet) NaN. vcvtneps2bf16 flushes denormals.
+inline vu bf16_bits(vf v) {
   vu u = reinterpret_cast<vu>(v);
   vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   vu nan = (u >> 16) | 0x40u;
-  vu16 h = __builtin_convertvector((u & 0x7fffffffu) > 0x7f800000u ? nan : rounded, vu16);
+  return (u & 0x7fffffffu) > 0x7f800000u ? nan : rounded;
+}
+
+inline void store(bf16* p, vf v) {
+  vu16 h = __builtin_convertvector(bf16_bits(v), vu16);
   std::memcpy(p, &h, sizeof h);
 }
+
+inline void store(bf16x2* p, vu words) { std::memcpy(p, &words, sizeof words); }
+
+// sum + x · p for one term, or for the two terms of a pair in one instruction.
+inline vf multiply_add(vf sum, float x, const float* p) { return sum + x * load(p); }
+#if defined(__AVX512BF16__)
+constexpr bool has_pairs = true;
+inline vf multiply_add(vf sum, bf16x2 x, const bf16x2* p) {
+  return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(p), (__m512bh)_mm512_set1_epi32(x.bits));
+}
+#else
+constexpr bool has_pairs = false;
+#endif
 
 #if defined(__AVX512F__)
 inline vf load(const fp16* p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }

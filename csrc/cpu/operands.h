@@ -1,0 +1,217 @@
+// Operands of panel_product from tensors, in units of one float32 or of a pair of bfloat16 terms.
+//
+// Adapters are small and packed once a call (Panel, TransposedPanel). Activations are read in place where their memory
+// already is the operand, otherwise through a tile in L1; that is also where dropout zeroes elements.
+#pragma once
+
+#include "common/check.h"
+#include "panel.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdlib>
+#include <memory>
+#include <type_traits>
+
+namespace fastft {
+
+constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+template <class Unit>
+constexpr int64_t terms = std::is_same_v<Unit, bf16x2> ? 2 : 1;
+
+template <class Unit>
+constexpr int64_t units(int64_t n) { return (n + terms<Unit> - 1) / terms<Unit>; }
+
+// Uninitialised scratch of 4-byte elements, aligned to a cache line.
+template <class Unit = float>
+struct Scratch {
+  static_assert(sizeof(Unit) == 4);
+  explicit Scratch(int64_t n) : data(static_cast<Unit*>(std::aligned_alloc(64, round_up(n * 4 + 64, 64)))) {
+    STD_TORCH_CHECK(data, "fastft: out of memory for ", n * 4, " bytes of scratch");
+  }
+  Unit* get() const { return data.get(); }
+  struct Free {
+    void operator()(Unit* p) const { std::free(p); }
+  };
+  std::unique_ptr<Unit, Free> data;
+};
+
+template <class F>
+inline void parallel_for(int64_t n, const F& body) {  // body(task) for task in [0, n), shared among threads
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) body(task);
+  });
+}
+
+// Calls f with a null pointer of the tensor's element type, to be used by decltype.
+template <class F>
+inline void dispatch(const Tensor& t, const F& f) {
+  switch (t.scalar_type()) {
+    case ScalarType::BFloat16: return f(static_cast<bf16*>(nullptr));
+    case ScalarType::Half: return f(static_cast<fp16*>(nullptr));
+    default: return f(static_cast<float*>(nullptr));
+  }
+}
+
+template <class T>
+inline const T* data(const Tensor& t, const T*) { return static_cast<const T*>(t.const_data_ptr()); }
+
+// Calls f with a null pointer of the activations' type and one of the unit that their products with an adapter use.
+template <class F>
+inline void dispatch_units(const Tensor& activations, const Tensor& adapter, const F& f) {
+  dispatch(activations, [&](auto* type) {
+    if constexpr (has_pairs && std::is_same_v<decltype(type), bf16*>) {
+      if (adapter.scalar_type() == ScalarType::BFloat16) return f(type, static_cast<bf16x2*>(nullptr));
+    }
+    f(type, static_cast<float*>(nullptr));
+  });
+}
+
+// Rows j and j + 1 of a matrix as one row of units: their floats, or pairs of their elements in each lane.
+template <class Unit>
+inline void store_unit_row(Unit* to, vf first, vf second) {
+  if constexpr (std::is_same_v<Unit, float>)
+    store(to, first);
+  else
+    store(to, bf16_bits(first) | bf16_bits(second) << 16);
+}
+
+// A packed keep mask [T, ceil(K / 8)], or none: `bits` null.
+struct Mask {
+  vi keep(int64_t t, int64_t k) const { return keep_lanes(bits + t * row_bytes, k, row_bytes); }
+  template <class T>
+  vf load_kept(const T* x, int64_t ld, int64_t t, int64_t k, int64_t n) const {
+    vf v = load(x + t * ld + k, n);
+    return bits ? select(keep(t, k), v) : v;
+  }
+
+  const uint8_t* bits = nullptr;
+  int64_t row_bytes = 0;
+};
+
+// A matrix [rows, cols] as [units(rows)][cols padded to whole vectors]: its own memory where that already is so.
+template <class Unit>
+class Panel {
+ public:
+  explicit Panel(const Tensor& t) {
+    const int64_t rows = t.size(0), cols = t.size(1), row = round_up(cols, VL);
+    if (std::is_same_v<Unit, float> && t.scalar_type() == ScalarType::Float && row == cols) {
+      view = {static_cast<const Unit*>(t.const_data_ptr()), row};
+      return;
+    }
+    copy = std::make_unique<Scratch<Unit>>(units<Unit>(rows) * row);
+    view = {copy->get(), row};
+    dispatch(t, [&](auto* type) {
+      auto* from = data(t, type);
+      torch::stable::parallel_for(0, units<Unit>(rows), 64, [&](int64_t begin, int64_t end) {
+        for (int64_t u = begin; u < end; ++u)
+          for (int64_t j = 0; j < row; j += VL) {
+            const int64_t i = u * terms<Unit>;
+            vf second = terms<Unit> == 2 && i + 1 < rows ? load(from + (i + 1) * cols + j, cols - j) : vf{};
+            store_unit_row(copy->get() + u * row + j, load(from + i * cols + j, cols - j), second);
+          }
+      });
+    });
+  }
+  Rows<Unit> at(int64_t unit, int64_t col) const { return {view.p + unit * view.row + col, view.row}; }
+  int64_t row() const { return view.row; }
+
+ private:
+  Rows<Unit> view;
+  std::unique_ptr<Scratch<Unit>> copy;
+};
+
+// The transpose of a matrix [rows, cols] as [units(cols)][rows padded to whole vectors].
+template <class Unit>
+class TransposedPanel {
+ public:
+  explicit TransposedPanel(const Tensor& t)
+      : row_(round_up(t.size(0), VL)), copy(units<Unit>(t.size(1)) * round_up(t.size(0), VL)) {
+    const int64_t rows = t.size(0), cols = t.size(1);
+    dispatch(t, [&](auto* type) {
+      auto* from = data(t, type);
+      constexpr int64_t block = VL / terms<Unit>;  // units that one vector of a row holds
+      torch::stable::parallel_for(0, (cols + VL - 1) / VL, 16, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t j = task * VL, n = std::min<int64_t>(block, units<Unit>(cols - j));
+          for (int64_t i = 0; i < row_; ++i) {
+            alignas(64) Unit line[VL];
+            vf v = i < rows ? load(from + i * cols + j, cols - j) : vf{};
+            if constexpr (std::is_same_v<Unit, float>)
+              store(line, v);
+            else
+              store(reinterpret_cast<bf16*>(line), v);
+            for (int64_t l = 0; l < n; ++l) copy.get()[(j / terms<Unit> + l) * row_ + i] = line[l];
+          }
+        }
+      });
+    });
+  }
+  Rows<Unit> at(int64_t unit, int64_t col) const { return {copy.get() + unit * row_ + col, row_}; }
+  int64_t row() const { return row_; }
+
+ private:
+  const int64_t row_;
+  Scratch<Unit> copy;
+};
+
+// Tokens [t, t + rows) x features [k, k + cols), k a multiple of VL, as the broadcast operand with features as depth.
+template <class Unit, class T>
+inline Broadcast<Unit> feature_tile(const T* x, int64_t ld, int64_t t, int64_t rows, int64_t k, int64_t cols, Mask mask,
+                                    Unit* tile) {
+  constexpr bool own = std::is_same_v<Unit, float> ? std::is_same_v<T, float> : std::is_same_v<T, bf16>;
+  if constexpr (own) {
+    if (!mask.bits && cols % terms<Unit> == 0 && ld % terms<Unit> == 0)
+      return {reinterpret_cast<const Unit*>(x + t * ld + k), ld / terms<Unit>, 1};
+  }
+  const int64_t row = round_up(cols, VL);
+  auto* elements = reinterpret_cast<std::conditional_t<std::is_same_v<Unit, float>, float, bf16>*>(tile);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < cols; j += VL) store(elements + i * row + j, mask.load_kept(x, ld, t + i, k + j, cols - j));
+  return {tile, row / terms<Unit>, 1};
+}
+
+// The same block as the operand read as vectors, with tokens as depth.
+template <class Unit, class T>
+inline Rows<Unit> token_tile(const T* x, int64_t ld, int64_t t, int64_t rows, int64_t k, int64_t cols, Mask mask, Unit* tile) {
+  if constexpr (std::is_same_v<Unit, float> && std::is_same_v<T, float>) {
+    if (!mask.bits && cols % VL == 0) return {x + t * ld + k, ld};
+  }
+  const int64_t row = round_up(cols, VL);
+  for (int64_t i = 0; i < rows; i += terms<Unit>)
+    for (int64_t j = 0; j < cols; j += VL) {
+      vf second = terms<Unit> == 2 && i + 1 < rows ? mask.load_kept(x, ld, t + i + 1, k + j, cols - j) : vf{};
+      store_unit_row(tile + i / terms<Unit> * row + j, mask.load_kept(x, ld, t + i, k + j, cols - j), second);
+    }
+  return {tile, row};
+}
+
+// Coefficients s [T, R] of tokens [t, t + rows), transposed: ranks x tokens, tokens as depth.
+template <class Unit>
+inline Broadcast<Unit> token_coefficients(const float* s, int64_t r, int64_t t, int64_t rows, Unit* tile) {
+  if constexpr (std::is_same_v<Unit, float>) {
+    return {s + t * r, 1, r};
+  } else {
+    for (int64_t i = 0; i < rows; i += 2)
+      for (int64_t j = 0; j < r; j += VL) {
+        const float* at = s + (t + i) * r + j;
+        vf second = i + 1 < rows ? load(at + r, r - j) : vf{};
+        vu words = bf16_bits(load(at, r - j)) | bf16_bits(second) << 16;
+        std::memcpy(tile + i / 2 * r + j, &words, std::min<int64_t>(VL, r - j) * 4);
+      }
+    return {tile, 1, r};
+  }
+}
+
+// factor · s of tokens [t, t + rows), ranks as depth. `tile` holds rows x round_up(R, VL) floats.
+template <class Unit>
+inline Broadcast<Unit> rank_coefficients(const float* s, int64_t r, int64_t t, int64_t rows, float factor, Unit* tile) {
+  const int64_t row = round_up(r, VL);
+  auto* elements = reinterpret_cast<std::conditional_t<std::is_same_v<Unit, float>, float, bf16>*>(tile);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < r; j += VL) store(elements + i * row + j, factor * load(s + (t + i) * r + j, r - j));
+  return {tile, row / terms<Unit>, 1};
+}
+
+}  // namespace fastft
