@@ -75,6 +75,17 @@ class Method(TargetOptions):
         """The method an adapter_config.json describes. ValueError names an option that is not supported."""
         raise NotImplementedError
 
+    @staticmethod
+    def read(directory, config: dict[str, Any]) -> "Method":
+        """The method of any kind that a folder's config describes. Raises AdapterFileError."""
+        kind = config.get("peft_type")
+        if kind not in Method.known:
+            raise AdapterFileError(f"{directory}: peft_type {kind!r} is not supported; supported: {sorted(Method.known)}")
+        try:
+            return Method.known[kind].from_config(config)
+        except (ValueError, TypeError) as error:
+            raise AdapterFileError(f"{directory}: {error}") from error
+
 
 def attach(model: nn.Module, method: Method, adapter_name: str = "default") -> Handle:
     """Attach a fine-tuning method to a model, in place, and freeze the rest of it.
@@ -119,13 +130,7 @@ def load(model: nn.Module, directory, adapter_name: str = "default") -> Handle:
     found: dict[str, Any] = {}
 
     def expected(config):
-        kind = config.get("peft_type")
-        if kind not in Method.known:
-            raise AdapterFileError(f"{directory}: peft_type {kind!r} is not supported; supported: {sorted(Method.known)}")
-        try:
-            method = Method.known[kind].from_config(config)
-        except (ValueError, TypeError) as error:
-            raise AdapterFileError(f"{directory}: {error}") from error
+        method = Method.read(directory, config)
         matched = match(model, method, lenient=True)
         method.check(matched.targets)
         found.update(method=method, matched=matched)

@@ -59,10 +59,8 @@ class Handle:
         self.model = model
         self.method = method
         self.targets = matched.targets
-        self.modules: dict[str, Any] = {
-            **matched.targets,
-            **{n: module for n, (module, _) in matched.copies.items()},
-        }
+        self.modules: dict[str, Any] = dict(matched.targets)
+        self.modules.update((name, module) for name, (module, _) in matched.copies.items())
         self._matched = matched
         self._adapter = adapter
         self._updated = False  # by an optimizer, since the last step()
@@ -107,9 +105,7 @@ class Handle:
         return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, **options)
 
     def step(self) -> None:
-        """Run the method's schedule (LoRA has none) after an optimizer's step. Without an update since the last call it does
-        nothing.
-        """
+        """Run the method's schedule (LoRA has none); call it after the optimizer's step. Without a new update: nothing."""
         if self._updated:
             self._updated = False
             self.method.after_update(self)
@@ -144,14 +140,15 @@ class Handle:
 
     def merge(self) -> None:
         """Add the delta (computed in float32, rounded once) to the weights. Copies trained in full stay beside them."""
-        targets = self._attached_targets()
+        self._attached()
         self._refuse_tied("merge", [f"{path}.weight" for path in self.targets])
-        for module in targets:
+        for module in self.targets.values():
             module.set_merged(self._adapter, True)
 
     def unmerge(self) -> None:
         """Bring back the bits from before `merge`."""
-        for module in self._attached_targets():
+        self._attached()
+        for module in self.targets.values():
             module.set_merged(self._adapter, False)
 
     def merge_and_unload(self) -> nn.Module:
@@ -165,9 +162,9 @@ class Handle:
 
     def detach(self) -> None:
         """Take the adapter off: bits, classes, hooks and (with the last adapter) `requires_grad` as before `attach`."""
-        record = self.model.__dict__[_KEY] if self._attached() else None
-        for module in self.modules.values():
+        for module in self._attached().values():
             module.remove(self._adapter)
+        record = self.model.__dict__[_KEY]
         del record.handles[self.name]
         if not record.handles:
             delattr(self.model, _KEY)
@@ -203,7 +200,7 @@ class Handle:
         own = self._file_tensors()
 
         def expected(config):
-            saved = type(self.method).from_config(config)
+            saved = self.method.read(directory, config)
             for name in self.targets:
                 if saved.scale(name) != self.method.scale(name):
                     raise AdapterFileError(
@@ -258,10 +255,6 @@ class Handle:
         if not self.attached:
             raise RuntimeError(f"adapter {self.name!r} is detached; its handle can't be used any more")
         return self.modules
-
-    def _attached_targets(self):
-        self._attached()
-        return self.targets.values()
 
     def _refuse_tied(self, what: str, names) -> None:
         tied = tied_names(self.model)

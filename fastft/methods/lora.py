@@ -11,6 +11,7 @@ from torch import nn
 
 from ..modules.adapted_linear import LoRASettings, features
 from .base import Method
+from .targets import check_pattern
 
 INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 # Data-driven initialisations that leave the base as it is: once trained, the file is plain LoRA.
@@ -22,7 +23,7 @@ _DESCRIPTIVE = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class LoRA(Method):
     """Options of LoRA, with PEFT's names and meaning; those of `TargetOptions` choose the modules.
 
@@ -60,6 +61,8 @@ class LoRA(Method):
         for key, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
             if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
                 raise ValueError(f"{key}={alpha!r}; it must be a finite number")
+        for key in (*self.rank_pattern, *self.alpha_pattern):
+            check_pattern("rank_pattern, alpha_pattern", key)
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout={self.lora_dropout}; it must lie in [0, 1)")
         if self.init_lora_weights not in INITIALISATIONS:

@@ -20,7 +20,8 @@ CLASSIFIER_HEADS = ("score", "classifier")
 
 @dataclass(frozen=True, kw_only=True)
 class TargetOptions:
-    """
+    """Options with which every method chooses what it trains.
+
     Args:
         target_modules: list of names (a module matches if its name is, or ends with a dot and, an entry), a regular
             expression that must match the whole name, or "all-linear" (every linear layer but the output head).
@@ -47,16 +48,23 @@ class TargetOptions:
     def __post_init__(self):
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f'bias is {self.bias!r}; it must be "none", "all" or "lora_only"')
-        for name in ("modules_to_save", "target_modules", "exclude_modules"):
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)
-            if (isinstance(value, str) and name != "modules_to_save") or value is None:
-                continue
-            if isinstance(value, str) or not all(isinstance(entry, str) for entry in value):
+            if isinstance(value, str) and name != "modules_to_save":
+                check_pattern(name, value)
+            elif value is not None and (isinstance(value, str) or not all(isinstance(entry, str) for entry in value)):
                 raise TypeError(f"{name} is {value!r}; it must be a list of module names")
         if isinstance(self.target_modules, str) and (self.layers_to_transform is not None or self.layers_pattern):
             raise ValueError("layers_to_transform and layers_pattern need target_modules as a list, not a string")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern has no effect without layers_to_transform; give both")
+
+
+def check_pattern(option: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{option}: {pattern!r} is no regular expression: {error}") from error
 
 
 @dataclass
@@ -159,11 +167,14 @@ def _ends_with(name: str, entries) -> bool:
     return any(suffix in entries for suffix in _suffixes(name))
 
 
+def _excluded(name: str, excluded) -> bool:
+    return bool(re.fullmatch(excluded, name)) if isinstance(excluded, str) else _ends_with(name, excluded)
+
+
 def _is_target(name: str, targets, options: TargetOptions) -> bool:
     if not name:
         return False
-    excluded = options.exclude_modules
-    if excluded and (re.fullmatch(excluded, name) if isinstance(excluded, str) else _ends_with(name, excluded)):
+    if options.exclude_modules and _excluded(name, options.exclude_modules):
         return False
     if any(re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in options.modules_to_save or []):
         return False
@@ -195,33 +206,20 @@ def _saved_modules(modules, entries) -> list[str]:
 
 def _check_entries(modules, targets, names, saved, options, lenient):
     known = [name for name in modules if name]
-    if not isinstance(targets, str) and not lenient:
-        unknown = targets - {suffix for name in known for suffix in _suffixes(name)}
-        if unknown:
-            entry = min(unknown)
-            raise ValueError(f"target_modules: no module is named {entry!r}{_near(entry, known)}")
     if not lenient:
+        ends = {suffix for name in known for suffix in _suffixes(name)}
+        for entry in sorted(targets - ends)[:1] if isinstance(targets, set) else ():
+            raise ValueError(f"target_modules: no module is named {entry!r}{_near(entry, known)}")
         for entry in options.modules_to_save or []:
             if not _saved_modules(known, [entry]):
                 raise ValueError(f"modules_to_save: no module's name ends with {entry!r}{_near(entry, known)}")
     if not names:
-        given = {
-            key: value
-            for key in (
-                "target_modules",
-                "exclude_modules",
-                "layers_to_transform",
-                "layers_pattern",
-                "modules_to_save",
-            )
-            if (value := getattr(options, key)) is not None
-        }
+        choosing = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+        given = {key: value for key in choosing if (value := getattr(options, key)) is not None}
         near = _near(targets, known) if isinstance(targets, str) else ""
         raise ValueError(f"no module matches {given}{near}; the model's modules are named like {_some(known)}")
     excluded = options.exclude_modules
-    if excluded and not any(
-        re.fullmatch(excluded, name) if isinstance(excluded, str) else _ends_with(name, excluded) for name in known
-    ):
+    if excluded and not any(_excluded(name, excluded) for name in known):
         warnings.warn(f"exclude_modules={excluded!r} excludes nothing", stacklevel=4)
     both = [name for name in names if any(name == s or name.startswith(s + ".") for s in saved)]
     if both:

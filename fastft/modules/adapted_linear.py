@@ -88,7 +88,7 @@ def adapt(module: nn.Module, adapter: Adapter) -> None:
         module.__class__ = _adapted_class(type(module))
         module._adapters = {}
         module._merged = []
-        module._lora = {}
+        module._settings = {}  # of the adapters that have a weight delta here, by name
     module._adapters[adapter.name] = adapter
 
 
@@ -142,16 +142,19 @@ class Adapted(nn.Module):
                 del held[adapter.name]
                 if not len(held):
                     delattr(self, holder)
-        self._lora.pop(adapter.name, None)
+        self._settings.pop(adapter.name, None)
         del self._adapters[adapter.name]
         if not self._adapters:
-            del self._adapters, self._merged, self._lora
+            del self._adapters, self._merged, self._settings
             self.__class__ = self.plain
 
     # ---- the store of pristine values
 
     def _add_delta(self, weight: torch.Tensor, name: str) -> None:
-        """Add adapter `name`'s delta to `weight`, in place, in weight's layout and (float32 or float64) dtype."""
+        """Add adapter `name`'s delta to `weight`, in place, in weight's layout and (float32 or float64) dtype.
+
+        All that a further kind of delta has to say: storing, merging and restoring are here.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no weight delta to merge")
 
     def set_merged(self, adapter: Adapter, merged: bool) -> None:
@@ -185,7 +188,7 @@ class Adapted(nn.Module):
     @torch.no_grad()
     def fold(self, adapter: Adapter) -> None:
         """Make the adapter's delta and copies part of the pristine base for good. The adapter is spent afterwards."""
-        if adapter.name in self._lora:
+        if adapter.name in self._settings:
             others = [name for name in self._merged if name != adapter.name]
             for name in others:
                 self.set_merged(self._adapters[name], False)
@@ -254,17 +257,17 @@ class AdaptedLinear(Adapted):
         """lora_A [R, K], lora_B [N, R]; both of the weight's dtype or both float32."""
         self._hold("lora_A", nn.ParameterDict, adapter, nn.Parameter(lora_A))
         self._hold("lora_B", nn.ParameterDict, adapter, nn.Parameter(lora_B))
-        self._lora[adapter.name] = settings
+        self._settings[adapter.name] = settings
 
     def _add_delta(self, weight, name):
         a, b = (holder[name].to(weight.dtype) for holder in (self.lora_A, self.lora_B))
         target = weight.t() if self.fan_in_fan_out else weight
-        target.addmm_(b, a, alpha=self._lora[name].scale)
+        target.addmm_(b, a, alpha=self._settings[name].scale)
 
     def forward(self, input):
         on = [adapter for adapter in self._adapters.values() if adapter.on()]
         replaced = self._copies(on)
-        names = [adapter.name for adapter in on if adapter.name in self._lora]
+        names = [adapter.name for adapter in on if adapter.name in self._settings]
         if self._merged and "weight" not in replaced:
             if all(name in names for name in self._merged):
                 names = [name for name in names if name not in self._merged]
@@ -275,7 +278,7 @@ class AdaptedLinear(Adapted):
         weight, bias = replaced.get("weight", self.weight), replaced.get("bias", self.bias)
         y = None
         for name in names:
-            settings = self._lora[name]
+            settings = self._settings[name]
             factors = (
                 self.lora_A[name],
                 self.lora_B[name],

@@ -66,6 +66,9 @@ def test_round_trip_and_restore(folder):
     change(folder, lora_alpha=3)
     with pytest.raises(AdapterFileError, match=r"the scale of 'model.layers.0.self_attn.q_proj' is 0.75"):
         handle.restore(folder)
+    change(folder, use_dora=True)
+    with pytest.raises(AdapterFileError, match="use_dora"):
+        handle.restore(folder)
 
 
 def test_saved_twice_is_the_same_file(folder, tmp_path):

@@ -33,7 +33,7 @@ def plain_deltas(model, handle):
     reference = handles(other)[handle.name]
     for module in reference.targets.values():
         a, b = module.lora_A[handle.name].float(), module.lora_B[handle.name].float()
-        delta = module._lora[handle.name].scale * (b @ a)
+        delta = module._settings[handle.name].scale * (b @ a)
         with torch.no_grad():
             module.weight.copy_(module.weight.float() + (delta.t() if module.fan_in_fan_out else delta))
     reference.set_active(False)

@@ -32,7 +32,7 @@ def matched_by_us(model, **options):
     handle = fastft.attach(model, fastft.LoRA(**options))
     layers = {}
     for name, module in handle.targets.items():
-        settings = module._lora["default"]
+        settings = module._settings["default"]
         layers[name] = (module.lora_A["default"].shape[0], settings.scale)
     return layers, {
         name.replace(".modules_to_save.default", "") for name, _ in handle.named_parameters() if ".lora_" not in name
@@ -149,7 +149,7 @@ def test_autocast_trains_float32_adapters():
 
 
 def test_scale():
-    assert fastft.LoRA(r=4, lora_alpha=8).scale("x") == 2
+    assert fastft.LoRA(4, 8).scale("x") == fastft.LoRA(r=4, lora_alpha=8).scale("x") == 2
     assert fastft.LoRA(r=4, lora_alpha=8, use_rslora=True).scale("x") == 4
     lora = fastft.LoRA(r=4, rank_pattern={"q": 9}, alpha_pattern={"b.q": 6}, use_rslora=True)
     assert (lora.rank("a.q"), lora.rank("a.qq"), lora.scale("a.q")) == (9, 4, 8 / 3)
@@ -164,6 +164,8 @@ def test_scale():
         ({"rank_pattern": {"q_proj": 0}}, "q_proj=0"),
         ({"lora_alpha": float("nan")}, "finite"),
         ({"lora_dropout": 1.0}, "lora_dropout"),
+        ({"rank_pattern": {"q(": 2}}, "'q\\(' is no regular expression"),
+        ({"target_modules": "*.q_proj"}, "no regular expression"),
         ({"bias": "some"}, "bias is 'some'"),
         ({"init_lora_weights": "pissa"}, "'pissa' is not supported"),
         ({"init_lora_weights": "orthogonal", "r": 3}, "even"),
