@@ -50,7 +50,12 @@ done
 # shellcheck disable=SC2086  # a list of words
 [[ $# -gt 0 ]] || set -- $ALL
 
-PY=${PYTHON:-$OUT/venv/bin/python}
+PY=$OUT/venv/bin/python
+if [[ -n ${PYTHON:-} ]]; then
+    PY=$(command -v -- "$PYTHON") || die "PYTHON=$PYTHON is no command"
+    # Absolute, since stages run elsewhere, but not resolved: a link is what makes a Python its environment's.
+    [[ $PY == /* ]] || PY=$PWD/$PY
+fi
 # CUDA's own folder is often not on the PATH.
 command -v nvcc >/dev/null || PATH="$PATH:/usr/local/cuda/bin"
 

@@ -140,6 +140,8 @@ def losses(case: Case, measurements: list[Measurement]) -> list[str]:
     for m in measurements:
         if m.status == "wrong":
             said.append(f"WRONG  {case}: {m.implementation} gives wrong results, so it has no number: {m.note}")
+        if "reference" in m.backend:
+            said.append(f"SLOW   {case}: {m.implementation} ran on the PyTorch reference, not on a kernel (fastft info)")
         if m.met is False:
             said.append(f"MISSED {case}: {m.implementation} {m.ratio}, target {m.target:.3f}")
     ours = timed.get("fastft")

@@ -82,6 +82,7 @@ def test_usage(tmp_path):
     assert gpu_sh("--help").returncode == 0 and "usage: bench/gpu.sh OUT" in gpu_sh("--help").stdout
     assert gpu_sh().returncode == 2
     assert "unknown stage tset" in gpu_sh(tmp_path / "out", "tset").stderr
+    assert "is no command" in gpu_sh(tmp_path / "out", "info", PYTHON="no-such-python").stderr
     missing = gpu_sh(tmp_path / "out", "info")
     assert missing.returncode == 2 and "run the build stage first" in missing.stderr
 

@@ -124,3 +124,12 @@ def test_check_close_limits():
     worse = {"y": (want["y"] * 1.02).bfloat16()}
     with pytest.raises(WrongResult, match="y: relative error"):
         runner.check_close(worse, want, plain, factor=2.0)
+
+
+def test_losses_tell_of_wrong_results_and_of_the_reference():
+    found = [
+        runner.Measurement("fastft", "wrong", note="dA: relative error 1"),
+        runner.Measurement("fastft:x", backend="reference+triton"),
+    ]
+    said = results.losses(make_case({}), found)
+    assert [line.split()[0] for line in said] == ["WRONG", "SLOW"] and "dA: relative error 1" in said[0]
