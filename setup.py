@@ -44,13 +44,12 @@ def why_not_native():
 class CMakeBuild(build_ext):
     def run(self):
         reason = why_not_native()
-        # A rebuild must not leave libraries of older sources behind.
-        shutil.rmtree(self.destination(), ignore_errors=True)
         if reason is None:
             self.cmake()
         elif os.environ.get("FASTFT_NATIVE") == "1":
             raise SystemExit(f"fastft: FASTFT_NATIVE=1 but the native libraries can't be built: {reason}")
         else:
+            shutil.rmtree(self.destination(), ignore_errors=True)
             print(f"fastft: pure-Python install, ops run on the PyTorch reference and on Triton: {reason}", file=sys.stderr)
 
     def destination(self):
@@ -75,8 +74,11 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_INSTALL_PREFIX={self.destination()}",
         ]
         jobs = os.environ.get("FASTFT_JOBS", str(os.cpu_count() or 1))
-        for command in (configure, ["cmake", "--build", str(build), "-j", jobs], ["cmake", "--install", str(build)]):
-            subprocess.run(command, check=True)
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build), "-j", jobs], check=True)
+        # A rebuild must not leave libraries of older sources behind, nor a failed one take away what worked.
+        shutil.rmtree(self.destination(), ignore_errors=True)
+        subprocess.run(["cmake", "--install", str(build)], check=True)
 
     def get_outputs(self):
         return [str(path) for path in self.destination().glob("*.so")] if not self.editable_mode else []
