@@ -173,6 +173,7 @@ def _cases(family):
 
 
 def intercept(launcher, args, config) -> list[Launch]:
+    """What `launcher` would launch for tensors on the meta device."""
     calls = []
     with mock.patch.object(JITFunction, "run", lambda *values, **options: calls.append(Launch.of(*values, **options))):
         launcher(*args, config=config)
@@ -214,14 +215,13 @@ def broken(table: dict) -> list[str]:
 
 def stale(table: dict) -> list[str]:
     """Where the table differs from what the present sources and configurations would compile."""
-    present = {}
+    present, recorded = {}, {}
     for target in TARGETS:
         for label, launch in launches(target).items():
             present.setdefault(label, {"source": launch.source_hash()})[target] = None
-    differ = [
-        k for k in table if k in present and present[k] != {t: v if t == "source" else None for t, v in table[k].items()}
-    ]
-    return sorted({*differ, *(table.keys() ^ present.keys())})
+    for label, row in table.items():
+        recorded[label] = {**dict.fromkeys(row), "source": row["source"]}
+    return sorted(label for label in present.keys() | recorded.keys() if present.get(label) != recorded.get(label))
 
 
 def write(table: dict) -> None:

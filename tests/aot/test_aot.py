@@ -1,5 +1,6 @@
 """Triton kernels compiled ahead of time, in processes of their own: Triton's interpreter excludes its compiler."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.golden import prove
+
 pytest.importorskip("triton", reason="triton is not installed")
 
 HARNESS = Path(__file__).parent / "aot.py"
+CONFIGS = Path(__file__).resolve().parents[2] / "kernels" / "configs" / "default"
 
 
 def python(*arguments):
@@ -24,6 +28,9 @@ def test_the_committed_table_is_that_of_the_sources_and_has_no_spills():
 
 def test_every_kernel_compiles_for_every_target():
     python(HARNESS, "--quick")
+    for table in CONFIGS.glob("*.json"):
+        for op in json.loads(table.read_text()):
+            prove(op, "triton", "compiled ahead of time for sm_80, sm_90, sm_100, gfx942")
 
 
 @pytest.mark.aot_all

@@ -48,7 +48,7 @@ def test_strings_match_exactly(tables):
 
 def test_a_device_replaces_what_its_own_file_lists(tables):
     assert _config.lookup("sm_90", "toy", "other") == LARGE
-    assert _config.lookup("sm_90", "toy", "op", dtype="b") == WIDE
+    assert _config.lookup("sm_90", "toy", "op", dtype="b", R=16, T=1) == WIDE
     assert _config.lookup("never_seen", "toy", "other") == SMALL
 
 
