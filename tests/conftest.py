@@ -10,9 +10,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import pytest  # noqa: E402
+import pytest
 
-from tests import golden  # noqa: E402
+from tests import golden
 
 _proven: dict[str, dict[str, list[str]]] = {}
 
@@ -27,12 +27,11 @@ def pytest_runtest_makereport(item, call):
     report = outcome.get_result()
     if report.when == "setup":
         golden.PENDING.clear()
-    if report.when == "teardown":
-        if getattr(item, "_passed", False) and report.passed:
-            for op, backend, how in golden.PENDING:
-                ways = _proven.setdefault(op, {}).setdefault(backend, [])
-                if how not in ways:
-                    ways.append(how)
+    if report.when == "teardown" and getattr(item, "_passed", False) and report.passed:
+        for op, backend, how in golden.PENDING:
+            ways = _proven.setdefault(op, {}).setdefault(backend, [])
+            if how not in ways:
+                ways.append(how)
     if report.when == "call":
         item._passed = report.passed
 

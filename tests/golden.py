@@ -28,7 +28,11 @@ def run_on(name):
     if kind == "cpu":
         if place not in _native.supported_isas():
             pytest.skip(f"this CPU does not run {place}")
-        with fastft.testing.cpu_isa(place), fastft.testing.use("cpu"), ran("cpu", f"tests on {place}", f"fastft_cpu_{place}"):
+        with (
+            fastft.testing.cpu_isa(place),
+            fastft.testing.use("cpu"),
+            ran("cpu", f"tests on {place}", f"fastft_cpu_{place}"),
+        ):
             yield device
     else:
         reason = next(iter(registry.OPS.values())).missing(kind, device)
@@ -89,7 +93,7 @@ def assert_close(got, want, plain, magnitude, what):
     error, allowed = (got - want).abs(), (plain - want).abs()
     one_ulp = torch.maximum(ulp(want, dtype), 2 * ulp(magnitude, torch.float32))
     assert error.norm() <= max(FROBENIUS * allowed.norm(), one_ulp.norm()), (
-        f"{what}: relative Frobenius error {error.norm() / want.norm():.3g}, plain PyTorch {allowed.norm() / want.norm():.3g}"
+        f"{what}: relative error {error.norm() / want.norm():.3g}, plain PyTorch {allowed.norm() / want.norm():.3g}"
     )
     assert (error <= torch.maximum(one_ulp, MAXIMUM * allowed.max())).all(), (
         f"{what}: maximum error {error.max():.3g}, plain PyTorch {allowed.max():.3g}"

@@ -27,7 +27,9 @@ print("BACKENDS", sorted({c.backend for c in calls}), len(calls))
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A copy of what a clone holds, so that building leaves this checkout alone and no stale file can ship."""
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     copy = tmp_path_factory.mktemp("clone")
     for name in listed.stdout.splitlines():
         path = ROOT / name
@@ -42,8 +44,22 @@ def source(tmp_path_factory):
 
 
 def build(source, out, **env):
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "--no-index", "-w", str(out), "."]
-    done = subprocess.run(command, cwd=source, capture_output=True, text=True, env={**os.environ, "FASTFT_HOSTCUDA": "0", **env})
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-build-isolation",
+        "--no-deps",
+        "--no-index",
+        "-w",
+        str(out),
+        ".",
+    ]
+    done = subprocess.run(
+        command, cwd=source, capture_output=True, text=True, env={**os.environ, "FASTFT_HOSTCUDA": "0", **env}
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = Path(out).glob("*.whl")
     return wheel
@@ -106,6 +122,8 @@ def test_asking_for_native_code_without_tools_fails_clearly(source, tmp_path):
 def test_libraries_use_the_stable_abi_only():
     """No C++ symbol of libtorch is needed, so one binary serves every torch >= 2.11."""
     for library in (ROOT / "fastft" / "lib").glob("libfastft_cpu_*.so"):
-        symbols = subprocess.run(["nm", "-D", "--undefined-only", "-C", str(library)], capture_output=True, text=True, check=True)
+        symbols = subprocess.run(
+            ["nm", "-D", "--undefined-only", "-C", str(library)], capture_output=True, text=True, check=True
+        )
         foreign = [line for line in symbols.stdout.splitlines() if " at::" in line or " c10::" in line]
         assert not foreign, foreign

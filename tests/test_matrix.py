@@ -43,7 +43,9 @@ def test_every_cell_is_filled(name, backend):
 def test_every_kernel_is_proven(name, backend):
     """`fastft info` shows fastft/proof.json; rewrite it with `make proof`."""
     if (name, backend) not in EXCEPTIONS:
-        assert json.loads(info.PROOF.read_text()).get(name, {}).get(backend), f"{name} on {backend} is not proven in {info.PROOF}"
+        assert json.loads(info.PROOF.read_text()).get(name, {}).get(backend), (
+            f"{name} on {backend} is not proven in {info.PROOF}"
+        )
 
 
 @pytest.mark.parametrize("family", sorted({op.family for op in registry.OPS.values()}))

@@ -225,7 +225,7 @@ class Scope:
     `Scope` in forward and enters it in backward, so that a layer's backward runs where its forward was told to run.
     """
 
-    __slots__ = ("forced", "calls", "_tokens")
+    __slots__ = ("_tokens", "calls", "forced")
 
     def __init__(self, forced=None, calls=None):
         self.forced = _forced.get() if forced is None else forced

@@ -48,7 +48,9 @@ def test_scaling():
     layer(x).sum().backward()
 
 
-@pytest.mark.parametrize("options,message", [({"r": -1}, "r is -1"), ({"r": 2.0}, "r is 2.0"), ({"lora_dropout": 2}, "lora_dropout is 2")])
+@pytest.mark.parametrize(
+    "options,message", [({"r": -1}, "r is -1"), ({"r": 2.0}, "r is 2.0"), ({"lora_dropout": 2}, "lora_dropout is 2")]
+)
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         fastft.LoRALinear(4, 4, **options)

@@ -47,14 +47,14 @@ def inputs(shape, act, adapter, device, seed=0):
             value[size[0] // 2] *= 30
         return value.to(dtype).to(device)
 
-    return dict(
-        x=draw(t, k, dtype=act),
-        a=draw(r, k, dtype=adapter),
-        b=draw(n, r, dtype=adapter),
-        y=draw(t, n, dtype=act),
-        s=draw(t, r, dtype=F32),
-        seed=torch.tensor([0x123456789ABCDEF + seed], device=device),
-    )
+    return {
+        "x": draw(t, k, dtype=act),
+        "a": draw(r, k, dtype=adapter),
+        "b": draw(n, r, dtype=adapter),
+        "y": draw(t, n, dtype=act),
+        "s": draw(t, r, dtype=F32),
+        "seed": torch.tensor([0x123456789ABCDEF + seed], device=device),
+    }
 
 
 def shapes_for(device):
@@ -145,6 +145,7 @@ def mask_of(v, p):
     return lora.dropout_mask(v["seed"], t, k, p) if p else torch.empty(0, dtype=torch.uint8, device=v["x"].device)
 
 
+@pytest.mark.sanitize
 def test_bitwise_repeatable(backend):
     v = inputs((100, 257, 63, 16), BF16, F32, backend)
     mask = mask_of(v, 0.3)
@@ -169,13 +170,16 @@ def test_thread_count_changes_no_bit():
         for n in (1, 2, 5):
             torch.set_num_threads(n)
             with fastft.testing.use("cpu"):
-                results.append((*lora.lora_grad_sb(v["y"], v["s"], v["b"], 0.7), lora.lora_shrink(v["x"], v["a"], 0.0, None)[0]))
+                results.append(
+                    (*lora.lora_grad_sb(v["y"], v["s"], v["b"], 0.7), lora.lora_shrink(v["x"], v["a"], 0.0, None)[0])
+                )
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(g, w) for g, w in zip(other, results[0], strict=True))
 
 
+@pytest.mark.sanitize
 def test_rows_do_not_depend_on_their_neighbours(backend):
     v = inputs((63, 100, 129, 3), F32, F32, backend)
     order = torch.randperm(63, generator=torch.Generator().manual_seed(1)).to(backend)
@@ -184,6 +188,7 @@ def test_rows_do_not_depend_on_their_neighbours(backend):
     assert torch.equal(shuffled, s[order])
 
 
+@pytest.mark.sanitize
 def test_nan_propagates_and_a_dropped_nan_does_not(backend):
     v = inputs((5, 16, 24, 4), F32, F32, backend)
     v["x"][2, 3] = float("nan")
@@ -200,7 +205,9 @@ def test_sixteen_bit_extremes_round_as_torch_does(backend):
         every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).reshape(256, 256).to(backend)
         got = every.clone()
         lora.lora_expand_(got, torch.zeros(256, 1, device=backend), torch.zeros(256, 1, dtype=dtype, device=backend), 1.0)
-        same = (got.view(torch.int16) == every.view(torch.int16)) | ((every == 0) & (got == 0)) | (every.isnan() & got.isnan())
+        same = (
+            (got.view(torch.int16) == every.view(torch.int16)) | ((every == 0) & (got == 0)) | (every.isnan() & got.isnan())
+        )
         assert same.all(), every[~same]
 
 

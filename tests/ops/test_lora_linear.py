@@ -53,8 +53,14 @@ def test_outputs_and_gradients_beside_the_plain_composition(device, act, adapter
         plain = grads(lambda *i: composition(*i, 0.5), inputs, dy)
         exact = [i.detach().double().requires_grad_(i.requires_grad) for i in inputs]
         want = grads(lambda *i: composition(*i, 0.5), exact, dy.double())
-        terms = grads(lambda *i: composition(*i, 0.5), [e.detach().abs().requires_grad_(e.requires_grad) for e in exact], dy.double().abs())
-        for name, g, e, p, m, i in zip(("y", "dx", "da", "db"), got, want, plain, terms, (inputs[0], inputs[0], *inputs[3:])):
+        terms = grads(
+            lambda *i: composition(*i, 0.5),
+            [e.detach().abs().requires_grad_(e.requires_grad) for e in exact],
+            dy.double().abs(),
+        )
+        for name, g, e, p, m, i in zip(
+            ("y", "dx", "da", "db"), got, want, plain, terms, (inputs[0], inputs[0], *inputs[3:])
+        ):
             assert g.dtype == i.dtype
             assert_close(g, e, p, m, f"{name} {t} {act} {adapter}")
 
@@ -134,7 +140,9 @@ def test_noncontiguous_inputs_and_gradients(device):
     dy = torch.randn(24, 6, 4, device=device).permute(2, 1, 0)
     for view in (x.detach().transpose(0, 1).contiguous().transpose(0, 1), x.detach()[:, :1].expand(4, 6, 40)):
         got = grads(lambda *i: lora_linear(*i), (view.requires_grad_(), w, bias, a, b), dy)
-        want = grads(lambda *i: lora_linear(*i), (view.detach().contiguous().requires_grad_(), w, bias, a, b), dy.contiguous())
+        want = grads(
+            lambda *i: lora_linear(*i), (view.detach().contiguous().requires_grad_(), w, bias, a, b), dy.contiguous()
+        )
         assert all(torch.equal(g, e) for g, e in zip(got, want))
 
 
@@ -142,7 +150,9 @@ def test_rank_zero_is_the_frozen_linear(device):
     x, w, bias, a, b = layer(r=0, device=device)
     got = grads(lambda *i: lora_linear(*i), (x, w, bias, a, b), torch.ones(6, 24, device=device))
     want = grads(lambda *i: F.linear(*i[:3]), (x, w, bias), torch.ones(6, 24, device=device))
-    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]) and got[2].shape == (0, 40) and got[3].shape == (24, 0)
+    assert (
+        torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]) and got[2].shape == (0, 40) and got[3].shape == (24, 0)
+    )
 
 
 def test_zero_b_is_the_base_bit_for_bit(device):
@@ -299,4 +309,6 @@ def test_any_shape(t, k, n, r, dtypes, transposed, p):
             results.append(grads(lambda *i: lora_linear(*i, 0.5, p), (x, w, bias, a, b), torch.ones(*t, n, dtype=dtypes[0])))
     for g, e in zip(*results):
         tolerance = 1e-5 if g.dtype == F32 else 2e-2
-        torch.testing.assert_close(g, e, rtol=tolerance, atol=tolerance * max(1.0, float(e.abs().max()) if e.numel() else 1.0))
+        torch.testing.assert_close(
+            g, e, rtol=tolerance, atol=tolerance * max(1.0, float(e.abs().max()) if e.numel() else 1.0)
+        )

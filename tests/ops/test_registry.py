@@ -79,7 +79,10 @@ def test_strict_mode_raises_instead(monkeypatch):
 def test_a_forced_backend_that_cannot_run_says_why():
     with use("cpu"), pytest.raises(BackendError, match=r"lora_shrink cannot run on float64\[3, 8\].*cpu: .*float64"):
         run(F64)
-    with use("cuda"), pytest.raises(BackendError, match="cuda: (runs on cuda tensors|this torch has no CUDA|no CUDA device)"):
+    with (
+        use("cuda"),
+        pytest.raises(BackendError, match="cuda: (runs on cuda tensors|this torch has no CUDA|no CUDA device)"),
+    ):
         run()
     with use("npu"), pytest.raises(BackendError, match="unknown backend 'npu'; known: cpu, cuda"):
         run()
@@ -92,7 +95,9 @@ def test_environment_variable_forces_a_backend():
         "print(sorted({c.backend for c in calls}))"
     )
     for backend in ("reference", "cpu"):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"FASTFT_BACKEND": backend, "PATH": ""})
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env={"FASTFT_BACKEND": backend, "PATH": ""}
+        )
         assert done.stdout.strip() == f"['{backend}']", done.stderr
 
 
