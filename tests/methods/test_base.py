@@ -354,6 +354,30 @@ def test_compile_without_graph_breaks():
     assert handles(compiled)["default"] is handle
 
 
+def test_compiled_models_follow_switches():
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    first, second = (fastft.attach(model, fastft.LoRA(r=2, target_modules=["0", "1"]), name) for name in ("one", "two"))
+    randomize(first, 1)
+    randomize(second, 2)
+    compiled, x = torch.compile(model, fullgraph=True, backend="eager"), torch.randn(3, 6)
+    seen = []
+
+    def same():
+        seen.append(model(x))
+        assert torch.equal(compiled(x), seen[-1])
+
+    same()
+    first.merge()
+    same()
+    with first.disabled():
+        same()
+    second.set_active(False)
+    same()
+    first.unmerge()
+    same()
+    assert not torch.allclose(seen[2], seen[1]) and not torch.allclose(seen[3], seen[1])
+
+
 def test_optimizer_and_step():
     model = llama()
 
