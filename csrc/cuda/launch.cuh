@@ -41,7 +41,9 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, St
   if (shared_bytes > 48 * 1024)
     check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(shared_bytes)));
+  // clang-format off: it does not know launches in a header
   kernel<<<grid, block, shared_bytes, stream>>>(args...);
+  // clang-format on
   check_cuda(cudaGetLastError());
 }
 

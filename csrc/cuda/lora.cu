@@ -9,6 +9,15 @@
 namespace fastft {
 namespace {
 
+// Blocks that share a multiprocessor: two, unless the 128 registers which that leaves a thread make ptxas (13.0) spill:
+// 24 to 56 bytes in grad_sb_kernel for sm_80, 48 to 64 in grad_a_kernel for sm_100.
+#ifdef __CUDA_ARCH__
+constexpr int kArch = __CUDA_ARCH__;
+#else
+constexpr int kArch = 0;  // the host's pass over this file compiles no kernel
+#endif
+constexpr int kGradSbBlocks = kArch >= 900 ? 2 : 1, kGradABlocks = kArch < 1000 ? 2 : 1;
+
 __device__ __forceinline__ int min_int(int a, int b) { return a < b ? a : b; }
 
 // -- S = drop(X) At and the packed mask: one pass over X. Grid: token tiles, rank tiles, parts of K.
@@ -57,8 +66,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int i = threadIdx.x; i < kRows * kRanks; i += kThreads) {
     const int64_t row = row0 + i / kRanks;
     const int rank = rank0 + i % kRanks;
-    if (row < x.rows && rank < a.rows)
-      partial[(blockIdx.z * x.rows + row) * a.rows + rank] = RowDot<kRanks>::total(act, i);
+    if (row < x.rows && rank < a.rows) partial[(blockIdx.z * x.rows + row) * a.rows + rank] = RowDot<kRanks>::total(act, i);
   }
 }
 
@@ -92,7 +100,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int i = 0; i < kUpdateUnits; ++i) {
         const float factor = tokens[unit_row(i) * (kUpdateRanks + 4) + r];
         sum[i][0] += factor * low.x, sum[i][1] += factor * low.y, sum[i][2] += factor * low.z, sum[i][3] += factor * low.w;
-        sum[i][4] += factor * high.x, sum[i][5] += factor * high.y, sum[i][6] += factor * high.z, sum[i][7] += factor * high.w;
+        sum[i][4] += factor * high.x, sum[i][5] += factor * high.y, sum[i][6] += factor * high.z,
+            sum[i][7] += factor * high.w;
       }
     }
     __syncthreads();
@@ -114,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 // A block walks its tokens once per column tile and keeps that tile's dB in registers. Its dS goes to a workspace slice
 // that no other block touches, first stored and then added to, always by the same thread.
 template <class T, int kRanks>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kGradSbBlocks)
     grad_sb_kernel(Matrix<const T> dy, Matrix<const float> s, Weights<T> b, float* ds_partial, float* db_partial,
                    int col_tiles_per_chunk, int row_tiles_per_part) {
   SharedMemory shared;
@@ -122,7 +131,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   float* weights = shared.take<float>(kRanks * kPitch);
   float* tokens = shared.take<float>(kRows * (kRanks + 4));
   float* buffer = shared.take<float>(RowDot<kRanks>::kBuffer);
-  const int rank0 = blockIdx.y * kRanks, first_col = blockIdx.x * col_tiles_per_chunk, begin = blockIdx.z * row_tiles_per_part;
+  const int rank0 = blockIdx.y * kRanks, first_col = blockIdx.x * col_tiles_per_chunk,
+            begin = blockIdx.z * row_tiles_per_part;
   const int end_col = min_int(first_col + col_tiles_per_chunk, static_cast<int>(ceil_div(dy.cols, kCols)));
   const int end = min_int(begin + row_tiles_per_part, static_cast<int>(ceil_div(dy.rows, kRows)));
 
@@ -164,7 +174,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // -- dA = dSt drop(X). Grid: column tiles, rank tiles, parts of T.
 template <class T, int kRanks>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kGradABlocks)
     grad_a_kernel(Matrix<const T> x, Matrix<const float> ds, const uint8_t* mask, float* partial, int row_tiles_per_part) {
   SharedMemory shared;
   float* act = shared.take<float>((kRows > kRanks ? kRows : kRanks) * kPitch);
@@ -287,8 +297,8 @@ std::tuple<Tensor, Tensor> lora_shrink(const Tensor& x, const Tensor& a, double 
   }
   DeviceScope device(x);
   Tensor s = empty_on(x, {tokens, ranks}, ScalarType::Float);
-  Tensor mask = p > 0 ? empty_on(x, {tokens, ceil_div(features, kUnit)}, ScalarType::Byte)
-                      : empty_on(x, {0}, ScalarType::Byte);
+  Tensor mask =
+      p > 0 ? empty_on(x, {tokens, ceil_div(features, kUnit)}, ScalarType::Byte) : empty_on(x, {0}, ScalarType::Byte);
   dispatch_dtype(x.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     dispatch_ranks(ranks, [&](auto tile) {
@@ -340,9 +350,8 @@ std::tuple<Tensor, Tensor> lora_grad_sb(const Tensor& dy, const Tensor& s, const
       Tensor db_partial = empty_on(dy, {parts.count, features, ranks}, ScalarType::Float);
       if (chunks * rank_tiles * parts.count > 0)
         launch(grad_sb_kernel<T, kRanks>, dim3(unsigned(chunks), unsigned(rank_tiles), unsigned(parts.count)),
-               dim3(kThreads),
-               kGradSbBytes<kRanks>, device.stream, input<T>(dy), input<float>(s), weights<T>(b), floats(ds_partial), floats(db_partial),
-               int(tiles_per_chunk), int(parts.size));
+               dim3(kThreads), kGradSbBytes<kRanks>, device.stream, input<T>(dy), input<float>(s), weights<T>(b),
+               floats(ds_partial), floats(db_partial), int(tiles_per_chunk), int(parts.size));
       reduce_into(ds, ds_partial, chunks, scale, device.stream);
       reduce_into(db, db_partial, parts.count, scale, device.stream);
     });
@@ -370,8 +379,8 @@ Tensor lora_grad_a(const Tensor& ds, const Tensor& x, const Tensor& a, const Ten
       Tensor partial = empty_on(x, {parts.count, ranks, features}, ScalarType::Float);
       if (col_tiles * rank_tiles * parts.count > 0)
         launch(grad_a_kernel<T, kRanks>, dim3(unsigned(col_tiles), unsigned(rank_tiles), unsigned(parts.count)),
-               dim3(kThreads), tile_bytes(std::max(kRows, kRanks)) + tokens_bytes(kRows, kRanks), device.stream,
-               input<T>(x), input<float>(ds), bits, floats(partial), int(parts.size));
+               dim3(kThreads), tile_bytes(std::max(kRows, kRanks)) + tokens_bytes(kRows, kRanks), device.stream, input<T>(x),
+               input<float>(ds), bits, floats(partial), int(parts.size));
       reduce_into(da, partial, parts.count, philox::inverse_keep(p), device.stream);
     });
   });

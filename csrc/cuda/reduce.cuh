@@ -28,7 +28,8 @@ inline Split split(int64_t tiles, int64_t blocks, int64_t least) {
 
 // out[i] = scale * (partial[0, i] + ... + partial[parts - 1, i]); zeros when there are no parts.
 template <class T>
-__global__ void __launch_bounds__(256) reduce_kernel(const float* partial, int64_t parts, int64_t size, float scale, T* out) {
+__global__ void __launch_bounds__(256)
+    reduce_kernel(const float* partial, int64_t parts, int64_t size, float scale, T* out) {
   int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= size) return;
   float sum = 0.0f;
@@ -38,7 +39,8 @@ __global__ void __launch_bounds__(256) reduce_kernel(const float* partial, int64
 
 template <class T>
 void reduce(const float* partial, int64_t parts, int64_t size, float scale, T* out, Stream stream) {
-  if (size > 0) launch(reduce_kernel<T>, dim3(unsigned(ceil_div(size, 256))), dim3(256), 0, stream, partial, parts, size, scale, out);
+  if (size > 0)
+    launch(reduce_kernel<T>, dim3(unsigned(ceil_div(size, 256))), dim3(256), 0, stream, partial, parts, size, scale, out);
 }
 
 }  // namespace fastft

@@ -49,8 +49,8 @@ __device__ __forceinline__ Unit<T> load_unit(const Matrix<M>& m, int64_t row, in
     uint4* target = reinterpret_cast<uint4*>(&unit);
 #pragma unroll
     for (int i = 0; i < chunks; ++i)
-      target[i] = kOnce ? ptx::load_once(reinterpret_cast<const uint4*>(source) + i)
-                        : reinterpret_cast<const uint4*>(source)[i];
+      target[i] =
+          kOnce ? ptx::load_once(reinterpret_cast<const uint4*>(source) + i) : reinterpret_cast<const uint4*>(source)[i];
   } else {
 #pragma unroll
     for (int i = 0; i < kUnit; ++i)
@@ -153,7 +153,7 @@ struct Weights {
   // tile[r][c] = this[row0 + c, col0 + r]: the transpose, for kTileRows ranks.
   template <int kTileRows>
   __device__ __forceinline__ void load_transposed(float* tile, int64_t row0, int64_t col0) const {
-#pragma unroll 2
+#pragma unroll 4
     for (int i = threadIdx.x; i < kTileRows * kCols; i += kThreads)
       tile[i % kTileRows * kPitch + i / kTileRows] = at(row0 + i / kTileRows, col0 + i % kTileRows);
   }
@@ -162,11 +162,21 @@ struct Weights {
 // tile[t][r] = s[row0 + t, rank0 + r] of the float32 matrix s for kTileRows rows, 0 outside s; rows lie kRanks + 4 apart.
 template <int kTileRows, int kRanks>
 __device__ __forceinline__ void load_ranks(float* tile, const Matrix<const float>& s, int64_t row0, int rank0) {
-#pragma unroll 2
-  for (int i = threadIdx.x; i < kTileRows * kRanks; i += kThreads) {
-    int64_t row = row0 + i / kRanks;
-    int rank = rank0 + i % kRanks;
-    tile[i / kRanks * (kRanks + 4) + i % kRanks] = row < s.rows && rank < s.cols ? s.data[row * s.cols + rank] : 0.0f;
+  constexpr int quads = kRanks / 4;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < kTileRows * quads; i += kThreads) {
+    const int64_t row = row0 + i / quads;
+    const int rank = rank0 + i % quads * 4;
+    const float* source = s.data + row * s.cols + rank;
+    alignas(16) float v[4] = {};
+    if (row < s.rows && s.vectors && rank < s.cols) {
+      *reinterpret_cast<float4*>(v) = *reinterpret_cast<const float4*>(source);
+    } else if (row < s.rows) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        if (rank + j < s.cols) v[j] = source[j];
+    }
+    *reinterpret_cast<float4*>(tile + i / quads * (kRanks + 4) + i % quads * 4) = make_float4(v[0], v[1], v[2], v[3]);
   }
 }
 

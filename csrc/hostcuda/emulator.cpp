@@ -143,8 +143,8 @@ bool release_warps() {
         if (!(fiber.mask >> lane & 1)) continue;
         if (first + lane >= scheduler.threads) divergent("mask names lanes beyond the block");
         const Fiber& other = *scheduler.fibers[first + lane];
-        complete = complete && other.state == State::warp_wait && other.mask == fiber.mask &&
-                   same_site(other.site, fiber.site);
+        complete =
+            complete && other.state == State::warp_wait && other.mask == fiber.mask && same_site(other.site, fiber.site);
       }
       if (!complete) continue;
       unsigned mask = fiber.mask;

@@ -125,12 +125,10 @@ inline unsigned __ballot_sync(unsigned mask, int predicate,
   return votes;
 }
 
-inline int __any_sync(unsigned mask, int predicate,
-                      fastft::hostcuda::Site site = fastft::hostcuda::Site::current()) {
+inline int __any_sync(unsigned mask, int predicate, fastft::hostcuda::Site site = fastft::hostcuda::Site::current()) {
   return __ballot_sync(mask, predicate, site) != 0;
 }
 
-inline int __all_sync(unsigned mask, int predicate,
-                      fastft::hostcuda::Site site = fastft::hostcuda::Site::current()) {
+inline int __all_sync(unsigned mask, int predicate, fastft::hostcuda::Site site = fastft::hostcuda::Site::current()) {
   return __ballot_sync(mask, predicate, site) == mask;
 }

@@ -10,8 +10,8 @@ import torch
 
 import fastft
 from fastft.ops import lora
+from tests import golden
 from tests.cuda import host
-from tests.golden import ran
 from tests.ops import test_lora as matrix
 from tests.ops.test_lora import (  # noqa: F401 (pytest collects them from here, with the fixture `backend` below)
     test_bitwise_repeatable,
@@ -44,8 +44,11 @@ matrix.SHAPES += [
 
 @pytest.fixture
 def backend():
-    with fastft.testing.use("cuda_host"), ran("cuda_host", "fastft_cuda_host"):
+    with fastft.testing.use("cuda_host"), fastft.testing.record() as calls:
         yield "cpu"
+    assert all(call.backend == "cuda_host" for call in calls), calls
+    for call in calls:
+        golden.prove(call.op, "cuda", "tests of the host build under AddressSanitizer")
 
 
 def every_op(v, p):

@@ -42,7 +42,9 @@ def under_sanitizer(*arguments, seed=0):
         "PYTHONPATH": str(ROOT),
         "FASTFT_HOSTCUDA_SEED": str(seed),
     }
-    return subprocess.run([sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=500
+    )
 
 
 def passed(process):

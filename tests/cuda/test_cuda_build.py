@@ -1,0 +1,82 @@
+"""The built CUDA library, read without a GPU: architectures, spills, registers, the machine code of inline PTX, loading."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fastft.ops import registry
+from tests import golden
+from tests.cuda import resources
+
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
+SLACK = 16  # registers; another ptxas allocates a little differently
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built():
+    if not resources.LIBRARY.exists():
+        pytest.skip(f"{resources.LIBRARY.name} is not built (nvcc was not found, or FASTFT_CUDA=0)")
+
+
+@pytest.fixture(scope="module")
+def usage():
+    if resources.find_tool("cuobjdump") is None:
+        pytest.skip("no cuobjdump (neither in a CUDA toolkit nor in triton)")
+    return resources.usage()
+
+
+def test_machine_code_for_every_architecture(usage):
+    assert set(usage) == set(ARCHITECTURES)
+    assert len({tuple(kernels) for kernels in usage.values()}) == 1, "the same kernels for every architecture"
+    assert "sm_80.ptx" in resources.cuobjdump("--list-ptx"), "PTX for GPUs without machine code here"
+
+
+def test_no_kernel_spills(usage):
+    spilled = {(arch, k): v for arch, kernels in usage.items() for k, v in kernels.items() if v["stack"] or v["local"]}
+    assert not spilled
+
+
+def test_resources_match_the_committed_table(usage):
+    """On purpose different? `python -m tests.cuda.resources --write`, and say in the commit why."""
+    table = json.loads(resources.TABLE.read_text())
+    for arch in ARCHITECTURES:
+        assert set(table[arch]) == set(usage[arch])
+        for kernel, row in usage[arch].items():
+            assert row["registers"] <= table[arch][kernel]["registers"] + SLACK, (arch, kernel)
+            assert row["shared"] <= table[arch][kernel]["shared"], (arch, kernel)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_inline_ptx_became_the_wanted_instruction(usage, architecture):
+    """ptx::load_once is a 16-byte read-only load that L1 does not keep, in every kernel that streams activations."""
+    streaming = {
+        k: code for k, code in resources.sass(architecture).items() if k.startswith(("shrink", "grad_sb", "grad_a"))
+    }
+    assert len(streaming) == 27
+    for kernel, code in streaming.items():
+        assert "LDG.E.NA.128.CONSTANT" in code, kernel
+        assert "LDL" not in code and "STL" not in code, f"{kernel} uses local memory"
+
+
+def test_library_loads_and_registers_all_ops(tmp_path):
+    """With a stand-in for torch's CUDA library, as on a machine that has one: every symbol resolves, every op is there."""
+    source = tmp_path / "stand_in.cpp"
+    source.write_text('extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }')
+    compiler = os.environ.get("CXX", "c++")
+    subprocess.run([compiler, "-shared", "-fPIC", source, "-o", tmp_path / "libtorch_cuda.so"], check=True)
+    code = (
+        "import os, sys, ctypes, torch; from fastft.ops import lora, registry\n"
+        f"ctypes.CDLL({str(resources.LIBRARY)!r}, mode=os.RTLD_NOW)\n"
+        "registry.define_native('fastft_cuda')\n"
+        "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
+        "missing = [name for name in registry.OPS if not has(f'fastft_cuda::{name}', 'CUDA')]\n"
+        "sys.exit(str(missing) if missing or len(registry.OPS) < 5 else 0)"
+    )
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": str(resources.TABLE.parents[2])}
+    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-3000:]
+    for name in registry.OPS:
+        golden.prove(name, "cuda", f"compiled for {', '.join(ARCHITECTURES)}")
