@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import fastft
+
 transformers = pytest.importorskip("transformers")
 
 
@@ -66,3 +68,14 @@ def assert_same(before, after):
     assert before[0].keys() == after[0].keys()
     for key, value in before[0].items():
         assert torch.equal(value, after[0][key]), key
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(tokens()).logits
+
+
+def attached(model, name="default", seed=3, **options):
+    handle = fastft.attach(model, fastft.LoRA(**{"r": 4, "target_modules": "all-linear", **options}), name)
+    randomize(handle, seed)
+    return handle

@@ -1,4 +1,4 @@
-"""The contract of an attached model, and what attach refuses."""
+"""The contract of an attached model."""
 
 import copy
 import threading
@@ -8,23 +8,11 @@ import torch
 from torch import nn
 
 import fastft
-from fastft.methods import Method, handles
-from fastft.modules.adapted_linear import Adapted
+from fastft.methods import handles
 
-from .models import assert_same, gpt2, llama, randomize, snapshot, tokens, transformers
+from .models import assert_same, attached, gpt2, llama, logits, randomize, snapshot, tokens, transformers
 
 X = tokens()
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(X).logits
-
-
-def attached(model, name="default", seed=3, **options):
-    handle = fastft.attach(model, fastft.LoRA(**{"r": 4, "target_modules": "all-linear", **options}), name)
-    randomize(handle, seed)
-    return handle
 
 
 def plain_deltas(model, handle):
@@ -161,48 +149,6 @@ def test_save_pretrained_while_merged_writes_the_pristine_base(tmp_path):
     assert torch.equal(logits(again), logits(llama()))
 
 
-def test_disabled_between_forward_and_backward_matches_two_models():
-    """A preference loss: the policy's forward, a disabled one for the reference, then the backward."""
-    model = llama()
-    handle = attached(model, lora_dropout=0.0)
-    policy = copy.deepcopy(model)
-    out = model(X).logits.log_softmax(-1)
-    with torch.no_grad(), handle.disabled():
-        reference = model(X).logits.log_softmax(-1)
-    torch.nn.functional.logsigmoid(out - reference).mean().backward()
-    expected = policy(X).logits.log_softmax(-1)
-    base = logits(llama()).log_softmax(-1)
-    assert torch.equal(base, reference)
-    torch.nn.functional.logsigmoid(expected - base).mean().backward()
-    for one, two in zip(handle.parameters(), handles(policy)["default"].parameters(), strict=True):
-        assert torch.equal(one.grad, two.grad)
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("inside", [True, False])
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_gradient_checkpointing(reentrant, inside):
-    """Also when the backward, which recomputes the adapted forward, runs inside the disabled block."""
-    model = llama()
-    handle = attached(model, lora_dropout=0.3)
-    twin = copy.deepcopy(model).train()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    if reentrant:
-        model.enable_input_require_grads()
-    model.train()
-    torch.manual_seed(1)
-    loss = model(X, labels=X).loss
-    with handle.disabled():
-        if inside:
-            loss.backward()
-    if not inside:
-        loss.backward()
-    torch.manual_seed(1)
-    twin(X, labels=X).loss.backward()
-    for one, two in zip(handle.parameters(), handles(twin)["default"].parameters(), strict=True):
-        torch.testing.assert_close(one.grad, two.grad, rtol=1e-5, atol=1e-7)
-
-
 def test_disabled_belongs_to_its_thread():
     model = llama()
     handle = attached(model)
@@ -335,143 +281,6 @@ def test_a_second_adapter_ignores_the_parts_of_the_first():
     assert_same(before, snapshot(model))
 
 
-def test_compile_without_graph_breaks():
-    model = llama(num_hidden_layers=1)
-    plain = logits(model)
-    handle = attached(model, bias="all", modules_to_save=["lm_head"])
-    apart = logits(model)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(logits(compiled), apart, rtol=1e-5, atol=1e-5)
-    with handle.disabled():
-        torch.testing.assert_close(logits(compiled), plain, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(logits(compiled), apart, rtol=1e-5, atol=1e-5)
-    compiled(X, labels=X).loss.backward()
-    gradients = [parameter.grad.clone() for parameter in handle.parameters()]
-    model.zero_grad()
-    model(X, labels=X).loss.backward()
-    for one, parameter in zip(gradients, handle.parameters(), strict=True):
-        torch.testing.assert_close(one, parameter.grad, rtol=1e-4, atol=1e-6)
-    assert handles(compiled)["default"] is handle
-
-
-def test_compiled_models_follow_switches():
-    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
-    first, second = (fastft.attach(model, fastft.LoRA(r=2, target_modules=["0", "1"]), name) for name in ("one", "two"))
-    randomize(first, 1)
-    randomize(second, 2)
-    compiled, x = torch.compile(model, fullgraph=True, backend="eager"), torch.randn(3, 6)
-    seen = []
-
-    def same():
-        seen.append(model(x))
-        assert torch.equal(compiled(x), seen[-1])
-
-    same()
-    first.merge()
-    same()
-    with first.disabled():
-        same()
-    second.set_active(False)
-    same()
-    first.unmerge()
-    same()
-    assert not torch.allclose(seen[2], seen[1]) and not torch.allclose(seen[3], seen[1])
-
-
-def test_optimizer_and_step():
-    model = llama()
-
-    calls = []
-
-    class Counting(fastft.LoRA):
-        def after_update(self, handle):
-            calls.append(handle)
-
-    assert Method.known["LORA"] is fastft.LoRA  # a subclass is no new kind of file
-    handle = fastft.attach(model, Counting(target_modules=["q_proj"]))
-    optimizer = handle.optimizer(lr=1e-2, weight_decay=0.1)
-    assert optimizer.defaults["fused"] and optimizer.defaults["weight_decay"] == 0.1
-    handle.step()
-    torch.optim.SGD([torch.ones(1, requires_grad=True)]).step()  # an optimizer of something else
-    handle.step()
-    assert not calls
-    for expected, stepping in enumerate((optimizer, optimizer, torch.optim.SGD(model.parameters())), 1):
-        model(X, labels=X).loss.backward()
-        stepping.step()
-        handle.step()
-        handle.step()
-        assert calls == [handle] * expected
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"target_modules": ["q_prj"]}, r"no module is named 'q_prj'; near matches: 'q_proj'"),
-        ({"target_modules": ["q_proj", "nothing"]}, "no module is named 'nothing'"),
-        ({"target_modules": r".*\.query"}, "no module matches"),
-        ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "no module matches"),
-        ({"target_modules": ["q_proj"], "layers_to_transform": [7]}, "no module matches"),
-        ({"target_modules": []}, "no module matches"),
-        ({"target_modules": ["self_attn"]}, "'model.layers.0.self_attn' is matched but is a .*LlamaAttention"),
-        ({"target_modules": ["embed_tokens"]}, "Embedding"),
-        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_heed"]}, "'lm_heed'; near matches: 'lm_head'"),
-        ({"target_modules": ["q_proj"], "modules_to_save": ["proj"]}, "both target_modules and modules_to_save"),
-        ({"target_modules": ["q_proj"], "adapter_dtype": torch.bfloat16}, "bfloat16 on the torch.float32 weight"),
-    ],
-)
-def test_refusals_leave_the_model_alone(options, message):
-    model = llama()
-    before = snapshot(model)
-    with pytest.raises((ValueError, TypeError), match=message):
-        fastft.attach(model, fastft.LoRA(**options))
-    assert_same(before, snapshot(model))
-
-
-def test_refused_modules():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.MultiheadAttention(4, 2))
-    with pytest.raises(ValueError, match=r"'2.out_proj' is matched but is a .*NonDynamicallyQuantizableLinear"):
-        fastft.attach(model, fastft.LoRA(target_modules="all-linear"))
-    model[0].forward = model[0].forward
-    with pytest.raises(ValueError, match="replaced on the instance"):
-        fastft.attach(model, fastft.LoRA(target_modules=["0"]))
-    model[1].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(TypeError, match=r"'1' is a Parameter of torch.int8"):
-        fastft.attach(model, fastft.LoRA(target_modules=["1"]))
-    with pytest.raises(ValueError, match="meta device"):
-        fastft.attach(nn.Sequential(nn.Linear(4, 4, device="meta")), fastft.LoRA(target_modules=["0"]))
-    with pytest.raises(TypeError, match="attach needs a method"):
-        fastft.attach(model, {"r": 8})
-    assert not any(isinstance(module, Adapted) for module in model.modules())
-
-
-@pytest.mark.parametrize("name", ["", "a.b", "a/b", "x" * 65, "keys", 3])
-def test_adapter_names(name):
-    with pytest.raises(ValueError, match="adapter name"):
-        fastft.attach(llama(), fastft.LoRA(target_modules=["q_proj"]), name)
-
-
-def test_an_adapter_name_is_used_once():
-    model = llama()
-    attached(model)
-    with pytest.raises(ValueError, match="attached already"):
-        attached(model)
-
-
-def test_tied_weights():
-    model = llama(tie_word_embeddings=True)
-    before = snapshot(model)
-    for options in ({"target_modules": ["lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}):
-        with pytest.raises(ValueError, match=r"lm_head.weight is shared with model.embed_tokens.weight"):
-            fastft.attach(model, fastft.LoRA(**options))
-        assert_same(before, snapshot(model))
-        handle = fastft.attach(model, fastft.LoRA(**options, allow_tied_weights=True))
-        randomize(handle)
-        with pytest.raises(ValueError, match=r"shared with model.embed_tokens.weight"):
-            handle.merge_and_unload()
-        handle.detach()
-        assert_same(before, snapshot(model))
-
-
 def test_bare_linear_and_eval_mode():
     model = nn.Sequential(nn.Linear(6, 5))
     handle = fastft.attach(model, fastft.LoRA(r=2, target_modules="all-linear", lora_dropout=0.5))
@@ -481,58 +290,3 @@ def test_bare_linear_and_eval_mode():
     model.eval()
     assert torch.equal(model(x), model(x))
     assert model(x[0]).shape == (5,) and model(x[:0]).shape == (0, 5)
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_trainer_with_callback_resumes_bit_for_bit(tmp_path):
-    rows = [{"input_ids": row, "labels": row} for row in tokens(16, 6)]
-
-    def run(folder, steps, resume=None, reentrant=False):
-        model = llama()
-        torch.manual_seed(1)
-        handle = fastft.attach(model, fastft.LoRA(r=4, target_modules="all-linear", lora_dropout=0.1))
-        arguments = transformers.TrainingArguments(
-            output_dir=str(folder),
-            max_steps=steps,
-            save_steps=2,
-            per_device_train_batch_size=4,
-            use_cpu=True,
-            report_to=[],
-            learning_rate=1e-2,
-            lr_scheduler_type="constant",
-            disable_tqdm=True,
-            logging_steps=1,
-            gradient_checkpointing=reentrant,
-            gradient_checkpointing_kwargs={"use_reentrant": True} if reentrant else None,
-        )
-        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[handle.callback()])
-        trainer.train(resume_from_checkpoint=resume)
-        return handle
-
-    whole = run(tmp_path / "whole", 4)
-    run(tmp_path / "parts", 2)
-    parts = run(tmp_path / "parts", 4, resume=True)
-    for (name, one), two in zip(whole.named_parameters(), parts.parameters(), strict=True):
-        assert torch.equal(one, two), name
-    loaded = fastft.load(llama(), tmp_path / "whole" / "checkpoint-4" / "adapter")
-    for one, two in zip(whole.parameters(), loaded.parameters(), strict=True):
-        assert torch.equal(one, two)
-    checkpointed = run(tmp_path / "reentrant", 2, reentrant=True)
-    assert all(p.abs().max() > 0 for n, p in checkpointed.named_parameters() if "lora_B" in n)
-
-
-def test_trainer_that_forgot_the_adapter(tmp_path):
-    model = llama()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    handle = fastft.attach(model, fastft.LoRA(target_modules=["q_proj"]))
-    arguments = transformers.TrainingArguments(output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to=[])
-    rows = [{"input_ids": row, "labels": row} for row in tokens(4, 6)]
-    trainer = transformers.Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        callbacks=[handle.callback()],
-        optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer)),
-    )
-    with pytest.raises(RuntimeError, match=r"4 parameters of adapter 'default' are not in the optimizer"):
-        trainer.train()

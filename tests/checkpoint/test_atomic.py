@@ -1,0 +1,171 @@
+"""Saving: a killed writer never leaves a broken folder, and other files in it are left alone."""
+
+import os
+import stat
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+import torch
+
+from fastft.checkpoint import atomic
+from fastft.checkpoint.files import CONFIG, WEIGHTS, read_adapter, write_adapter
+
+
+def test_mode_follows_the_umask(tmp_path):
+    for mask in (0o022, 0o077, 0o002):
+        before = os.umask(mask)
+        try:
+            write_adapter(tmp_path / str(mask), {}, {"x": torch.ones(2)})
+        finally:
+            os.umask(before)
+        for name in (CONFIG, WEIGHTS):
+            assert stat.S_IMODE((tmp_path / str(mask) / name).stat().st_mode) == 0o666 & ~mask
+
+
+def test_other_files_survive_and_rubbish_is_swept(tmp_path):
+    (tmp_path / "optimizer.pt").write_text("state")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "rng.pth").write_text("rng")
+    (tmp_path / ".fastft-draft-1").mkdir()
+    (tmp_path / ".fastft-draft-1" / WEIGHTS).write_text("half")
+    for value in (1, 2):
+        write_adapter(tmp_path, {"r": value}, {"x": torch.full((2,), value)})
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([CONFIG, WEIGHTS, "optimizer.pt", "deep"])
+    assert (tmp_path / "optimizer.pt").read_text() == "state" and (tmp_path / "deep" / "rng.pth").read_text() == "rng"
+
+
+def test_a_full_disk_leaves_the_old_adapter(tmp_path, monkeypatch):
+    write_adapter(tmp_path, {"r": 1}, {"x": torch.ones(2)})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(atomic.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_adapter(tmp_path, {"r": 2}, {"x": torch.zeros(2)})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def consistent(folder):
+    """The version in the folder; fails if config and weights are of different ones."""
+    found = {}
+
+    def expected(config):
+        found.update(config)
+        return {"x": (config["version"] % 7 + 1, 50)}
+
+    tensors = read_adapter(folder, expected)
+    assert (tensors["x"] == found["version"]).all()
+    return found["version"]
+
+
+WRITER = """
+    import json, os, random, signal, sys, time, torch
+    from fastft.checkpoint import atomic
+    from fastft.checkpoint.files import write_adapter
+
+    folder, mode, *kills = sys.argv[1:]
+
+    def write(name, version):
+        values = torch.full((version % 7 + 1, 50), float(version))
+        write_adapter(os.path.join(folder, name), {"version": version}, {"x": values})
+
+    def kill_at_call(number):
+        count = 0
+        def counted(function):
+            def call(*args, **kwargs):
+                nonlocal count
+                count += 1
+                if count == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*args, **kwargs)
+            return call
+        for name in ("open", "close", "fsync", "rename", "replace"):
+            setattr(atomic.os, name, counted(getattr(os, name)))
+        for name in ("mkdir", "rmdir", "unlink"):
+            setattr(atomic.Path, name, counted(getattr(atomic.Path, name)))
+
+    def write_on(name):
+        for version in range(1, 10**9):
+            write(name, version)
+
+    if mode == "on":
+        write("", 1)
+        print("ready", flush=True)
+        write_on("")
+    for number in range(1, 1000):  # children of one process, since importing torch takes longest
+        started = time.monotonic()
+        write(str(number), 1)
+        span = time.monotonic() - started
+        child = os.fork()
+        if not child:
+            if mode == "calls":
+                kill_at_call(number)
+                write(str(number), 2)
+                os._exit(0)
+            write_on(str(number))
+        if mode == "times":
+            time.sleep(random.Random(number).uniform(0, 5 * span))
+            os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+        if not os.WIFSIGNALED(status) or mode == "times" and number == 20:
+            break
+    print(number)
+"""
+
+
+def writer(folder, mode):
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(WRITER), str(folder), mode],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.parametrize("mode", ["calls", "times"])
+def test_killed_at_any_point_the_folder_loads(tmp_path, mode):
+    """Before each of a save's system calls; and at 20 random times."""
+    count = int(writer(tmp_path, mode).communicate()[0])
+    assert count >= 20
+    versions = []
+    for number in range(1, count + 1):
+        folder = tmp_path / str(number)
+        versions.append(consistent(folder))
+        write_adapter(folder, {"version": 3}, {"x": torch.full((4, 50), 3.0)})  # and can be written again
+        assert consistent(folder) == 3
+        assert {path.name for path in folder.iterdir()} == {CONFIG, WEIGHTS}
+    if mode == "calls":  # there is one point from which the new version counts
+        assert versions == sorted(versions) and set(versions) == {1, 2}
+    else:
+        assert len(set(versions)) > 1
+
+
+def test_reading_while_another_process_writes(tmp_path):
+    process = writer(tmp_path, "on")
+    assert process.stdout.readline() == "ready\n"
+    seen, deadline = set(), time.monotonic() + 60
+    while len(seen) < 5:
+        seen.add(consistent(tmp_path))
+        assert time.monotonic() < deadline
+    process.kill()
+    process.wait()
+
+
+def test_writers_take_turns(tmp_path):
+    def write(version):
+        for _ in range(10):
+            write_adapter(tmp_path, {"version": version}, {"x": torch.full((version % 7 + 1, 50), float(version))})
+
+    threads = [threading.Thread(target=write, args=(version,)) for version in (1, 2, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert consistent(tmp_path) in (1, 2, 3)
+    assert {path.name for path in tmp_path.iterdir()} == {CONFIG, WEIGHTS}

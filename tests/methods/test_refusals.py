@@ -1,0 +1,79 @@
+"""What attach refuses; the model is left as it was."""
+
+import pytest
+import torch
+from torch import nn
+
+import fastft
+from fastft.modules.adapted_linear import Adapted
+
+from .models import assert_same, attached, llama, randomize, snapshot
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ["q_prj"]}, r"no module is named 'q_prj'; near matches: 'q_proj'"),
+        ({"target_modules": ["q_proj", "nothing"]}, "no module is named 'nothing'"),
+        ({"target_modules": r".*\.query"}, "no module matches"),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "no module matches"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [7]}, "no module matches"),
+        ({"target_modules": []}, "no module matches"),
+        ({"target_modules": ["self_attn"]}, "'model.layers.0.self_attn' is matched but is a .*LlamaAttention"),
+        ({"target_modules": ["embed_tokens"]}, "Embedding"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_heed"]}, "'lm_heed'; near matches: 'lm_head'"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["proj"]}, "both target_modules and modules_to_save"),
+        ({"target_modules": ["q_proj"], "adapter_dtype": torch.bfloat16}, "bfloat16 on the torch.float32 weight"),
+    ],
+)
+def test_refusals_leave_the_model_alone(options, message):
+    model = llama()
+    before = snapshot(model)
+    with pytest.raises((ValueError, TypeError), match=message):
+        fastft.attach(model, fastft.LoRA(**options))
+    assert_same(before, snapshot(model))
+
+
+def test_refused_modules():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.MultiheadAttention(4, 2))
+    with pytest.raises(ValueError, match=r"'2.out_proj' is matched but is a .*NonDynamicallyQuantizableLinear"):
+        fastft.attach(model, fastft.LoRA(target_modules="all-linear"))
+    model[0].forward = model[0].forward
+    with pytest.raises(ValueError, match="replaced on the instance"):
+        fastft.attach(model, fastft.LoRA(target_modules=["0"]))
+    model[1].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(TypeError, match=r"'1' is a Parameter of torch.int8"):
+        fastft.attach(model, fastft.LoRA(target_modules=["1"]))
+    with pytest.raises(ValueError, match="meta device"):
+        fastft.attach(nn.Sequential(nn.Linear(4, 4, device="meta")), fastft.LoRA(target_modules=["0"]))
+    with pytest.raises(TypeError, match="attach needs a method"):
+        fastft.attach(model, {"r": 8})
+    assert not any(isinstance(module, Adapted) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "a/b", "x" * 65, "keys", 3])
+def test_adapter_names(name):
+    with pytest.raises(ValueError, match="adapter name"):
+        fastft.attach(llama(), fastft.LoRA(target_modules=["q_proj"]), name)
+
+
+def test_an_adapter_name_is_used_once():
+    model = llama()
+    attached(model)
+    with pytest.raises(ValueError, match="attached already"):
+        attached(model)
+
+
+def test_tied_weights():
+    model = llama(tie_word_embeddings=True)
+    before = snapshot(model)
+    for options in ({"target_modules": ["lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}):
+        with pytest.raises(ValueError, match=r"lm_head.weight is shared with model.embed_tokens.weight"):
+            fastft.attach(model, fastft.LoRA(**options))
+        assert_same(before, snapshot(model))
+        handle = fastft.attach(model, fastft.LoRA(**options, allow_tied_weights=True))
+        randomize(handle)
+        with pytest.raises(ValueError, match=r"shared with model.embed_tokens.weight"):
+            handle.merge_and_unload()
+        handle.detach()
+        assert_same(before, snapshot(model))

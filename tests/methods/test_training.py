@@ -1,0 +1,179 @@
+"""Training an attached model: losses over two forwards, checkpointing, compilation, optimizers, transformers' Trainer."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fastft
+from fastft.methods import Method, handles
+
+from .models import attached, llama, logits, randomize, tokens, transformers
+
+X = tokens()
+
+
+def test_disabled_between_forward_and_backward_matches_two_models():
+    """A preference loss: the policy's forward, a disabled one for the reference, then the backward."""
+    model = llama()
+    handle = attached(model, lora_dropout=0.0)
+    policy = copy.deepcopy(model)
+    out = model(X).logits.log_softmax(-1)
+    with torch.no_grad(), handle.disabled():
+        reference = model(X).logits.log_softmax(-1)
+    torch.nn.functional.logsigmoid(out - reference).mean().backward()
+    expected = policy(X).logits.log_softmax(-1)
+    base = logits(llama()).log_softmax(-1)
+    assert torch.equal(base, reference)
+    torch.nn.functional.logsigmoid(expected - base).mean().backward()
+    for one, two in zip(handle.parameters(), handles(policy)["default"].parameters(), strict=True):
+        assert torch.equal(one.grad, two.grad)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_gradient_checkpointing(reentrant, inside):
+    """Also when the backward, which recomputes the adapted forward, runs inside the disabled block."""
+    model = llama()
+    handle = attached(model, lora_dropout=0.3)
+    twin = copy.deepcopy(model).train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    model.train()
+    torch.manual_seed(1)
+    loss = model(X, labels=X).loss
+    with handle.disabled():
+        if inside:
+            loss.backward()
+    if not inside:
+        loss.backward()
+    torch.manual_seed(1)
+    twin(X, labels=X).loss.backward()
+    for one, two in zip(handle.parameters(), handles(twin)["default"].parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_compile_without_graph_breaks():
+    model = llama(num_hidden_layers=1)
+    plain = logits(model)
+    handle = attached(model, bias="all", modules_to_save=["lm_head"])
+    apart = logits(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(logits(compiled), apart, rtol=1e-5, atol=1e-5)
+    with handle.disabled():
+        torch.testing.assert_close(logits(compiled), plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(compiled), apart, rtol=1e-5, atol=1e-5)
+    compiled(X, labels=X).loss.backward()
+    gradients = [parameter.grad.clone() for parameter in handle.parameters()]
+    model.zero_grad()
+    model(X, labels=X).loss.backward()
+    for one, parameter in zip(gradients, handle.parameters(), strict=True):
+        torch.testing.assert_close(one, parameter.grad, rtol=1e-4, atol=1e-6)
+    assert handles(compiled)["default"] is handle
+
+
+def test_compiled_models_follow_switches():
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    first, second = (fastft.attach(model, fastft.LoRA(r=2, target_modules=["0", "1"]), name) for name in ("one", "two"))
+    randomize(first, 1)
+    randomize(second, 2)
+    compiled, x = torch.compile(model, fullgraph=True, backend="eager"), torch.randn(3, 6)
+    seen = []
+
+    def same():
+        seen.append(model(x))
+        assert torch.equal(compiled(x), seen[-1])
+
+    same()
+    first.merge()
+    same()
+    with first.disabled():
+        same()
+    second.set_active(False)
+    same()
+    first.unmerge()
+    same()
+    assert not torch.allclose(seen[2], seen[1]) and not torch.allclose(seen[3], seen[1])
+
+
+def test_optimizer_and_step():
+    model = llama()
+
+    calls = []
+
+    class Counting(fastft.LoRA):
+        def after_update(self, handle):
+            calls.append(handle)
+
+    assert Method.known["LORA"] is fastft.LoRA  # a subclass is no new kind of file
+    handle = fastft.attach(model, Counting(target_modules=["q_proj"]))
+    optimizer = handle.optimizer(lr=1e-2, weight_decay=0.1)
+    assert optimizer.defaults["fused"] and optimizer.defaults["weight_decay"] == 0.1
+    handle.step()
+    torch.optim.SGD([torch.ones(1, requires_grad=True)]).step()  # an optimizer of something else
+    handle.step()
+    assert not calls
+    for expected, stepping in enumerate((optimizer, optimizer, torch.optim.SGD(model.parameters())), 1):
+        model(X, labels=X).loss.backward()
+        stepping.step()
+        handle.step()
+        handle.step()
+        assert calls == [handle] * expected
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_trainer_with_callback_resumes_bit_for_bit(tmp_path):
+    rows = [{"input_ids": row, "labels": row} for row in tokens(16, 6)]
+
+    def run(folder, steps, resume=None, reentrant=False):
+        model = llama()
+        torch.manual_seed(1)
+        handle = fastft.attach(model, fastft.LoRA(r=4, target_modules="all-linear", lora_dropout=0.1))
+        arguments = transformers.TrainingArguments(
+            output_dir=str(folder),
+            max_steps=steps,
+            save_steps=2,
+            per_device_train_batch_size=4,
+            use_cpu=True,
+            report_to=[],
+            learning_rate=1e-2,
+            lr_scheduler_type="constant",
+            disable_tqdm=True,
+            logging_steps=1,
+            gradient_checkpointing=reentrant,
+            gradient_checkpointing_kwargs={"use_reentrant": True} if reentrant else None,
+        )
+        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[handle.callback()])
+        trainer.train(resume_from_checkpoint=resume)
+        return handle
+
+    whole = run(tmp_path / "whole", 4)
+    run(tmp_path / "parts", 2)
+    parts = run(tmp_path / "parts", 4, resume=True)
+    for (name, one), two in zip(whole.named_parameters(), parts.parameters(), strict=True):
+        assert torch.equal(one, two), name
+    loaded = fastft.load(llama(), tmp_path / "whole" / "checkpoint-4" / "adapter")
+    for one, two in zip(whole.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(one, two)
+    checkpointed = run(tmp_path / "reentrant", 2, reentrant=True)
+    assert all(p.abs().max() > 0 for n, p in checkpointed.named_parameters() if "lora_B" in n)
+
+
+def test_trainer_that_forgot_the_adapter(tmp_path):
+    model = llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = fastft.attach(model, fastft.LoRA(target_modules=["q_proj"]))
+    arguments = transformers.TrainingArguments(output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to=[])
+    rows = [{"input_ids": row, "labels": row} for row in tokens(4, 6)]
+    trainer = transformers.Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        callbacks=[handle.callback()],
+        optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer)),
+    )
+    with pytest.raises(RuntimeError, match=r"4 parameters of adapter 'default' are not in the optimizer"):
+        trainer.train()
