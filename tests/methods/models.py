@@ -1,4 +1,4 @@
-"""Small random models, and what `assert_untouched` compares."""
+"""Small random models, and what `assert_same` compares before and after."""
 
 import pytest
 import torch
