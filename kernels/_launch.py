@@ -24,6 +24,23 @@ def device_name(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
+def check(op: str, **arguments) -> None:
+    """Check every argument, given as name=(tensor, dtypes, shape): kernels address memory by what they were promised.
+
+    Raises:
+        TypeError: another dtype. ValueError: another shape, or not contiguous. RuntimeError: not on the first's device.
+    """
+    device = next(iter(arguments.values()))[0].device
+    for name, (tensor, dtypes, shape) in arguments.items():
+        if tensor.dtype not in dtypes:
+            raise TypeError(f"{op}: {name} is {tensor.dtype}, must be {' or '.join(map(str, dtypes))}")
+        if tensor.shape != shape or not tensor.is_contiguous():
+            layout = "" if tensor.is_contiguous() else " and not contiguous"
+            raise ValueError(f"{op}: {name} is {list(tensor.shape)}{layout}, must be a contiguous {list(shape)}")
+        if tensor.device != device:
+            raise RuntimeError(f"{op}: {name} is on {tensor.device}, must be on {device}")
+
+
 def launch(kernel, grid: int, *args, num_warps: int, num_stages: int, **constants):
     """Run `kernel` in `grid` programs on the device of its first argument."""
     # Triton launches on the current device, which need not be the tensors'.

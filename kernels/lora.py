@@ -13,7 +13,7 @@ import triton.language as tl
 
 from . import _config
 from ._lang import cast, dot, draw_mask, unpack_mask
-from ._launch import device_name, launch, slabs, split, sum_slabs
+from ._launch import check, device_name, launch, slabs, split, sum_slabs
 
 # Positions of the activation and of the adapter matrix among an op's arguments, and the adapter's rank dimension.
 _OPERANDS = {
@@ -23,6 +23,9 @@ _OPERANDS = {
     "lora_grad_a": (1, 2, 0),
     "lora_grad_x_": (0, 2, 0),
 }
+
+_TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_ACTIVATION, _FLOAT32, _BYTE, _INT64 = tuple(_TRITON_DTYPES), (torch.float32,), (torch.uint8,), (torch.int64,)
 
 # Bytes of partial dS that lora_grad_sb keeps at a time: they are read back at once, so they should fit a GPU's L2.
 _WORKSPACE = 32 * 2**20
@@ -45,6 +48,15 @@ def config_for(op: str, *args) -> dict:
 
 def _inverse_keep(p: float) -> float:
     return 1.0 / (1.0 - p) if p < 1.0 else 0.0
+
+
+def _adapter(x) -> tuple:
+    """The dtypes that an adapter on activations x may have."""
+    return x.dtype, torch.float32
+
+
+def _mask_shape(T: int, K: int, p: float) -> tuple:
+    return (T, triton.cdiv(K, 8)) if p > 0 else (0,)
 
 
 def _rank_tiles(rank: int, config: dict) -> int:
@@ -102,7 +114,10 @@ def lora_shrink(x, a, p, seed, *, config=None):
     constants, programs = split(config or config_for("lora_shrink", x, a, p, seed))
     (T, K), R = x.shape, a.shape[0]
     dropout = p > 0
-    mask = torch.empty((T, triton.cdiv(K, 8)) if dropout else (0,), dtype=torch.uint8, device=x.device)
+    check("lora_shrink", x=(x, _ACTIVATION, (T, K)), a=(a, _adapter(x), (R, K)))
+    if dropout:
+        check("lora_shrink", x=(x, _ACTIVATION, (T, K)), seed=(seed, _INT64, (1,)))
+    mask = torch.empty(_mask_shape(T, K, p), dtype=torch.uint8, device=x.device)
     if T == 0 or K == 0 or (R == 0 and not dropout):
         return torch.zeros(T, R, dtype=torch.float32, device=x.device), mask
     others = triton.cdiv(T, constants["BLOCK_M"]) * _rank_tiles(R, constants)
@@ -139,6 +154,7 @@ def _lora_expand_kernel(p_y, p_s, p_b, T, N, R, scale, BLOCK_M: tl.constexpr, BL
 def lora_expand_(y, s, b, scale, *, config=None):
     constants, _ = split(config or config_for("lora_expand_", y, s, b, scale))
     (T, N), R = y.shape, b.shape[1]
+    check("lora_expand_", y=(y, _ACTIVATION, (T, N)), s=(s, _FLOAT32, (T, R)), b=(b, _adapter(y), (N, R)))
     if T and N and R:
         grid = triton.cdiv(T, constants["BLOCK_M"]) * triton.cdiv(N, constants["BLOCK_N"])
         launch(_lora_expand_kernel, grid, y, s, b, T, N, R, float(scale), **constants)
@@ -192,6 +208,7 @@ def _lora_grad_sb_kernel(
 def lora_grad_sb(dy, s, b, scale, *, config=None):
     constants, programs = split(config or config_for("lora_grad_sb", dy, s, b, scale))
     (T, N), R = dy.shape, b.shape[1]
+    check("lora_grad_sb", dy=(dy, _ACTIVATION, (T, N)), s=(s, _FLOAT32, (T, R)), b=(b, _adapter(dy), (N, R)))
     if T == 0 or N == 0 or R == 0:
         return torch.zeros_like(s), torch.zeros_like(b)
     n_n = triton.cdiv(N, constants["BLOCK_N"])
@@ -258,6 +275,13 @@ def _load_keep(p_mask, o_m, i_k, T, K, BLOCK_K: tl.constexpr):
 def lora_grad_a(ds, x, a, mask, p, *, config=None):
     constants, programs = split(config or config_for("lora_grad_a", ds, x, a, mask, p))
     (T, K), R = x.shape, a.shape[0]
+    check(
+        "lora_grad_a",
+        x=(x, _ACTIVATION, (T, K)),
+        ds=(ds, _FLOAT32, (T, R)),
+        a=(a, _adapter(x), (R, K)),
+        mask=(mask, _BYTE, _mask_shape(T, K, p)),
+    )
     if T == 0 or K == 0 or R == 0:
         return torch.zeros_like(a)
     others = triton.cdiv(K, constants["BLOCK_K"]) * _rank_tiles(R, constants)
@@ -267,9 +291,6 @@ def lora_grad_a(ds, x, a, mask, p, *, config=None):
     switches = {"DTYPE": _TRITON_DTYPES[a.dtype], "DROPOUT": p > 0}
     launch(_lora_grad_a_kernel, n_slabs * others, ds, x, mask, parts, *scalars, **switches, **constants)
     return sum_slabs(parts, a.dtype)
-
-
-_TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -314,6 +335,13 @@ def _lora_grad_x_kernel(
 def lora_grad_x_(dx, ds, a, mask, p, *, config=None):
     constants, _ = split(config or config_for("lora_grad_x_", dx, ds, a, mask, p))
     (T, K), R = dx.shape, a.shape[0]
+    check(
+        "lora_grad_x_",
+        dx=(dx, _ACTIVATION, (T, K)),
+        ds=(ds, _FLOAT32, (T, R)),
+        a=(a, _adapter(dx), (R, K)),
+        mask=(mask, _BYTE, _mask_shape(T, K, p)),
+    )
     if T and K and R:
         grid = triton.cdiv(T, constants["BLOCK_M"]) * triton.cdiv(K, constants["BLOCK_K"])
         scalars = T, K, R, _inverse_keep(p)

@@ -263,3 +263,22 @@ def test_the_registry_runs_the_launcher_and_records_its_configuration(op):
     assert [(c.op, c.backend) for c in calls] == [(op, "triton")]
     assert calls[0].config == lora.config_for(op, *args)
     assert calls[0].config["BLOCK_R"] == 16
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_launchers_refuse_what_their_kernels_would_misread(op):
+    args = Problem((6, 8, 10), 4, F32, F32, p=0.5).arguments(op)
+    launcher = getattr(lora, op)
+    for i, argument in enumerate(args):
+        if not isinstance(argument, torch.Tensor):
+            continue
+        wrong_type = argument.to(torch.int32)
+        with pytest.raises(TypeError, match=f"{op}: .* is torch.int32"):
+            launcher(*args[:i], wrong_type, *args[i + 1 :])
+        if argument.dim() == 2:
+            strided = torch.stack([argument, argument], dim=-1)[..., 0]
+            with pytest.raises(ValueError, match=f"{op}: .* not contiguous"):
+                launcher(*args[:i], strided, *args[i + 1 :])
+            wider = torch.cat([argument, argument[:, :1]], dim=1)
+            with pytest.raises(ValueError, match=f"{op}: "):
+                launcher(*args[:i], wider, *args[i + 1 :])
