@@ -16,14 +16,14 @@ def use(backend: str):
     Raises:
         BackendError: at the call, with the reason, if the op can't run there.
     """
-    with registry.Scope(forced=backend):
+    with registry.Scope(forced=backend).entered():
         yield
 
 
 @contextmanager
 def record():
     """List every launch inside, and in the backward of what ran forward inside, as `Call(op, backend, config)`."""
-    with registry.Scope(calls=[]) as calls:
+    with registry.Scope(calls=[]).entered() as calls:
         yield calls
 
 

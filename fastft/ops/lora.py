@@ -152,7 +152,7 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx, dy):
         if ctx.scope is None:
             return _linear_backward(ctx, dy)
-        with ctx.scope:
+        with ctx.scope.entered():
             return _linear_backward(ctx, dy)
 
 
@@ -202,7 +202,7 @@ class _LoRAUpdate(torch.autograd.Function):
     def backward(ctx, dy):
         if ctx.scope is None:
             return _update_backward(ctx, dy)
-        with ctx.scope:
+        with ctx.scope.entered():
             return _update_backward(ctx, dy)
 
 

@@ -17,6 +17,7 @@ A test or another package adds a backend with one entry in `BACKENDS`.
 import importlib
 import os
 import warnings
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -225,16 +226,18 @@ class Scope:
     `Scope` in forward and enters it in backward, so that a layer's backward runs where its forward was told to run.
     """
 
-    __slots__ = ("_tokens", "calls", "forced")
+    __slots__ = ("calls", "forced")
 
     def __init__(self, forced=None, calls=None):
         self.forced = _forced.get() if forced is None else forced
         self.calls = _calls.get() if calls is None else calls
 
-    def __enter__(self):
-        self._tokens = _forced.set(self.forced), _calls.set(self.calls)
-        return self.calls
-
-    def __exit__(self, *exc):
-        _forced.reset(self._tokens[0])
-        _calls.reset(self._tokens[1])
+    @contextmanager
+    def entered(self):
+        """Set both inside; yields the recorder's list. One scope may be entered by several threads at once."""
+        tokens = _forced.set(self.forced), _calls.set(self.calls)
+        try:
+            yield self.calls
+        finally:
+            _forced.reset(tokens[0])
+            _calls.reset(tokens[1])

@@ -52,6 +52,16 @@ def test_recorders_nest_and_threads_do_not_mix():
         assert list(pool.map(count, [1, 5, 3, 2])) == [2, 10, 6, 4]
 
 
+def test_backward_of_one_forward_in_several_threads():
+    from concurrent.futures import ThreadPoolExecutor
+
+    with record() as calls:
+        loss = run().sum()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: loss.backward(retain_graph=True), range(20)))
+    assert len(calls) == len(FORWARD) + 20 * len(BACKWARD)
+
+
 @pytest.fixture
 def fresh_warnings():
     before = set(registry._warned)
