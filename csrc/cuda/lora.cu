@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, kGradSbBlocks)
       if (col < dy.cols && rank < s.cols)
         db_partial[(blockIdx.z * dy.cols + col) * s.cols + rank] = weights[i % kRanks * kPitch + i / kRanks];
     }
-    __syncthreads();
+    __syncthreads();  // before the next column tile's weights; a thread overwrites what it read itself, but only as yet
   }
 }
 

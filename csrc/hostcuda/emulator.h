@@ -5,9 +5,8 @@
 // memory. Fibers run in an order drawn from FASTFT_HOSTCUDA_SEED (0: ascending), and so do blocks: a result that changes
 // with the seed misses a barrier or depends on scheduling.
 //
-// Own code because what exists does not fit: HIP-CPU reports false positives under AddressSanitizer (its issue 22), and
-// compilers such as cuda4cpu bring their own driver and runtime, come in no package index, and cannot run inside
-// PyTorch's process on its tensors.
+// Own code because what exists does not fit: HIP-CPU gives false positives under AddressSanitizer (its issue 22, open);
+// cuda4cpu asks for C++23 (GCC 14) and has no 16-bit floats, and both must be built from source.
 #pragma once
 
 #include <cstddef>
