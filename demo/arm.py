@@ -12,14 +12,16 @@ import json
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import psutil
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from fastft.cli.data import read_jsonl, tokenize
+from fastft.cli.loading import load
 from fastft.integrations.transformers import collate, peak_memory
 
 MODEL = Path(__file__).parent / "model"
@@ -49,10 +51,10 @@ class Turns(TrainerCallback):
 
 
 def main(arm: str, data: str, initial: str, steps: str, block: str) -> None:
-    transformers.logging.set_verbosity_error()
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    warnings.simplefilter("ignore", FutureWarning)  # PEFT calls what transformers renamed
+    tokenizer = load("AutoTokenizer", str(MODEL))
     rows = tokenize(read_jsonl(data), tokenizer, 256).rows
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    model = load("AutoModelForCausalLM", str(MODEL), dtype=torch.float32)
     if arm == "fastft":
         import fastft
 

@@ -24,7 +24,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "demo" / "model"
-PROMPTS = ("def read_file(self, path):\n", "If the name is", "class Connection")
+PROMPTS = ("def read_file(self, path):", "If the name is", "class Connection")
 BLOCK = 5  # steps an arm runs before it is the other's turn
 MAX_LOSS_DIFFERENCE = 1e-3
 console = Console()
@@ -33,12 +33,12 @@ console = Console()
 def generate(adapter: Path | None) -> list[str]:
     """A continuation of every prompt, sampled with the same seed with and without the adapter."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import fastft
+    from fastft.cli.loading import load
 
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    tokenizer = load("AutoTokenizer", str(MODEL))
+    model = load("AutoModelForCausalLM", str(MODEL), dtype=torch.float32).eval()
     if adapter is not None:
         fastft.load(model, adapter)
     texts = []
@@ -140,12 +140,12 @@ def interval(values: list[float]) -> tuple[float, float]:
 def make_initial(out: Path) -> Path:
     """An adapter that has not trained, for both arms to start from."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     import fastft
+    from fastft.cli.loading import load
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    model = load("AutoModelForCausalLM", str(MODEL), dtype=torch.float32)
     fastft.attach(model, fastft.LoRA(r=16, lora_alpha=32)).save(out / "initial")
     return out / "initial"
 
@@ -167,16 +167,14 @@ def show_comparison(ours: dict, peft: dict, ratios: list[float], difference: flo
         f"{peft['tokens_per_second']:,.0f}",
         f"{ours['tokens_per_second'] / peft['tokens_per_second']:.3f}",
     )
-    table.add_row(
-        "time of a step", "", "", f"{statistics.median(ratios):.3f} (95 %: {low:.3f} to {high:.3f}, {len(ratios)} pairs)"
-    )
-    for key, name in (("peak_bytes", "peak memory (VmHWM), MiB"), ("rise_bytes", "of it since the first step, MiB")):
+    table.add_row("time of a step", "", "", f"{statistics.median(ratios):.3f} (95 %: {low:.3f} to {high:.3f})")
+    for key, name in (("peak_bytes", "peak memory (VmHWM), MiB"), ("rise_bytes", "of it by training, MiB")):
         table.add_row(name, f"{ours[key] / 2**20:,.0f}", f"{peft[key] / 2**20:,.0f}", f"{ours[key] / max(1, peft[key]):.3f}")
     table.add_row(
         "training loss, last step",
         f"{ours['losses'][-1]:.4f}",
         f"{peft['losses'][-1]:.4f}",
-        f"max difference in any step {difference:.1e}",
+        f"at most {difference:.1e} apart in any step",
     )
     console.print(table)
 

@@ -36,6 +36,8 @@ def load(auto_class: str, model: str, **options: Any) -> Any:
     import transformers
 
     path = check_model(model)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # of reading local files; downloads keep theirs
     from_pretrained: Callable = getattr(transformers, auto_class).from_pretrained
     try:
         return from_pretrained(path, **options)

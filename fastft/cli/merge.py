@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from ..checkpoint.atomic import current
 from .errors import UserError
 from .loading import load
 
@@ -28,7 +29,7 @@ def run(model: str, adapter: str, out: str, dtype: str = "auto", overwrite: bool
         raise UserError(f"out {out} exists; use --overwrite to replace it, or another folder")
     if target.exists() and overwrite and not (target / "config.json").is_file():
         raise UserError(f"out {out} is no checkpoint, so --overwrite leaves it alone")
-    if not (Path(adapter).expanduser() / "adapter_config.json").is_file():
+    if not current(Path(adapter).expanduser(), "adapter_config.json").is_file():
         raise UserError(f"adapter {adapter}: no adapter_config.json there")
 
     import torch
@@ -49,6 +50,7 @@ def run(model: str, adapter: str, out: str, dtype: str = "auto", overwrite: bool
         merged.save_pretrained(new)
         tokenizer.save_pretrained(new)
         for file in new.iterdir():
+            file.chmod(new.stat().st_mode & 0o666)  # safetensors' own mode is 0600; the folder's follows the umask
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
         _replace(new, target, Path(folder) / "old")

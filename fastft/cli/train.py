@@ -148,12 +148,16 @@ def attach(config: TrainConfig, model: Any) -> Any:
         raise UserError(str(error)) from error
 
 
-def _arguments(config: TrainConfig, out: Path, device: Any, rows: int, evaluate: bool, start: bool) -> Any:
+def _steps(config: TrainConfig, rows: int) -> int:
+    """Optimizer steps of the whole run, counted as Trainer counts them."""
+    an_epoch = math.ceil(math.ceil(rows / config.batch_size) / config.gradient_accumulation)
+    return config.max_steps or math.ceil(an_epoch * config.epochs)
+
+
+def _arguments(config: TrainConfig, out: Path, device: Any, steps: int, evaluate: bool, start: bool) -> Any:
     """transformers' TrainingArguments for `config`. `start`: the run begins here, so its held-out loss before is taken."""
     from transformers import TrainingArguments
 
-    per_epoch = math.ceil(math.ceil(rows / config.batch_size) / config.gradient_accumulation)
-    steps = config.max_steps or max(1, round(per_epoch * config.epochs))
     arguments = TrainingArguments(
         output_dir=str(out),
         use_cpu=device.type == "cpu",
@@ -199,13 +203,10 @@ def _recompute(model: Any) -> None:
 def _train(
     config: TrainConfig, out: Path, resume: bool, tokenizer: Any, train_rows: Tokenized, eval_rows: Tokenized
 ) -> dict[str, Any]:
-    import transformers
-
-    from ..integrations.transformers import last_checkpoint, make_trainer, progress
+    from ..integrations.transformers import finish, last_checkpoint, make_trainer, progress
     from .report import plot, print_summary, summarize, write_summary
 
     device, dtype = choose_device_and_dtype(config)
-    transformers.logging.set_verbosity_error()
     model = load("AutoModelForCausalLM", config.model, dtype=dtype).to(device)
     if config.gradient_checkpointing:
         _recompute(model)
@@ -217,13 +218,18 @@ def _train(
     config.save(out / "config.yaml")
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    arguments = _arguments(config, out, device, len(train_rows.rows), bool(eval_rows.rows), start=checkpoint is None)
+    steps = _steps(config, len(train_rows.rows))
+    arguments = _arguments(config, out, device, steps, bool(eval_rows.rows), start=checkpoint is None)
     trainer = make_trainer(model, handle, arguments, train_rows.rows, eval_rows.rows, pad_token_id=pad or 0)
     speed = progress(trainer)
     trainable = sum(p.numel() for p in handle.parameters())
     print(f"training {trainable:,} parameters on {device} ({dtype}); output in {out}")
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if checkpoint and int(checkpoint.name.removeprefix("checkpoint-")) >= steps:
+            print(f"{checkpoint} is the run's end; more --max-steps or --epochs would continue it")
+            finish(trainer, checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except FloatingPointError as error:
         raise UserError(str(error)) from error
     if eval_rows.rows and not any(

@@ -82,6 +82,14 @@ def restore(handle, directory: Path) -> None:
         saved.detach()
 
 
+def finish(trainer, checkpoint: Path) -> None:
+    """Bring `trainer` to the end of a run whose last step `checkpoint` holds. Trainer itself would train one step more."""
+    from transformers import TrainerState
+
+    trainer._load_from_checkpoint(str(checkpoint))
+    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
+
 def make_trainer(model, handle, arguments, train_rows, eval_rows=(), *, pad_token_id: int = 0, callbacks=()) -> Any:
     """A transformers Trainer over the attached `model`.
 
@@ -158,6 +166,7 @@ def progress(trainer) -> Any:
     class Progress(TrainerCallback):
         def __init__(self):
             self.bar = None
+            self.said = -math.inf
             self.started: float | None = None
             self.seconds = self.tokens_per_second = 0.0
 
@@ -195,7 +204,8 @@ def progress(trainer) -> Any:
             }
             if self.bar is not None:
                 self.bar.set_postfix(values)
-            else:
+            elif time.monotonic() - self.said > 5 or state.global_step == state.max_steps:  # a log need not hold every step
+                self.said = time.monotonic()
                 self._say(f"step {state.global_step}/{state.max_steps}: " + ", ".join(f"{k} {v}" for k, v in values.items()))
 
         def on_train_end(self, args, state, control, **kwargs):

@@ -37,6 +37,7 @@ def test_merged_checkpoint_gives_the_same_logits(tiny_model, trained, tmp_path, 
         == AutoTokenizer.from_pretrained(tiny_model)("def f").input_ids
     )
     assert [p.name for p in tmp_path.iterdir()] == ["merged"]
+    assert len({p.stat().st_mode for p in (tmp_path / "merged").iterdir()}) == 1  # all as the umask says
 
 
 def test_dtype_and_overwrite(tiny_model, trained, tmp_path, fastft_command):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,6 +83,26 @@ def test_killed_and_resumed_is_bit_for_bit(straight, tmp_path, fastft_command):
     assert same(adapter(expected), adapter(out))
     curves = [json.loads((folder / "summary.json").read_text()) for folder in (expected, out)]
     assert curves[0]["train_curve"] == curves[1]["train_curve"] and curves[0]["held_out_loss"] == curves[1]["held_out_loss"]
+
+
+def test_resuming_a_finished_run_trains_nothing(straight, tmp_path, fastft_command):
+    out, _, _ = straight
+    shutil.copytree(out, tmp_path / "out")
+    for name in ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "summary.json"):
+        (tmp_path / "out" / name).unlink()  # as if killed between the last checkpoint and the end
+    result = fastft_command("train", "--resume", "--out", tmp_path / "out")
+    assert result.exit_code == 0 and "is the run's end" in result.stdout
+    assert same(adapter(out), adapter(tmp_path / "out"))
+    before, after = (json.loads((folder / "summary.json").read_text()) for folder in (out, tmp_path / "out"))
+    assert after["steps"] == 30 and after["held_out_loss"] == before["held_out_loss"]
+
+
+def test_epochs_are_counted_as_trainer_counts_them(tiny_model, text_data, tmp_path, fastft_command):
+    options = ["--model", tiny_model, "--data", text_data, "--out", tmp_path / "out", *SMALL]
+    assert fastft_command("train", *options, "--epochs", "1.5", "--gradient-accumulation", "4").exit_code == 0
+    # 38 rows: 10 batches, 3 steps an epoch
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["steps"] == 5
+    assert "is the run's end" in fastft_command("train", "--resume", "--out", tmp_path / "out").stdout
 
 
 def test_resume_refuses_other_options(straight, fastft_command):
