@@ -77,6 +77,21 @@ def ulp(value, dtype):
     return torch.ldexp(torch.full_like(value, info.eps), exponent)
 
 
+def plain_product(left, right):
+    """left @ right as PyTorch computes it; below float64 with that order of summation, of eight, that errs most.
+
+    Which order a kernel sums in is its own choice, and the largest error of one order is luck: with 65 terms one was seen to
+    err 2.6 times as another, so a single one is no measure.
+    """
+    if left.dtype == torch.float64 or not left.shape[0] * right.shape[1]:
+        return left @ right
+    generator = torch.Generator().manual_seed(3)
+    orders = [torch.randperm(left.shape[1], generator=generator).to(left.device) for _ in range(8)]
+    products = torch.stack([left[:, order] @ right[order] for order in orders])
+    error = (products.double() - left.double() @ right.double()).abs()
+    return products[error.amax((1, 2)).argmax()]
+
+
 def assert_close(got, want, plain, magnitude, what):
     """`got` errs against `want` (float64) no more than 1.5x (Frobenius) and 2x (maximum) what `plain` does, or an ulp.
 

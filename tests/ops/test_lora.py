@@ -10,7 +10,7 @@ import torch
 import fastft
 from fastft.ops import lora
 from fastft.ops._philox import philox4x32, unpack_mask
-from tests.golden import assert_close, backends, poisoned, run_on
+from tests.golden import assert_close, backends, plain_product, poisoned, run_on
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F16), (F16, F32)]
@@ -83,7 +83,7 @@ def test_shrink(backend, p):
             s, mask = lora.lora_shrink(v["x"], v["a"], p, seed)
         (want, want_mask), (terms, _) = (lora._shrink_reference(d["x"], d["a"], p, seed) for d in double(v))
         assert torch.equal(mask, want_mask), "masks are bit-identical on every backend"
-        plain = (v["x"] * keep_factor(mask, shape, p)).to(act).to(adapter) @ v["a"].t()
+        plain = plain_product((v["x"] * keep_factor(mask, shape, p)).to(act).to(adapter), v["a"].t())
         assert s.dtype == F32
         assert_close(s, want, plain, terms, f"S {shape} {act} {adapter}")
 
@@ -93,7 +93,7 @@ def test_expand(backend):
         got = v["y"].clone()
         lora.lora_expand_(got, v["s"], v["b"], 0.7)
         want, terms = (d["y"] + 0.7 * d["s"] @ d["b"].t() for d in double(v))
-        plain = (v["y"] + (v["s"].to(adapter) @ v["b"].t()) * 0.7).to(act)
+        plain = (v["y"] + plain_product(v["s"].to(adapter), v["b"].t()) * 0.7).to(act)
         assert_close(got, want, plain, terms, f"Y {shape} {act} {adapter}")
 
 
@@ -104,9 +104,9 @@ def test_grad_sb(backend):
         assert ds.dtype == F32 and db.dtype == adapter
         scaled = (v["y"].to(adapter) * 0.7).to(adapter)
         want, terms = (0.7 * d["y"] @ d["b"] for d in double(v))
-        assert_close(ds, want, scaled @ v["b"], terms, f"dS {shape} {act} {adapter}")
+        assert_close(ds, want, plain_product(scaled, v["b"]), terms, f"dS {shape} {act} {adapter}")
         want, terms = (0.7 * d["y"].t() @ d["s"] for d in double(v))
-        assert_close(db, want, scaled.t() @ v["s"].to(adapter), terms, f"dB {shape} {act} {adapter}")
+        assert_close(db, want, plain_product(scaled.t(), v["s"].to(adapter)), terms, f"dB {shape} {act} {adapter}")
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -116,7 +116,7 @@ def test_grad_a(backend, p):
         with poisoned():
             da = lora.lora_grad_a(v["s"], v["x"], v["a"], mask, p)
         want, terms = (lora._grad_a_reference(d["s"], d["x"], d["a"], mask, p) for d in double(v))
-        plain = v["s"].to(adapter).t() @ (v["x"] * keep_factor(mask, shape, p)).to(act).to(adapter)
+        plain = plain_product(v["s"].to(adapter).t(), (v["x"] * keep_factor(mask, shape, p)).to(act).to(adapter))
         assert da.dtype == adapter
         assert_close(da, want, plain, terms, f"dA {shape} {act} {adapter}")
 
@@ -129,7 +129,7 @@ def test_grad_x(backend, p):
         lora.lora_grad_x_(got, v["s"], v["a"], mask, p)
         factor = keep_factor(mask, shape, p)
         want, terms = (d["x"] + (d["s"] @ d["a"]) * factor for d in double(v))
-        plain = (v["x"] + ((v["s"].to(adapter) @ v["a"]) * factor).to(act)).to(act)
+        plain = (v["x"] + (plain_product(v["s"].to(adapter), v["a"]) * factor).to(act)).to(act)
         assert_close(got, want, plain, terms, f"dX {shape} {act} {adapter}")
         if p:
             dropped = ~unpack_mask(mask, shape[1])
