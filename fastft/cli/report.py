@@ -76,7 +76,15 @@ def plot(summary: dict[str, Any], path: Path) -> None:
             [p["step"] for p in points], [p["loss"] for p in points], "o", color="tab:orange", label="held out", zorder=3
         )
         for p in points[:: max(1, len(points) - 1)]:
-            axes.annotate(f"{p['loss']:.3f}", (p["step"], p["loss"]), textcoords="offset points", xytext=(0, 8), ha="center")
+            axes.annotate(
+                f"{p['loss']:.3f}",
+                (p["step"], p["loss"]),
+                textcoords="offset points",
+                xytext=(0, -16),
+                ha="center",
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+                zorder=4,
+            )
     axes.set_xlabel("optimizer step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("loss (nats a token)")
