@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 
-EXTRAS = {"typer": "train", "rich": "train", "transformers": "train", "yaml": "train", "matplotlib": "train"}
+TRAIN_EXTRA = ("typer", "rich", "transformers", "yaml", "matplotlib")
 
 
 def main() -> None:
@@ -17,11 +17,10 @@ def main() -> None:
         sys.exit(info())
     if arguments[:1] == ["bench"]:  # its options are its own: nothing here parses them
         sys.exit(_bench(arguments[1:]))
-    missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
+    missing = [name for name in TRAIN_EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(
-            f"fastft: {', '.join(missing)} not installed; run: pip install 'fastft[{EXTRAS[missing[0]]}]'"
-            "\n(fastft info works without)"
+            f"fastft: {', '.join(missing)} not installed; run: pip install 'fastft[train]'\n(fastft info works without)"
         )
     from .app import app
 

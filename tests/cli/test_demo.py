@@ -1,0 +1,35 @@
+"""The demo's model and data: small enough to ship, English before fine-tuning, code to fine-tune on."""
+
+import torch
+
+from demo.data import functions
+from demo.run import MODEL, PROMPTS, interval
+
+
+def test_model_is_small_and_has_learnt_english():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert sum(path.stat().st_size for path in MODEL.iterdir()) <= 6e6
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+
+    def loss(text):
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        with torch.no_grad():
+            return model(input_ids=ids, labels=ids).loss.item()
+
+    english = "If the file does not exist, it is created. The default value is the name of the current directory."
+    assert loss(english) < 4.5  # a uniform guess costs 7.6
+    assert loss(english) < loss(" ".join(reversed(english.split()))) - 1
+    assert all(tokenizer.decode(tokenizer(prompt).input_ids) == prompt for prompt in PROMPTS)
+
+
+def test_functions_are_code_without_prose():
+    codes = functions(200)
+    assert len(codes) == 200 and codes == functions(200)
+    assert all(code.startswith(("def ", "@")) and "\n    #" not in code for code in codes)
+
+
+def test_interval_brackets_the_median():
+    low, high = interval([1.0, 1.1, 0.9, 1.05, 0.95, 1.02, 0.98])
+    assert 0.9 <= low < 1.0 < high <= 1.1
