@@ -32,7 +32,7 @@ $(VENV)/.packages: requirements/dev.txt Makefile
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.packages $(NATIVE_SOURCES)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
 
 demo: setup

@@ -1,6 +1,7 @@
 """`fastft info`: what is installed, what can run here, and how each op x backend was proven."""
 
 import importlib.metadata
+import itertools
 import json
 import platform
 import shutil
@@ -56,8 +57,12 @@ def table() -> list[dict[str, str]]:
     for op in registry.OPS.values():
         row = {"op": op.name}
         for backend in KERNEL_BACKENDS:
-            proven = "; ".join(proof.get(op.name, {}).get(backend, [])) or "nothing"
-            row[backend] = f"{_state(op, backend)}. Proven by: {proven}"
+            ways = proof.get(op.name, {}).get(backend, [])
+            unverified = backend != "cpu" and not any("on NVIDIA" in way for way in ways)
+            row[backend] = (
+                f"{_state(op, backend)}. Proven by: {'; '.join(ways) or 'nothing'}"
+                f"{'. Unverified on a GPU.' if unverified else ''}"
+            )
         rows.append(row)
     return rows
 
@@ -88,13 +93,15 @@ def lines(width: int = 120) -> list[str]:
     first = max(len(row["op"]) for row in rows) + 2
     column = max((width - first) // len(KERNEL_BACKENDS), 24)
     out += ["", "op".ljust(first) + "".join(name.ljust(column) for name in KERNEL_BACKENDS)]
-    for row in rows:
-        cells = [textwrap.wrap(row[name], column - 2) for name in KERNEL_BACKENDS]
-        for i in range(max(map(len, cells))):
-            name = row["op"] if i == 0 else ""
-            out.append((name.ljust(first) + "".join((c[i] if i < len(c) else "").ljust(column) for c in cells)).rstrip())
-    if not any("on NVIDIA" in row[name] for row in rows for name in KERNEL_BACKENDS):
-        out += ["", "No kernel has run on a GPU yet: triton and cuda are unverified there (bench/gpu.sh OUT proves them)."]
+    # Ops whose cells are alike share them.
+    for cells, alike in itertools.groupby(rows, lambda row: [row[name] for name in KERNEL_BACKENDS]):
+        names = [row["op"] for row in alike]
+        columns = [names, *(textwrap.wrap(cell, column - 2) for cell in cells)]
+        for line in itertools.zip_longest(*columns, fillvalue=""):
+            out.append((line[0].ljust(first) + "".join(part.ljust(column) for part in line[1:])).rstrip())
+        out.append("")
+    if any("Unverified on a GPU" in row[name] for row in rows for name in KERNEL_BACKENDS):
+        out.append("bench/gpu.sh OUT verifies on a GPU what is marked unverified there.")
     return out
 
 

@@ -50,7 +50,8 @@ def ran(backend, how, config=None):
         yield
     assert all(c.backend == backend and config in (None, c.config) for c in calls), calls
     for call in calls:
-        prove(call.op, backend, how)
+        if backend != "reference":
+            prove(call.op, backend, how)
 
 
 PENDING: list[tuple[str, str, str]] = []  # what the running test proves, if it passes (tests/conftest.py)
