@@ -55,12 +55,12 @@ void write_mask_row(uint64_t seed, int64_t t, int64_t features, uint32_t thresho
 
 // sum [rows, panel.row()] += tokens [t, t + rows) of x times a panel whose units run along x's channels [c0, c1).
 template <class Unit, class T, class P>
-void shrink_block(const T* x, int64_t ld, int64_t t, int64_t rows, int64_t c0, int64_t c1, Mask mask, const P& panel, Unit* tile,
-                  float* sum) {
+void shrink_block(const T* x, int64_t ld, int64_t t, int64_t rows, int64_t c0, int64_t c1, Mask mask, const P& panel,
+                  Unit* tile, float* sum) {
   for (int64_t c = c0; c < c1; c += block_c) {
     const int64_t cols = std::min(block_c, c1 - c);
     panel_product(rows, panel.row(), units<Unit>(cols), feature_tile<Unit>(x, ld, t, rows, c, cols, mask, tile),
-                  panel.at(c / terms<Unit>, 0), sum, panel.row());
+                  panel.at(c / terms<Unit>, 0), AddTo{sum, panel.row()});
   }
 }
 
@@ -102,43 +102,44 @@ std::tuple<Tensor, Tensor> lora_shrink(const Tensor& x, const Tensor& a, double 
   return {s, mask_tensor};
 }
 
+// Adds to an activation in its own dtype, rounded once; only to kept elements, if masked. Of a `part` vector the first
+// `cols` columns are there.
+template <class T, bool masked, bool part>
+struct AddToActivation {
+  T* to;
+  int64_t ld, cols;
+  Mask mask;
+  int64_t t, c;  // of `to` in the mask
+  AddToActivation from(int64_t i, int64_t v) const { return {to + i * ld + v, ld, cols, mask, t + i, c + v}; }
+  vf added(int64_t i, int64_t v, vf sum) const {
+    // Adding -0 changes no bit, not even those of a zero.
+    if constexpr (masked) sum = mask.keep(t + i, c + v) ? sum : -vf{};
+    if constexpr (part) return load(to + i * ld + v, cols) + sum;
+    return load(to + i * ld + v) + sum;
+  }
+  void put(int64_t i, int64_t v, vf total) const {
+    if constexpr (part) return store(to + i * ld + v, total, cols);
+    store(to + i * ld + v, total);
+  }
+};
+
 // to [T, C] += factor · (keep ∘ S P) for S [T, R] and a panel P [units(R)][C]: y and dx.
-template <class T, class Unit, class P>
+template <bool masked, class T, class Unit, class P>
 void add_low_rank(Tensor& to_tensor, const T* type, const Tensor& s, const P& panel, float factor, Mask mask, const Unit*) {
   const int64_t tokens = s.size(0), R = s.size(1), C = to_tensor.size(1);
   if (R == 0) return;
   T* to = const_cast<T*>(data(to_tensor, type));
   const float* coefficients = static_cast<const float*>(s.const_data_ptr());
   parallel_for(blocks(tokens, block_t) * blocks(C, block_c), [&](int64_t task) {
-    const int64_t c = task % blocks(C, block_c) * block_c, cols = std::min(block_c, C - c), row = round_up(cols, VL);
-    const int64_t first = task / blocks(C, block_c) * block_t, last = std::min(first + block_t, tokens);
-    Scratch<Unit> scaled(panel_rows * round_up(R, VL));
-    alignas(64) float tile[panel_rows * block_c];
-    for (int64_t t = first; t < last; t += panel_rows) {
-      const int64_t rows = std::min<int64_t>(panel_rows, last - t);
-      const auto x = rank_coefficients<Unit>(coefficients, R, t, rows, factor, scaled.get());
-      if constexpr (std::is_same_v<T, float>) {
-        if (!mask.bits && cols % VL == 0) {
-          panel_product(rows, cols, units<Unit>(R), x, panel.at(0, c), to + t * C + c, C);
-          continue;
-        }
-      }
-      // The tile starts as the values to add to, or at 0 where the mask still has to choose.
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < cols; j += VL)
-          store(tile + i * row + j, mask.bits ? vf{} : load(to + (t + i) * C + c + j, cols - j));
-      panel_product(rows, row, units<Unit>(R), x, panel.at(0, c), tile, row);
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < cols; j += VL) {
-          T* at = to + (t + i) * C + c + j;
-          vf sum = load(tile + i * row + j);
-          if (mask.bits) {
-            vf before = load(at, cols - j);
-            sum = mask.keep(t + i, c + j) ? before + sum : before;
-          }
-          store(at, sum, cols - j);
-        }
-    }
+    const int64_t c = task % blocks(C, block_c) * block_c, cols = std::min(block_c, C - c), whole = cols / VL * VL;
+    const int64_t t = task / blocks(C, block_c) * block_t, rows = std::min(block_t, tokens - t);
+    Scratch<Unit> scaled(rows * round_up(R, VL));
+    const auto x = rank_coefficients<Unit>(coefficients, R, t, rows, factor, scaled.get());
+    panel_product(rows, whole, units<Unit>(R), x, panel.at(0, c),
+                  AddToActivation<T, masked, false>{to + t * C + c, C, whole, mask, t, c});
+    if (whole < cols)
+      panel_product(rows, VL, units<Unit>(R), x, panel.at(0, c + whole),
+                    AddToActivation<T, masked, true>{to + t * C + c + whole, C, cols - whole, mask, t, c + whole});
   });
 }
 
@@ -152,7 +153,7 @@ void lora_expand_(Tensor y, const Tensor& s, const Tensor& b, double scale) {
   check(op, "b", b, Where::cpu, {y.scalar_type(), f32}, {N, R});
   dispatch_units(y, b, [&](auto* type, auto* unit) {
     const TransposedPanel<std::remove_pointer_t<decltype(unit)>> panel(b);  // [R][N]
-    add_low_rank(y, type, s, panel, static_cast<float>(scale), {}, unit);
+    add_low_rank<false>(y, type, s, panel, static_cast<float>(scale), {}, unit);
   });
 }
 
@@ -168,7 +169,10 @@ void lora_grad_x_(Tensor dx, const Tensor& ds, const Tensor& a, const Tensor& ma
   const Mask mask = checked_mask(op, mask_tensor, T, K, p);
   dispatch_units(dx, a, [&](auto* type, auto* unit) {
     const Panel<std::remove_pointer_t<decltype(unit)>> panel(a);  // [R][K]
-    add_low_rank(dx, type, ds, panel, philox::inverse_keep(p), mask, unit);
+    if (mask.bits)
+      add_low_rank<true>(dx, type, ds, panel, philox::inverse_keep(p), mask, unit);
+    else
+      add_low_rank<false>(dx, type, ds, panel, philox::inverse_keep(p), mask, unit);
   });
 }
 
@@ -176,7 +180,10 @@ void lora_grad_x_(Tensor dx, const Tensor& ds, const Tensor& a, const Tensor& ma
 struct TokenParts {
   TokenParts(int64_t tokens, int64_t r, int64_t c)
       // Chunks grow with R, so that the parts stay under a quarter of the activation's bytes.
-      : chunk(std::max<int64_t>(1008, round_up(8 * r, block_t))), count(blocks(tokens, chunk)), rows(r), row(round_up(c, VL)),
+      : chunk(std::max<int64_t>(1008, round_up(8 * r, block_t))),
+        count(blocks(tokens, chunk)),
+        rows(r),
+        row(round_up(c, VL)),
         parts(count * r * row) {}
 
   float* clear(int64_t part, int64_t c, int64_t cols) const {
@@ -194,7 +201,8 @@ struct TokenParts {
   Scratch<float> parts;
 };
 
-// One pass over dY: tasks of slab columns x chunk tokens each form a part of dS (summed over slabs) and of dBᵀ (over chunks).
+// One pass over dY: tasks of slab columns x chunk tokens each form a part of dS (summed over slabs) and of dBᵀ (over
+// chunks).
 std::tuple<Tensor, Tensor> lora_grad_sb(const Tensor& dy, const Tensor& s, const Tensor& b, double scale) {
   const char* op = "lora_grad_sb";
   check_matrix(op, "s", s);
@@ -228,7 +236,8 @@ std::tuple<Tensor, Tensor> lora_grad_sb(const Tensor& dy, const Tensor& s, const
           const int64_t cols = std::min(block_c, n1 - n);
           shrink_block(data(dy, type), N, t, rows, n, n + cols, {}, panel, tile, ds_part + t * row);
           panel_product(R, round_up(cols, VL), units<Unit>(rows), tokens,
-                        token_tile<Unit>(data(dy, type), N, t, rows, n, cols, {}, tile), db_part + (n - n0), db_parts.row);
+                        token_tile<Unit>(data(dy, type), N, t, rows, n, cols, {}, tile),
+                        AddTo{db_part + (n - n0), db_parts.row});
         }
       }
     });
@@ -285,8 +294,9 @@ Tensor lora_grad_a(const Tensor& ds, const Tensor& x, const Tensor& a, const Ten
       Scratch<Unit> words(block_t * R);
       for (int64_t t = t0; t < t1; t += block_t) {
         const int64_t rows = std::min(block_t, t1 - t);
-        panel_product(R, round_up(cols, VL), units<Unit>(rows), token_coefficients<Unit>(coefficients, R, t, rows, words.get()),
-                      token_tile<Unit>(data(x, type), K, t, rows, k, cols, mask, tile), to, parts.row);
+        panel_product(R, round_up(cols, VL), units<Unit>(rows),
+                      token_coefficients<Unit>(coefficients, R, t, rows, words.get()),
+                      token_tile<Unit>(data(x, type), K, t, rows, k, cols, mask, tile), AddTo{to, parts.row});
       }
     });
   });

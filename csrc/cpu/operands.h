@@ -21,7 +21,9 @@ template <class Unit>
 constexpr int64_t terms = std::is_same_v<Unit, bf16x2> ? 2 : 1;
 
 template <class Unit>
-constexpr int64_t units(int64_t n) { return (n + terms<Unit> - 1) / terms<Unit>; }
+constexpr int64_t units(int64_t n) {
+  return (n + terms<Unit> - 1) / terms<Unit>;
+}
 
 // Uninitialised scratch of 4-byte elements, aligned to a cache line.
 template <class Unit = float>
@@ -55,7 +57,9 @@ inline void dispatch(const Tensor& t, const F& f) {
 }
 
 template <class T>
-inline const T* data(const Tensor& t, const T*) { return static_cast<const T*>(t.const_data_ptr()); }
+inline const T* data(const Tensor& t, const T*) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
 
 // Calls f with a null pointer of the activations' type and one of the unit that their products with an adapter use.
 template <class F>
@@ -174,7 +178,8 @@ inline Broadcast<Unit> feature_tile(const T* x, int64_t ld, int64_t t, int64_t r
 
 // The same block as the operand read as vectors, with tokens as depth.
 template <class Unit, class T>
-inline Rows<Unit> token_tile(const T* x, int64_t ld, int64_t t, int64_t rows, int64_t k, int64_t cols, Mask mask, Unit* tile) {
+inline Rows<Unit> token_tile(const T* x, int64_t ld, int64_t t, int64_t rows, int64_t k, int64_t cols, Mask mask,
+                             Unit* tile) {
   if constexpr (std::is_same_v<Unit, float> && std::is_same_v<T, float>) {
     if (!mask.bits && cols % VL == 0) return {x + t * ld + k, ld};
   }
