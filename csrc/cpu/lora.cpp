@@ -18,6 +18,7 @@ constexpr auto b16 = ScalarType::BFloat16;
 constexpr auto h16 = ScalarType::Half;
 
 constexpr int64_t block_t = 4 * panel_rows, block_c = 256;  // tokens x channels of an activation tile: 24 KiB of float32
+constexpr int64_t update_c = 1024;  // channels of Y and dX that one task sweeps: long rows are what memory likes
 
 int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
@@ -130,9 +131,9 @@ void add_low_rank(Tensor& to_tensor, const T* type, const Tensor& s, const P& pa
   if (R == 0) return;
   T* to = const_cast<T*>(data(to_tensor, type));
   const float* coefficients = static_cast<const float*>(s.const_data_ptr());
-  parallel_for(blocks(tokens, block_t) * blocks(C, block_c), [&](int64_t task) {
-    const int64_t c = task % blocks(C, block_c) * block_c, cols = std::min(block_c, C - c), whole = cols / VL * VL;
-    const int64_t t = task / blocks(C, block_c) * block_t, rows = std::min(block_t, tokens - t);
+  parallel_for(blocks(tokens, block_t) * blocks(C, update_c), [&](int64_t task) {
+    const int64_t c = task % blocks(C, update_c) * update_c, cols = std::min(update_c, C - c), whole = cols / VL * VL;
+    const int64_t t = task / blocks(C, update_c) * block_t, rows = std::min(block_t, tokens - t);
     Scratch<Unit> scaled(rows * round_up(R, VL));
     const auto x = rank_coefficients<Unit>(coefficients, R, t, rows, factor, scaled.get());
     panel_product(rows, whole, units<Unit>(R), x, panel.at(0, c),
@@ -178,13 +179,21 @@ void lora_grad_x_(Tensor dx, const Tensor& ds, const Tensor& a, const Tensor& ma
 
 // Partial sums of a product over tokens, out [R, C] = Σ_t s[t]ᵀ x[t]: one float32 part a chunk of tokens, in order.
 struct TokenParts {
-  TokenParts(int64_t tokens, int64_t r, int64_t c)
-      // Chunks grow with R, so that the parts stay under a quarter of the activation's bytes.
-      : chunk(std::max<int64_t>(1008, round_up(8 * r, block_t))),
+  // As many chunks as it takes for 16 tasks of `slabs` columns each, so that several threads find work; of a length that
+  // keeps the parts under a quarter of the activation's bytes, and below 2016 tokens, so that they stay in a cache.
+  TokenParts(int64_t tokens, int64_t r, int64_t c, int64_t slabs)
+      : chunk(chunk_length(tokens, std::max<int64_t>(240, 8 * r), slabs)),
         count(blocks(tokens, chunk)),
         rows(r),
         row(round_up(c, VL)),
         parts(count * r * row) {}
+
+  static int64_t chunk_length(int64_t tokens, int64_t shortest, int64_t slabs) {
+    const int64_t wanted =
+        std::max(blocks(16, std::max<int64_t>(slabs, 1)), blocks(tokens, std::max<int64_t>(2016, shortest)));
+    const int64_t count = std::max<int64_t>(1, std::min(wanted, tokens / shortest));
+    return std::max(block_t, round_up(blocks(tokens, count), block_t));
+  }
 
   float* clear(int64_t part, int64_t c, int64_t cols) const {
     float* to = parts.get() + part * rows * row + c;
@@ -214,8 +223,8 @@ std::tuple<Tensor, Tensor> lora_grad_sb(const Tensor& dy, const Tensor& s, const
   Tensor ds = torch::stable::new_empty(s, {T, R}, f32), db = torch::stable::new_empty(b, {N, R});
   const float factor = static_cast<float>(scale);
   const float* coefficients = static_cast<const float*>(s.const_data_ptr());
-  const TokenParts db_parts(T, R, N);
   const int64_t slab = round_up(std::max<int64_t>(512, 8 * R), block_c), slabs = blocks(N, slab), row = round_up(R, VL);
+  const TokenParts db_parts(T, R, N, slabs);
   const Scratch<float> ds_parts(slabs * T * row);
 
   dispatch_units(dy, b, [&](auto* type, auto* unit) {
@@ -282,7 +291,7 @@ Tensor lora_grad_a(const Tensor& ds, const Tensor& x, const Tensor& a, const Ten
   const Mask mask = checked_mask(op, mask_tensor, T, K, p);
   Tensor da = torch::stable::new_empty(a, {R, K});
   const float* coefficients = static_cast<const float*>(ds.const_data_ptr());
-  const TokenParts parts(T, R, K);
+  const TokenParts parts(T, R, K, blocks(K, block_c));
 
   dispatch_units(x, a, [&](auto* type, auto* unit) {
     using Unit = std::remove_pointer_t<decltype(unit)>;

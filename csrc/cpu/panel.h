@@ -52,22 +52,6 @@ inline void tile_product(const Unit* x, int64_t x_row, int64_t x_col, int64_t de
     for (int v = 0; v < V; ++v) c.put(i, v * VL, sum[i][v]);
 }
 
-template <int V, class Unit, class Tile>
-inline void tile_rows(int64_t rows, const Unit* x, int64_t x_row, int64_t x_col, int64_t depth, const Unit* p, int64_t p_row,
-                      Tile c) {
-  int64_t i = 0;
-  for (; i + panel_rows <= rows; i += panel_rows)
-    tile_product<panel_rows, V>(x + i * x_row, x_row, x_col, depth, p, p_row, c.from(i, 0));
-  x += i * x_row;
-  switch (rows - i) {
-    case 5: return tile_product<5, V>(x, x_row, x_col, depth, p, p_row, c.from(i, 0));
-    case 4: return tile_product<4, V>(x, x_row, x_col, depth, p, p_row, c.from(i, 0));
-    case 3: return tile_product<3, V>(x, x_row, x_col, depth, p, p_row, c.from(i, 0));
-    case 2: return tile_product<2, V>(x, x_row, x_col, depth, p, p_row, c.from(i, 0));
-    case 1: return tile_product<1, V>(x, x_row, x_col, depth, p, p_row, c.from(i, 0));
-  }
-}
-
 // The broadcast operand: element (i, j) at p[i * row + j * col].
 template <class Unit>
 struct Broadcast {
@@ -91,14 +75,28 @@ struct AddTo {
   void put(int64_t i, int64_t v, vf total) const { store(c + i * row + v, total); }
 };
 
-// For every row i and every v below cols in steps of VL: c.put(i, v, c.added(i, v, the sum over `depth` units of
-// X[i, j] P[j][v ... v + VL))). A sum does not depend on the tiling.
-template <class Unit, class Tile>
-inline void panel_product(int64_t rows, int64_t cols, int64_t depth, Broadcast<Unit> x, Rows<Unit> p, Tile c) {
+template <int M, class Unit, class Tile>
+inline void row_group(int64_t cols, int64_t depth, Broadcast<Unit> x, Rows<Unit> p, Tile c) {
   int64_t v = 0;
   for (; v + panel_vectors * VL <= cols; v += panel_vectors * VL)
-    tile_rows<panel_vectors>(rows, x.p, x.row, x.col, depth, p.p + v, p.row, c.from(0, v));
-  for (; v < cols; v += VL) tile_rows<1>(rows, x.p, x.row, x.col, depth, p.p + v, p.row, c.from(0, v));
+    tile_product<M, panel_vectors>(x.p, x.row, x.col, depth, p.p + v, p.row, c.from(0, v));
+  for (; v < cols; v += VL) tile_product<M, 1>(x.p, x.row, x.col, depth, p.p + v, p.row, c.from(0, v));
+}
+
+// For every row i and every v below cols in steps of VL: c.put(i, v, c.added(i, v, the sum over `depth` units of
+// X[i, j] P[j][v ... v + VL))). A sum does not depend on the tiling. Columns run fastest, so that C in memory is few
+// streams.
+template <class Unit, class Tile>
+inline void panel_product(int64_t rows, int64_t cols, int64_t depth, Broadcast<Unit> x, Rows<Unit> p, Tile c) {
+  for (; rows >= panel_rows; rows -= panel_rows, x.p += panel_rows * x.row, c = c.from(panel_rows, 0))
+    row_group<panel_rows>(cols, depth, x, p, c);
+  switch (rows) {
+    case 5: return row_group<5>(cols, depth, x, p, c);
+    case 4: return row_group<4>(cols, depth, x, p, c);
+    case 3: return row_group<3>(cols, depth, x, p, c);
+    case 2: return row_group<2>(cols, depth, x, p, c);
+    case 1: return row_group<1>(cols, depth, x, p, c);
+  }
 }
 
 }  // namespace fastft
