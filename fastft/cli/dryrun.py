@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from typing import Any
 
+from ..modules.adapted_linear import features
 from .config import TrainConfig
 from .data import Tokenized
 from .loading import load
@@ -111,6 +112,5 @@ def _kept_for_backward(model: Any, tokens: Any) -> int:
 
 def _matched(handle: Any) -> Counter:
     return Counter(
-        (re.sub(r"\.\d+\.", ".*.", name), f"{module.in_features} -> {module.out_features}")
-        for name, module in handle.targets.items()
+        (re.sub(r"\.\d+\.", ".*.", name), "{1} -> {0}".format(*features(module))) for name, module in handle.targets.items()
     )

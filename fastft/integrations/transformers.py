@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from .. import testing
-from ..methods.base import load
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -63,25 +62,6 @@ def _complete(checkpoint: Path) -> bool:
     return all((checkpoint / "adapter" / name).is_file() for name in ADAPTER_FILES)
 
 
-def restore(handle, directory: Path) -> None:
-    """Copy the adapter saved in `directory` into `handle`'s parameters, which keep their identity.
-
-    Raises:
-        as `fastft.load`; ValueError: the saved adapter has other parameters than the handle's.
-    """
-    saved = load(handle.model, directory, adapter_name="restored")
-    try:
-        values = {name.replace(".restored", f".{handle.name}"): value for name, value in saved.named_parameters()}
-        own = dict(handle.named_parameters())
-        if {n: p.shape for n, p in own.items()} != {n: v.shape for n, v in values.items()}:
-            raise ValueError(f"{directory} holds another adapter than the attached one (rank or modules differ)")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(values[name])
-    finally:
-        saved.detach()
-
-
 def finish(trainer, checkpoint: Path) -> None:
     """Bring `trainer` to the end of a run whose last step `checkpoint` holds. Trainer itself would train one step more."""
     from transformers import TrainerState
@@ -120,7 +100,7 @@ def make_trainer(model, handle, arguments, train_rows, eval_rows=(), *, pad_toke
                 handle.save(Path(output_dir or self.args.output_dir) / "adapter")
 
         def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-            restore(handle, Path(resume_from_checkpoint) / "adapter")
+            handle.restore(Path(resume_from_checkpoint) / "adapter")
 
         @torch.no_grad()
         def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
