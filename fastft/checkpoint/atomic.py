@@ -45,7 +45,7 @@ def switch(folder: Path, contents: dict[str, bytes], marker: str) -> None:
     if not folder.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         _flush(folder.parent)
-    with _locked(folder):
+    with locked(folder):
         _finish(folder, marker)
         for stale in folder.glob(_DRAFT + "*"):  # nobody else is writing one: we hold the lock
             shutil.rmtree(stale)
@@ -85,14 +85,15 @@ def _same(new: Path, old: Path) -> bool:
 
 
 @contextmanager
-def _locked(folder: Path):
+def locked(folder: Path, shared: bool = False):
+    """Writers of a folder take turns; readers (`shared`) wait for the writer, not for each other."""
     if fcntl is None:
         yield
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # filesystems without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from .atomic import read, switch
+from .atomic import locked, read, switch
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -49,14 +49,15 @@ def read_adapter(directory, expected: Callable[[dict[str, Any]], Shapes]) -> dic
     folder = Path(directory)
     if not folder.is_dir():
         raise FileNotFoundError(f"no adapter folder {str(folder)!r}")
-    for _ in range(_READS):  # a writer may switch the files while we read
-        raw = read(folder, CONFIG)
-        try:
-            tensors, error = _read_weights(folder, expected(_parse(folder, raw))), None
-        except (FileNotFoundError, AdapterFileError) as caught:
-            error = caught
-        if read(folder, CONFIG) == raw and not isinstance(error, FileNotFoundError):
-            break
+    with locked(folder, shared=True):
+        for _ in range(_READS):  # where there are no locks, a writer may switch the files while we read
+            raw = read(folder, CONFIG)
+            try:
+                tensors, error = _read_weights(folder, expected(_parse(folder, raw))), None
+            except (FileNotFoundError, AdapterFileError) as caught:
+                error = caught
+            if read(folder, CONFIG) == raw and not isinstance(error, FileNotFoundError):
+                break
     if error:
         raise error
     return tensors

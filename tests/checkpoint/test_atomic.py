@@ -149,9 +149,10 @@ def test_killed_at_any_point_the_folder_loads(tmp_path, mode):
 def test_reading_while_another_process_writes(tmp_path):
     process = writer(tmp_path, "on")
     assert process.stdout.readline() == "ready\n"
-    seen, deadline = set(), time.monotonic() + 60
-    while len(seen) < 5:
+    seen, reads, deadline = set(), 0, time.monotonic() + 60
+    while len(seen) < 5 or reads < 100:
         seen.add(consistent(tmp_path))
+        reads += 1
         assert time.monotonic() < deadline
     process.kill()
     process.wait()
