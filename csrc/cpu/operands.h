@@ -166,7 +166,8 @@ inline Broadcast<Unit> feature_tile(const T* x, int64_t ld, int64_t t, int64_t r
                                     Unit* tile) {
   constexpr bool own = std::is_same_v<Unit, float> ? std::is_same_v<T, float> : std::is_same_v<T, bf16>;
   if constexpr (own) {
-    if (!mask.bits && cols % terms<Unit> == 0 && ld % terms<Unit> == 0)
+    const bool aligned = reinterpret_cast<uintptr_t>(x + t * ld + k) % alignof(Unit) == 0;  // a view may start between pairs
+    if (!mask.bits && aligned && cols % terms<Unit> == 0 && ld % terms<Unit> == 0)
       return {reinterpret_cast<const Unit*>(x + t * ld + k), ld / terms<Unit>, 1};
   }
   const int64_t row = round_up(cols, VL);

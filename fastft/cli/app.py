@@ -103,7 +103,7 @@ class _friendly:
         return self
 
     def __exit__(self, kind, error, traceback):
-        if isinstance(error, UserError):
+        if isinstance(error, (UserError, OSError)):  # an OSError names the file, and what the system said
             typer.echo(f"fastft: {error}", err=True)
             raise typer.Exit(2) from None
         if isinstance(error, KeyboardInterrupt):

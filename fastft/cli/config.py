@@ -85,8 +85,8 @@ class TrainConfig:
 
     def targets(self) -> str | list[str]:
         """`target_modules` as fastft.LoRA takes it: names become a list; else "all-linear" or a regular expression."""
-        if self.target_modules != "all-linear" and re.fullmatch(r"[\w.]+(,[\w.]+)*", self.target_modules):
-            return self.target_modules.split(",")
+        if self.target_modules != "all-linear" and re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", self.target_modules):
+            return [name.strip() for name in self.target_modules.split(",")]
         return self.target_modules
 
     def save(self, path: str | os.PathLike) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import random
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ def read_jsonl(path: str) -> list[Record]:
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if number == 1 and line.lstrip().startswith(b"["):
+                    raise UserError(f"data {path} is a JSON array; write one object a line (JSON lines)")
                 if line.strip():
                     records.append(_parse(line, f"{path}:{number}"))
     except OSError as error:

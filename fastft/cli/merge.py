@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import shutil
 import tempfile
@@ -12,6 +13,9 @@ from .errors import UserError
 from .loading import load
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# What a transformers checkpoint consists of; a folder with anything else is not ours to replace.
+CHECKPOINT = ("config.json", "generation_config.json", "model*.safetensors*", "tokenizer*", "special_tokens_map.json")
+CHECKPOINT += ("added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*", "additional_chat_templates")
 
 
 def run(model: str, adapter: str, out: str, dtype: str = "auto", overwrite: bool = False) -> None:
@@ -27,8 +31,12 @@ def run(model: str, adapter: str, out: str, dtype: str = "auto", overwrite: bool
     target = Path(out).expanduser()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())) and not overwrite:
         raise UserError(f"out {out} exists; use --overwrite to replace it, or another folder")
-    if target.exists() and overwrite and not (target / "config.json").is_file():
-        raise UserError(f"out {out} is no checkpoint, so --overwrite leaves it alone")
+    for option, path in (("model", model), ("adapter", adapter)):
+        source = Path(path).expanduser()
+        if source.exists() and target.resolve() in (source.resolve(), *source.resolve().parents):
+            raise UserError(f"out {out} is or contains the {option} {path}; choose another folder")
+    if target.exists() and overwrite:
+        _check_replaceable(target)
     if not current(Path(adapter).expanduser(), "adapter_config.json").is_file():
         raise UserError(f"adapter {adapter}: no adapter_config.json there")
 
@@ -55,6 +63,15 @@ def run(model: str, adapter: str, out: str, dtype: str = "auto", overwrite: bool
                 os.fsync(written.fileno())
         _replace(new, target, Path(folder) / "old")
     print(f"{target}: plain {type(merged).__name__} checkpoint, {merged.dtype}")
+
+
+def _check_replaceable(target: Path) -> None:
+    if not (target / "config.json").is_file():
+        raise UserError(f"out {target} is no checkpoint, so --overwrite leaves it alone")
+    others = [p.name for p in target.iterdir() if not any(fnmatch.fnmatch(p.name, known) for known in CHECKPOINT)]
+    if others:
+        shown = ", ".join(sorted(others)[:5])
+        raise UserError(f"out {target} holds more than a checkpoint ({shown}), so --overwrite leaves it alone")
 
 
 def _replace(new: Path, target: Path, aside: Path) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.files import WEIGHTS
 from .config import TrainConfig, make_config
 from .data import Record, Tokenized, read_jsonl, split, tokenize
 from .errors import UserError
 from .loading import load
 
-WRITTEN = ("adapter", "config.yaml", "summary.json", "loss.png")  # besides checkpoint-N
+WRITTEN = ("config.yaml", "summary.json", "loss.png")  # besides adapter/ and checkpoint-N/
 # Options that may differ between a run and its continuation.
 RESUMABLE = {"epochs", "max_steps", "log_steps", "eval_steps", "save_steps", "keep_checkpoints", "device"}
 
@@ -28,8 +31,12 @@ def run(
     """
     # Quick checks before slow imports and downloads.
     out = Path(config.out).expanduser()
-    if not dry_run:
+    try:
         _check_out(out, resume, overwrite)
+    except UserError as error:
+        if not dry_run:
+            raise
+        print(f"note: the run itself will be refused: {error}")
     records, held_out = _records(config)
     tokenizer = load("AutoTokenizer", config.model)
     train_rows = tokenize(records, tokenizer, config.max_length, config.packing)
@@ -88,15 +95,32 @@ def _check_out(out: Path, resume: bool, overwrite: bool) -> None:
         raise UserError(
             f"out {out} is not empty; use --resume to continue its run, --overwrite to replace it, or another folder"
         )
+    if any(True for _ in _of_a_run(out)) and not _is_run(out):
+        raise UserError(f"out {out} holds files named like a run's but no run's config.yaml, so --overwrite leaves it alone")
+
+
+def _of_a_run(out: Path) -> Iterator[Path]:
+    """What a run writes, as far as it is there."""
+    files = [out / name for name in WRITTEN] + [out / "adapter" / name for name in ("adapter_config.json", WEIGHTS)]
+    yield from (path for path in files if path.is_file())
+    yield from (path for path in out.glob("checkpoint-*") if path.name[11:].isdigit() and path.is_dir())
+
+
+def _is_run(out: Path) -> bool:
+    try:
+        make_config({}, str(out / "config.yaml"))
+    except UserError:
+        return False
+    return True
 
 
 def _clear(out: Path) -> None:
     """Remove an earlier run; files that are not a run's stay."""
-    for path in [*(out / name for name in WRITTEN), *out.glob("checkpoint-*")]:
+    for path in list(_of_a_run(out)):
         if path.is_dir():
             shutil.rmtree(path)
         else:
-            path.unlink(missing_ok=True)
+            path.unlink()
 
 
 def _records(config: TrainConfig) -> tuple[list[Record], list[Record]]:
@@ -227,7 +251,9 @@ def _train(
     try:
         if checkpoint and int(checkpoint.name.removeprefix("checkpoint-")) >= steps:
             print(f"{checkpoint} is the run's end; more --max-steps or --epochs would continue it")
-            finish(trainer, checkpoint)
+            if (out / "summary.json").is_file() and (out / "adapter" / WEIGHTS).is_file():
+                return json.loads((out / "summary.json").read_text(encoding="utf-8"))
+            finish(trainer, checkpoint)  # killed between the last step and the summary
         else:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except FloatingPointError as error:

@@ -157,6 +157,8 @@ def load(model: nn.Module, directory, adapter_name: str = "default") -> Handle:
 
 
 def _plain_model(model):
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model must be an nn.Module, not {type(model).__name__}")
     return getattr(model, "_orig_mod", model)  # torch.compile's wrapper
 
 

@@ -7,6 +7,7 @@
 * Any torch optimizer over `parameters()` works.
 """
 
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +32,12 @@ def _note_update(optimizer, args, kwargs) -> None:
     for handle in list(_handles):
         first = next(handle.parameters(), None) if handle.attached else None
         if first is not None and any(p is first for group in optimizer.param_groups for p in group["params"]):
-            handle._updated = True
+            if handle.merged and first.grad is not None:
+                raise RuntimeError(
+                    f"an optimizer updated adapter {handle.name!r} while it is merged: forwards use the weights from "
+                    "before, and no gradient reaches it; unmerge() before training"
+                )
+            handle._updated = handle._ever_updated = True
 
 
 register_optimizer_step_post_hook(_note_update)
@@ -64,6 +70,7 @@ class Handle:
         self._matched = matched
         self._adapter = adapter
         self._updated = False  # by an optimizer, since the last step()
+        self._ever_updated = False
         _handles.add(self)
 
     def __setstate__(self, state):  # a deep copy
@@ -71,7 +78,7 @@ class Handle:
         _handles.add(self)
 
     def __repr__(self):
-        state = "active" if self._adapter.active else "inactive"
+        state = "detached" if not self.attached else "active" if self._adapter.active else "inactive"
         return f"<{type(self.method).__name__} adapter {self.name!r} on {len(self.targets)} modules, {state}>"
 
     @property
@@ -109,6 +116,12 @@ class Handle:
         if self._updated:
             self._updated = False
             self.method.after_update(self)
+        elif not self._ever_updated and any(p.grad is not None for p in self.parameters()):
+            warnings.warn(
+                f"adapter {self.name!r} has gradients, but no optimizer that holds its parameters has made a step; "
+                "use handle.optimizer(), or make yours over handle.parameters() after attach",
+                stacklevel=2,
+            )
 
     def callback(self):
         """A transformers `TrainerCallback`: checks what is trained, runs `step`, saves the adapter with checkpoints."""
@@ -139,7 +152,10 @@ class Handle:
     # ---- merging
 
     def merge(self) -> None:
-        """Add the delta (computed in float32, rounded once) to the weights. Copies trained in full stay beside them."""
+        """Add the delta (computed in float32, rounded once) to the weights. Copies trained in full stay beside them.
+
+        A merged adapter gets no gradients; `unmerge` before training on.
+        """
         self._attached()
         self._refuse_tied("merge", [f"{path}.weight" for path in self.targets])
         for module in self.targets.values():

@@ -63,6 +63,10 @@ class LoRA(Method):
                 raise ValueError(f"{key}={alpha!r}; it must be a finite number")
         for key in (*self.rank_pattern, *self.alpha_pattern):
             check_pattern("rank_pattern, alpha_pattern", key)
+        if not isinstance(self.use_rslora, bool):
+            raise TypeError(f"use_rslora={self.use_rslora!r}; it must be True or False")
+        if not isinstance(self.lora_dropout, (int, float)):
+            raise TypeError(f"lora_dropout={self.lora_dropout!r}; it must be a number")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout={self.lora_dropout}; it must lie in [0, 1)")
         if self.init_lora_weights not in INITIALISATIONS:

@@ -52,8 +52,14 @@ class TargetOptions:
             value = getattr(self, name)
             if isinstance(value, str) and name != "modules_to_save":
                 check_pattern(name, value)
-            elif value is not None and (isinstance(value, str) or not all(isinstance(entry, str) for entry in value)):
+            elif value is not None and not (
+                isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(entry, str) for entry in value)
+            ):
                 raise TypeError(f"{name} is {value!r}; it must be a list of module names")
+        layers = self.layers_to_transform
+        for layer in layers if isinstance(layers, (list, tuple, set, range)) else () if layers is None else (layers,):
+            if not isinstance(layer, int):
+                raise TypeError(f"layers_to_transform is {layers!r}; it must be a layer's number or a list of them")
         if isinstance(self.target_modules, str) and (self.layers_to_transform is not None or self.layers_pattern):
             raise ValueError("layers_to_transform and layers_pattern need target_modules as a list, not a string")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -102,6 +108,12 @@ def match(model: nn.Module, options: TargetOptions, *, lenient: bool = False) ->
     _check_entries(modules, targets, names, saved, options, lenient)
     for name in names:
         _check_target(name, modules[name])
+        parent = modules.get(name.rpartition(".")[0])
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            raise ValueError(
+                f"{name!r} belongs to an nn.TransformerEncoderLayer, which in evaluation reads the weight without calling "
+                "the layer, so that an adapter on it would be passed over; exclude it with exclude_modules"
+            )
     selected = {name: modules[name] for name in names}
     matched = Matched(selected, _copied_tensors(modules, selected, saved, options.bias))
     if not (options.allow_tied_weights or lenient):
@@ -217,13 +229,22 @@ def _check_entries(modules, targets, names, saved, options, lenient):
         choosing = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
         given = {key: value for key in choosing if (value := getattr(options, key)) is not None}
         near = _near(targets, known) if isinstance(targets, str) else ""
-        raise ValueError(f"no module matches {given}{near}; the model's modules are named like {_some(known)}")
+        hint = ""
+        if isinstance(options.target_modules, str) and _suffix_matches(options.target_modules, known):
+            hint = (
+                f"; a string is a regular expression for the whole name: write target_modules=[{options.target_modules!r}]"
+            )
+        raise ValueError(f"no module matches {given}{hint or near}; the model's modules are named like {_some(known)}")
     excluded = options.exclude_modules
     if excluded and not any(_excluded(name, excluded) for name in known):
         warnings.warn(f"exclude_modules={excluded!r} excludes nothing", stacklevel=4)
     both = [name for name in names if any(name == s or name.startswith(s + ".") for s in saved)]
     if both:
         raise ValueError(f"both target_modules and modules_to_save match {both[:5]}; write longer names to tell them apart")
+
+
+def _suffix_matches(entry: str, known) -> bool:
+    return any(name == entry or name.endswith(f".{entry}") for name in known)
 
 
 def _near(entry: str, known) -> str:

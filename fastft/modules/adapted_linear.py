@@ -99,11 +99,20 @@ def _adapted_class(cls: type) -> type:
     return type(f"Adapted{cls.__name__}", (mixin, cls), {"plain": cls, "fan_in_fan_out": bool(fan_in_fan_out)})
 
 
+def _empty(plain: type) -> nn.Module:
+    cls = _adapted_class(plain)
+    return cls.__new__(cls)
+
+
 class Adapted(nn.Module):
     """Mixed into the class of any module of which adapters train some own tensors in full."""
 
     plain: type
     holders = ("modules_to_save",)
+
+    def __reduce_ex__(self, protocol):
+        # Pickle finds classes by name, and these are made at run time.
+        return _empty, (self.plain,), self.__dict__
 
     def add_copies(self, adapter: Adapter, tensors: dict[str, torch.Tensor]) -> None:
         """Own tensors by name (parameters, persistent buffers) that `adapter` replaces by trained copies."""

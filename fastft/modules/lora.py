@@ -62,10 +62,13 @@ class LoRALinear(nn.Linear):
         """Wrap a linear layer; its weight and bias Parameters are shared, not copied, and become frozen.
 
         Raises:
-            TypeError: `linear` is not an `nn.Linear`.
+            TypeError: `linear` is not exactly an `nn.Linear`: a subclass may hold more than a weight and a bias
+                (another adapter, a parametrisation), or be read by its owner without a call (`nn.MultiheadAttention`).
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"from_linear takes an nn.Linear, not {type(linear).__name__}")
+        if type(linear) is not nn.Linear:
+            raise TypeError(
+                f"from_linear takes an nn.Linear itself, not {type(linear).__module__}.{type(linear).__qualname__}"
+            )
         # Built on meta, so that no second weight is ever allocated.
         layer = cls(
             linear.in_features,
@@ -113,15 +116,17 @@ class LoRALinear(nn.Linear):
         """Fold the low-rank term into `weight`: formed in float32 and rounded once. Merging twice does nothing.
 
         Raises:
-            ValueError: the term is not finite.
+            ValueError: the adapter is not finite.
         """
         if self.merged:
             return
-        delta = self.scaling * (self.lora_B.float() @ self.lora_A.float())
-        if not delta.isfinite().all():
-            raise ValueError("the low-rank term holds NaN or infinity; nothing was merged")
+        if not (self.lora_A.isfinite().all() and self.lora_B.isfinite().all()):
+            raise ValueError("the adapter holds NaN or infinity; nothing was merged")
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        total = self.weight.to(dtype, copy=True)
+        total.addmm_(self.lora_B.to(dtype), self.lora_A.to(dtype), alpha=self.scaling)
         self._pristine = self.weight.detach().clone()
-        self.weight.copy_((self.weight.float() + delta).to(self.weight.dtype))
+        self.weight.copy_(total)
 
     @torch.no_grad()
     def unmerge(self):

@@ -133,19 +133,18 @@ def _rows(t, features):
 
 
 class _LoRALinear(torch.autograd.Function):
-    """The adapted linear as one node: what backward needs of the adapter is S and the packed mask."""
+    """The adapted linear as one node on rows x [T, K]: what backward needs of the adapter is S and the packed mask."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scale, p, seed):
-        rows = _rows(x, weight.shape[1])
-        y = F.linear(rows, weight, bias)
-        s, mask = lora_shrink(rows, a, p, seed)
+        y = F.linear(x, weight, bias)
+        s, mask = lora_shrink(x, a, p, seed)
         lora_expand_(y, s, b, scale)
         ctx.scope = None if torch.compiler.is_compiling() else Scope()
-        ctx.scale, ctx.p, ctx.shape = scale, p, x.shape
+        ctx.scale, ctx.p = scale, p
         keep_x = ctx.needs_input_grad[3] or ctx.needs_input_grad[1]
-        ctx.save_for_backward(rows if keep_x else None, weight, a, b, s, mask)
-        return y.view(*x.shape[:-1], weight.shape[0])
+        ctx.save_for_backward(x if keep_x else None, weight, a, b, s, mask)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -159,7 +158,7 @@ class _LoRALinear(torch.autograd.Function):
 def _linear_backward(ctx, dy):
     x, weight, a, b, s, mask = ctx.saved_tensors
     need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
-    dy = _rows(dy, weight.shape[0])
+    dy = dy.contiguous()
     dx = dw = dbias = None
     if need_x:
         dx = dy @ weight
@@ -168,7 +167,7 @@ def _linear_backward(ctx, dy):
     if need_bias:
         dbias = dy.sum(0)
     da, db = _adapter_backward(dy, x, a, b, s, mask, ctx.scale, ctx.p, dx, need_a, need_b)
-    return dx.view(ctx.shape) if need_x else None, dw, dbias, da, db, None, None, None
+    return dx, dw, dbias, da, db, None, None, None
 
 
 def _adapter_backward(dy, x, a, b, s, mask, scale, p, dx, need_a, need_b):
@@ -240,7 +239,9 @@ def lora_linear(x, weight, bias, lora_A, lora_B, scale=1.0, p=0.0, *, fan_in_fan
     _check(x, weight.shape, lora_A, lora_B, p)
     if weight.dtype != x.dtype:
         raise TypeError(f"lora_linear: x is {x.dtype} but weight is {weight.dtype}; cast one, or use torch.autocast")
-    return _LoRALinear.apply(x, weight, bias, lora_A, lora_B, float(scale), float(p), _seed(x, p))
+    # Reshaped out here: what an autograd.Function returns as a view can't be changed in place (nn.ReLU(inplace=True)).
+    y = _LoRALinear.apply(_rows(x, x.shape[-1]), weight, bias, lora_A, lora_B, float(scale), float(p), _seed(x, p))
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def lora_update(y, x, lora_A, lora_B, scale=1.0, p=0.0):
@@ -267,16 +268,16 @@ def _seed(x, p):
 def _autocast(x, weight, bias, a, b):
     """What autocast does to `F.linear`: everything 16-bit, except float32 adapters, which kernels read as they are."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return x, weight, bias, a, b
     dtype = torch.get_autocast_dtype(kind)
-    keep = (dtype, torch.float32)
+
+    def cast(t, *kept):
+        return t if t is None or t.dtype in kept or not t.is_floating_point() else t.to(dtype)
+
     return (
-        x.to(dtype),
-        weight.to(dtype),
-        None if bias is None else bias.to(dtype),
-        a if a.dtype in keep else a.to(dtype),
-        b if b.dtype in keep else b.to(dtype),
+        *(cast(t, torch.float64) for t in (x, weight, bias)),
+        *(cast(t, torch.float64, torch.float32) for t in (a, b)),
     )
 
 

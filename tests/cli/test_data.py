@@ -125,3 +125,12 @@ def test_split_is_deterministic_and_disjoint():
     assert len(split(records[:2], 0.001, seed=3)[1]) == 1
     with pytest.raises(UserError, match="--eval-fraction 0"):
         split(records[:1], 0.5, seed=3)
+
+
+def test_a_byte_order_mark_is_skipped_and_an_array_is_named(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "caf\xc3\xa9"}\n')
+    assert [record.fields["text"] for record in read_jsonl(str(path))] == ["café"]
+    path.write_text('[{"text": "a"},\n {"text": "b"}]')
+    with pytest.raises(UserError, match="is a JSON array; write one object a line"):
+        read_jsonl(str(path))

@@ -1,5 +1,7 @@
 """`fastft merge`: a plain checkpoint with the attached model's logits, or an explanation and nothing written."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -47,9 +49,20 @@ def test_dtype_and_overwrite(tiny_model, trained, tmp_path, fastft_command):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").dtype == torch.bfloat16
     again = fastft_command(*command)
     assert again.exit_code == 2 and "exists; use --overwrite" in again.stderr
-    (tmp_path / "merged" / "stale.txt").write_text("old")
     assert fastft_command(*command, "--overwrite").exit_code == 0
-    assert not (tmp_path / "merged" / "stale.txt").exists() and [p.name for p in tmp_path.iterdir()] == ["merged"]
+    assert [p.name for p in tmp_path.iterdir()] == ["merged"]
+    (tmp_path / "merged" / "notes.txt").write_text("mine")
+    refused = fastft_command(*command, "--overwrite")
+    assert refused.exit_code == 2 and "holds more than a checkpoint (notes.txt)" in refused.stderr
+    assert (tmp_path / "merged" / "notes.txt").read_text() == "mine"
+
+
+def test_merging_into_the_model_or_the_adapter_is_refused(tiny_model, trained, fastft_command):
+    adapter, _ = trained
+    for out, what in ((tiny_model, "model"), (Path(tiny_model).parent, "model"), (adapter, "adapter")):
+        command = ["merge", "--model", tiny_model, "--adapter", adapter, "--out", out, "--overwrite"]
+        result = fastft_command(*command)
+        assert result.exit_code == 2 and f"is or contains the {what}" in result.stderr
 
 
 def test_wrong_input_is_explained_and_writes_nothing(tiny_model, trained, tmp_path, fastft_command):

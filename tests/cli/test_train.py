@@ -228,10 +228,30 @@ def test_an_output_folder_in_use(tiny_model, text_data, tmp_path, fastft_command
     assert result.exit_code == 2 and "is not empty; use --resume" in result.stderr
     result = fastft_command("train", *options, "--resume")
     assert result.exit_code == 2 and "no complete checkpoint" in result.stderr
+    result = fastft_command("train", *options, "--overwrite")
+    assert result.exit_code == 2 and "no run's config.yaml" in result.stderr and (out / "checkpoint-9").exists()
+    (out / "config.yaml").write_text(yaml.safe_dump({"model": "m", "data": "d", "out": "o"}))
+    (out / "adapter").mkdir()
+    (out / "adapter" / "mine.txt").write_text("keep")
+    result = fastft_command("train", *options, "--dry-run")
+    assert result.exit_code == 0 and "will be refused" in result.stdout
     result = fastft_command("train", *options, "--overwrite", "--target-modules", "q_prok")
     assert result.exit_code == 2 and (out / "checkpoint-9").exists()  # a wrong option costs no earlier run
     assert fastft_command("train", *options, "--overwrite").exit_code == 0
-    assert (out / "mine.txt").read_text() == "keep" and not (out / "checkpoint-9").exists()
+    assert (out / "mine.txt").read_text() == "keep" == (out / "adapter" / "mine.txt").read_text()
+    assert not (out / "checkpoint-9").exists()
+
+
+def test_a_path_that_cannot_be_written_is_one_line(tiny_model, text_data, fastft_command):
+    result = fastft_command("train", "--model", tiny_model, "--data", text_data, "--out", "/proc/x", *SMALL)
+    assert result.exit_code == 2 and "/proc/x" in result.stderr and "Traceback" not in result.output
+
+
+def test_resuming_a_whole_run_leaves_its_summary(straight, tmp_path, fastft_command):
+    out, _, _ = straight
+    shutil.copytree(out, tmp_path / "out")
+    assert fastft_command("train", "--resume", "--out", tmp_path / "out").exit_code == 0
+    assert (tmp_path / "out" / "summary.json").read_bytes() == (out / "summary.json").read_bytes()
 
 
 def test_unknown_key_in_a_config_file(tiny_model, tmp_path, fastft_command):

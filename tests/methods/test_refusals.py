@@ -23,6 +23,10 @@ from .models import assert_same, attached, llama, randomize, snapshot
         ({"target_modules": ["embed_tokens"]}, "Embedding"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["lm_heed"]}, "'lm_heed'; near matches: 'lm_head'"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["proj"]}, "both target_modules and modules_to_save"),
+        (
+            {"target_modules": "q_proj"},
+            r"a string is a regular expression .*write target_modules=\['q_proj'\]",
+        ),
         ({"target_modules": ["q_proj"], "adapter_dtype": torch.bfloat16}, "bfloat16 on the torch.float32 weight"),
     ],
 )
@@ -32,6 +36,33 @@ def test_refusals_leave_the_model_alone(options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         fastft.attach(model, fastft.LoRA(**options))
     assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": 3}, "target_modules is 3"),
+        ({"lora_dropout": "0.1"}, "lora_dropout='0.1'"),
+        ({"use_rslora": "no"}, "use_rslora='no'"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": "0"}, "layers_to_transform is '0'"),
+    ],
+)
+def test_options_of_the_wrong_type(options, message):
+    with pytest.raises(TypeError, match=message):
+        fastft.LoRA(**options)
+
+
+def test_a_model_is_a_module():
+    with pytest.raises(TypeError, match="must be an nn.Module, not str"):
+        fastft.attach("llama", fastft.LoRA(target_modules=["q_proj"]))
+    with pytest.raises(TypeError, match="must be an nn.Module, not str"):
+        fastft.load("llama", ".")
+
+
+def test_layers_that_their_owner_reads_without_a_call():
+    model = nn.TransformerEncoderLayer(8, 2, 16)
+    with pytest.raises(ValueError, match="'linear1' belongs to an nn.TransformerEncoderLayer"):
+        fastft.attach(model, fastft.LoRA(target_modules=["linear1"]))
 
 
 def test_refused_modules():

@@ -177,3 +177,34 @@ def test_trainer_that_forgot_the_adapter(tmp_path):
     )
     with pytest.raises(RuntimeError, match=r"4 parameters of adapter 'default' are not in the optimizer"):
         trainer.train()
+
+
+def test_an_update_while_merged_is_refused():
+    handle = attached(llama())
+    optimizer = handle.optimizer(lr=0.1)
+    for parameter in handle.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    handle.merge()
+    with pytest.raises(RuntimeError, match="while it is merged.*unmerge"):
+        optimizer.step()
+
+
+def test_an_optimizer_without_the_adapter_is_noticed():
+    model = llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # made before attach: it holds no adapter
+    handle = fastft.attach(model, fastft.LoRA(r=2, target_modules=["q_proj"]))
+    model(X).logits.sum().backward()
+    optimizer.step()
+    with pytest.warns(UserWarning, match="no optimizer that holds its parameters"):
+        handle.step()
+
+
+def test_pickling_an_attached_model():
+    import pickle
+
+    model = llama()
+    attached(model)
+    twin = pickle.loads(pickle.dumps(model))
+    assert torch.equal(logits(twin), logits(model))
+    handles(twin)["default"].merge()
+    torch.testing.assert_close(logits(twin), logits(model))

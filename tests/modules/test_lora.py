@@ -71,7 +71,7 @@ def test_from_linear_shares_the_base():
     x = torch.randn(3, 24, dtype=torch.bfloat16)
     assert torch.equal(layer(x), linear(x)) and not linear.weight.requires_grad
     assert fastft.LoRALinear.from_linear(nn.Linear(3, 3, bias=False)).bias is None
-    with pytest.raises(TypeError, match="not Embedding"):
+    with pytest.raises(TypeError, match="Embedding"):
         fastft.LoRALinear.from_linear(nn.Embedding(3, 3))
 
 
@@ -94,6 +94,25 @@ def test_merge_is_rounded_once_and_unmerge_is_bit_exact(dtype):
         layer.unmerge()
         layer.unmerge()
         assert torch.equal(layer.weight.view(torch.uint8), base.view(torch.uint8))
+
+
+def test_merge_is_exact_under_autocast_and_in_float64():
+    for dtype in (torch.float32, torch.float64):
+        layer, other = trained(dtype), trained(dtype)
+        exact = layer.weight.double() + 2.0 * layer.lora_B.double() @ layer.lora_A.double()
+        with torch.autocast("cpu", torch.bfloat16):
+            layer.merge()
+        other.merge()
+        assert torch.equal(layer.weight, other.weight)
+        assert (layer.weight.double() - exact).abs().max() < (1e-14 if dtype == torch.float64 else 1e-5)
+
+
+def test_from_linear_takes_only_what_a_linear_is():
+    attention = nn.MultiheadAttention(8, 2)
+    parametrised = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    for module in (trained(), attention.out_proj, parametrised):
+        with pytest.raises(TypeError, match="takes an nn.Linear itself, not"):
+            fastft.LoRALinear.from_linear(module)
 
 
 def test_merging_non_finite_adapters_is_refused():

@@ -245,6 +245,26 @@ def test_compiles_into_one_graph(backend, p):
             torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-5)
 
 
+def test_the_output_can_be_changed_in_place():
+    for t in ((6,), (2, 3)):
+        x, w, bias, a, b = layer(t)
+        dy = torch.ones(*t, 24)
+        got = grads(lambda *i: F.relu(lora_linear(*i), inplace=True), (x, w, bias, a, b), dy)
+        want = grads(lambda *i: F.relu(lora_linear(*i)), (x, w, bias, a, b), dy)
+        assert all(torch.equal(g, e) for g, e in zip(got, want))
+
+
+def test_activations_that_start_between_two_pairs():
+    x, w, bias, a, b = layer(act=BF16, adapter=BF16)
+    moved = torch.empty(x.numel() + 1, dtype=BF16)[1:].view(x.shape).copy_(x.detach())
+    assert torch.equal(lora_linear(moved, w, bias, a, b), lora_linear(x.detach().clone(), w, bias, a, b))
+
+
+def test_meta_tensors_have_shapes():
+    x, w, bias, a, b = (t.to("meta") for t in layer((2, 3)))
+    assert lora_linear(x, w, bias, a, b).shape == (2, 3, 24)
+
+
 def test_opcheck():
     x, _, _, a, b = (t.detach() for t in layer())
     seed, y = torch.tensor([5]), torch.randn(6, 24)
@@ -272,6 +292,15 @@ def test_autocast(dtype):
     assert x.grad.dtype == a.grad.dtype == b.grad.dtype == F32, "gradients have their parameters' dtypes"
     exact = composition(*(i.double() for i in (x, w, bias, a, b)), 0.5)
     assert (y - exact).norm() <= 1.5 * (plain - exact).norm()
+
+
+def test_autocast_leaves_float64_and_integers_as_linear_does():
+    with torch.autocast("cpu", BF16), fastft.testing.use("reference"):
+        x, w, bias, a, b = layer(act=F64, adapter=F64)
+        assert lora_linear(x, w, bias, a, b).dtype == F64 == F.linear(x, w, bias).dtype
+        x, w, bias, a, b = layer()
+        with pytest.raises(TypeError, match="x is|adapters|both must"):
+            lora_linear(torch.ones(6, 40, dtype=torch.int64), w, bias, a, b)
 
 
 def test_wrong_inputs_are_refused():
