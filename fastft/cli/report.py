@@ -12,7 +12,7 @@ from typing import Any
 
 
 def summarize(config, trainer, speed, handle, model, train_rows, eval_rows) -> dict[str, Any]:
-    """The run as plain values for JSON. Seconds and tokens/s are of this session (after --resume: since then)."""
+    """The run as plain values for JSON. Seconds and tokens/s are of this process (after --resume: since then)."""
     import torch
 
     import fastft

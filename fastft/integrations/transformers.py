@@ -136,7 +136,7 @@ def make_trainer(model, handle, arguments, train_rows, eval_rows=(), *, pad_toke
 def progress(trainer) -> Any:
     """Replace `trainer`'s progress bar by one with loss, tokens/s, peak memory (plain lines when stderr is no terminal).
 
-    The returned callback has `tokens_per_second` and `seconds` (of training, without evaluations) of this session.
+    The returned callback has `tokens_per_second` and `seconds` (of training, without evaluations) of this process.
 
     Raises (from `trainer.train`):
         FloatingPointError: the training loss is not finite.
