@@ -140,7 +140,7 @@ class _LoRALinear(torch.autograd.Function):
         y = F.linear(x, weight, bias)
         s, mask = lora_shrink(x, a, p, seed)
         lora_expand_(y, s, b, scale)
-        ctx.scope = None if torch.compiler.is_compiling() else Scope()
+        ctx.scope = Scope.captured()
         ctx.scale, ctx.p = scale, p
         keep_x = ctx.needs_input_grad[3] or ctx.needs_input_grad[1]
         ctx.save_for_backward(x if keep_x else None, weight, a, b, s, mask)
@@ -149,10 +149,7 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        if ctx.scope is None:
-            return _linear_backward(ctx, dy)
-        with ctx.scope.entered():
-            return _linear_backward(ctx, dy)
+        return Scope.run(ctx.scope, _linear_backward, ctx, dy)
 
 
 def _linear_backward(ctx, dy):
@@ -191,7 +188,7 @@ class _LoRAUpdate(torch.autograd.Function):
         out = y.clone(memory_format=torch.contiguous_format)
         s, mask = lora_shrink(rows, a, p, seed)
         lora_expand_(out.view(rows.shape[0], b.shape[0]), s, b, scale)
-        ctx.scope = None if torch.compiler.is_compiling() else Scope()
+        ctx.scope = Scope.captured()
         ctx.scale, ctx.p, ctx.shape = scale, p, x.shape
         ctx.save_for_backward(rows if ctx.needs_input_grad[2] else None, a, b, s, mask)
         return out
@@ -199,10 +196,7 @@ class _LoRAUpdate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        if ctx.scope is None:
-            return _update_backward(ctx, dy)
-        with ctx.scope.entered():
-            return _update_backward(ctx, dy)
+        return Scope.run(ctx.scope, _update_backward, ctx, dy)
 
 
 def _update_backward(ctx, dy):

@@ -230,6 +230,19 @@ class Scope:
 
     __slots__ = ("calls", "forced")
 
+    @staticmethod
+    def captured():
+        """The present scope, for `ctx`; None while torch.compile traces, where a graph is not bound to one."""
+        return None if torch.compiler.is_compiling() else Scope()
+
+    @staticmethod
+    def run(scope, function, *args):
+        """function(*args) inside what `captured` returned."""
+        if scope is None:
+            return function(*args)
+        with scope.entered():
+            return function(*args)
+
     def __init__(self, forced=None, calls=None):
         self.forced = _forced.get() if forced is None else forced
         self.calls = _calls.get() if calls is None else calls

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 import fastft
 from fastft.integrations.transformers import collate, last_checkpoint, make_trainer, progress
+from tests.methods.models import llama
 
 transformers = pytest.importorskip("transformers")
 
@@ -15,21 +16,7 @@ ROWS = [{"input_ids": ids, "labels": ids} for i in range(10) for ids in [random.
 
 
 def make_model():
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=50,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=32,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-    )
+    model = llama(pad_token_id=0)
     torch.manual_seed(1)
     return model, fastft.attach(model, fastft.LoRA(r=4, lora_alpha=8, lora_dropout=0.2, target_modules="all-linear"))
 
