@@ -35,9 +35,9 @@ inline std::string shape_text(const Tensor& t) {
 
 enum class Where { cpu, cuda };
 
-// One argument: on the device the kernel runs on, of one of `dtypes`, of shape `sizes`, contiguous. Errors name the op.
-inline void check(const char* op, const char* name, const Tensor& t, Where where, std::initializer_list<ScalarType> dtypes,
-                  std::initializer_list<int64_t> sizes) {
+// One argument: on the device the kernel runs on, of one of `dtypes`, of shape `sizes`. Errors name the op.
+inline void check_kind(const char* op, const char* name, const Tensor& t, Where where,
+                       std::initializer_list<ScalarType> dtypes, std::initializer_list<int64_t> sizes) {
   STD_TORCH_CHECK(where == Where::cuda ? t.is_cuda() : t.is_cpu(), op, ": ", name, " must be on the ",
                   where == Where::cuda ? "CUDA device" : "CPU");
   bool known = false;
@@ -55,7 +55,23 @@ inline void check(const char* op, const char* name, const Tensor& t, Where where
     shape << (axis++ ? ", " : "") << size;
   }
   STD_TORCH_CHECK(fits, op, ": ", name, " has shape ", shape_text(t), ", must be [", shape.str(), "]");
+}
+
+// The same, and contiguous.
+inline void check(const char* op, const char* name, const Tensor& t, Where where, std::initializer_list<ScalarType> dtypes,
+                  std::initializer_list<int64_t> sizes) {
+  check_kind(op, name, t, where, dtypes, sizes);
   STD_TORCH_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous");
+}
+
+// The same for a matrix whose rows may lie apart (columns of a wider one). A stride that no second element follows, or
+// that no element at all has, says nothing.
+inline void check_rows(const char* op, const char* name, const Tensor& t, Where where,
+                       std::initializer_list<ScalarType> dtypes, std::initializer_list<int64_t> sizes) {
+  check_kind(op, name, t, where, dtypes, sizes);
+  STD_TORCH_CHECK(t.numel() == 0 || ((t.size(1) == 1 || t.stride(1) == 1) && (t.size(0) == 1 || t.stride(0) >= t.size(1))),
+                  op, ": ", name, " has strides [", t.stride(0), ", ", t.stride(1),
+                  "], must have contiguous rows that do not overlap");
 }
 
 inline void check_matrix(const char* op, const char* name, const Tensor& t) {
