@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..ops.lora import lora_linear, lora_update
+from ..ops.lora_linear import lora_linear, lora_update
 
 # class (by module and name, so that transformers is not imported) -> is its weight stored [K, N] (fan_in_fan_out)?
 LINEAR_CLASSES = {

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from ..ops.lora import lora_linear
+from ..ops.lora_linear import lora_linear
 
 
 class LoRALinear(nn.Linear):

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastft
 from fastft.ops import lora
-from fastft.ops.lora import lora_linear, lora_update
+from fastft.ops.lora_linear import lora_linear, lora_update
 from tests.golden import assert_close, backends, run_on
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64

@@ -9,7 +9,7 @@ import torch
 
 import fastft
 from fastft.ops import registry
-from fastft.ops.lora import lora_linear
+from fastft.ops.lora_linear import lora_linear
 from fastft.testing import BackendError, Call, FallbackWarning, record, use
 
 F64 = torch.float64
