@@ -1,4 +1,4 @@
-"""The LoRA family: every op on every backend against the formula in float64, and the public functions on top.
+"""The LoRA family: every op on every backend against the formula in float64. Groups are in `test_lora_groups`.
 
 Tolerance (written down once, in `tests/golden.py`): relative Frobenius error <= 1.5x and maximum error <= 2x that of
 the plain PyTorch composition in the same dtypes, or one ulp of the element.
@@ -9,7 +9,7 @@ import torch
 
 import fastft
 from fastft.ops import lora
-from fastft.ops._philox import philox4x32, unpack_mask
+from fastft.ops._philox import dropout_mask, philox4x32, unpack_mask
 from tests.golden import assert_close, backends, plain_product, poisoned, run_on
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -80,8 +80,8 @@ def test_shrink(backend, p):
     for shape, act, adapter, v in each(backend):
         seed = v["seed"] if p else None
         with poisoned():
-            s, mask = lora.lora_shrink(v["x"], v["a"], p, seed)
-        (want, want_mask), (terms, _) = (lora._shrink_reference(d["x"], d["a"], p, seed) for d in double(v))
+            s, mask = lora.lora_shrink(v["x"], v["a"], [shape[3]], p, seed)
+        (want, want_mask), (terms, _) = (lora._shrink_reference(d["x"], d["a"], [shape[3]], p, seed) for d in double(v))
         assert torch.equal(mask, want_mask), "masks are bit-identical on every backend"
         plain = plain_product((v["x"] * keep_factor(mask, shape, p)).to(act).to(adapter), v["a"].t())
         assert s.dtype == F32
@@ -114,8 +114,8 @@ def test_grad_a(backend, p):
     for shape, act, adapter, v in each(backend):
         mask = mask_of(v, p)
         with poisoned():
-            da = lora.lora_grad_a(v["s"], v["x"], v["a"], mask, p)
-        want, terms = (lora._grad_a_reference(d["s"], d["x"], d["a"], mask, p) for d in double(v))
+            da = lora.lora_grad_a(v["s"], v["x"], v["a"], [shape[3]], mask, p)
+        want, terms = (lora._grad_a_reference(d["s"], d["x"], d["a"], [shape[3]], mask, p) for d in double(v))
         plain = plain_product(v["s"].to(adapter).t(), (v["x"] * keep_factor(mask, shape, p)).to(act).to(adapter))
         assert da.dtype == adapter
         assert_close(da, want, plain, terms, f"dA {shape} {act} {adapter}")
@@ -126,23 +126,25 @@ def test_grad_x(backend, p):
     for shape, act, adapter, v in each(backend):
         mask = mask_of(v, p)
         got = v["x"].clone()
-        lora.lora_grad_x_(got, v["s"], v["a"], mask, p)
+        lora.lora_grad_x_(got, v["s"], v["a"], [shape[3]], mask, p)
         factor = keep_factor(mask, shape, p)
         want, terms = (d["x"] + (d["s"] @ d["a"]) * factor for d in double(v))
         plain = (v["x"] + (plain_product(v["s"].to(adapter), v["a"]) * factor).to(act)).to(act)
         assert_close(got, want, plain, terms, f"dX {shape} {act} {adapter}")
         if p:
-            dropped = ~unpack_mask(mask, shape[1])
+            dropped = ~unpack_mask(mask[0], shape[1])
             assert torch.equal(got[dropped], v["x"][dropped]), "a dropped element's dX is untouched"
 
 
 def keep_factor(mask, shape, p):
-    return unpack_mask(mask, shape[1]) / (1 - p) if p else 1.0
+    return unpack_mask(mask[0], shape[1]) / (1 - p) if p else 1.0
 
 
 def mask_of(v, p):
-    t, k = v["x"].shape
-    return lora.dropout_mask(v["seed"], t, k, p) if p else torch.empty(0, dtype=torch.uint8, device=v["x"].device)
+    """The packed masks [G, T, ceil(K/8)] of the seeds [G], as `lora_shrink` returns them."""
+    if not p:
+        return torch.empty(0, dtype=torch.uint8, device=v["x"].device)
+    return torch.stack([dropout_mask(seed, *v["x"].shape, p) for seed in v["seed"].split(1)])
 
 
 @pytest.mark.sanitize
@@ -152,9 +154,9 @@ def test_bitwise_repeatable(backend):
 
     def once():
         return [
-            *lora.lora_shrink(v["x"], v["a"], 0.3, v["seed"]),
+            *lora.lora_shrink(v["x"], v["a"], [16], 0.3, v["seed"]),
             *lora.lora_grad_sb(v["y"], v["s"], v["b"], 0.7),
-            lora.lora_grad_a(v["s"], v["x"], v["a"], mask, 0.3),
+            lora.lora_grad_a(v["s"], v["x"], v["a"], [16], mask, 0.3),
         ]
 
     assert all(torch.equal(g, w) for g, w in zip(once(), once(), strict=True))
@@ -171,7 +173,7 @@ def test_thread_count_changes_no_bit():
             torch.set_num_threads(n)
             with fastft.testing.use("cpu"):
                 results.append(
-                    (*lora.lora_grad_sb(v["y"], v["s"], v["b"], 0.7), lora.lora_shrink(v["x"], v["a"], 0.0, None)[0])
+                    (*lora.lora_grad_sb(v["y"], v["s"], v["b"], 0.7), lora.lora_shrink(v["x"], v["a"], [8], 0.0, None)[0])
                 )
     finally:
         torch.set_num_threads(threads)
@@ -183,8 +185,8 @@ def test_thread_count_changes_no_bit():
 def test_rows_do_not_depend_on_their_neighbours(backend):
     v = inputs((63, 100, 129, 3), F32, F32, backend)
     order = torch.randperm(63, generator=torch.Generator().manual_seed(1)).to(backend)
-    s, _ = lora.lora_shrink(v["x"], v["a"], 0.0, None)
-    shuffled, _ = lora.lora_shrink(v["x"][order].contiguous(), v["a"], 0.0, None)
+    s, _ = lora.lora_shrink(v["x"], v["a"], [3], 0.0, None)
+    shuffled, _ = lora.lora_shrink(v["x"][order].contiguous(), v["a"], [3], 0.0, None)
     assert torch.equal(shuffled, s[order])
 
 
@@ -192,11 +194,11 @@ def test_rows_do_not_depend_on_their_neighbours(backend):
 def test_nan_propagates_and_a_dropped_nan_does_not(backend):
     v = inputs((5, 16, 24, 4), F32, F32, backend)
     v["x"][2, 3] = float("nan")
-    s, _ = lora.lora_shrink(v["x"], v["a"], 0.0, None)
+    s, _ = lora.lora_shrink(v["x"], v["a"], [4], 0.0, None)
     assert s[2].isnan().all() and s[[0, 1, 3, 4]].isfinite().all()
-    everything_dropped, mask = lora.lora_shrink(v["x"], v["a"], 1.0, v["seed"])
+    everything_dropped, mask = lora.lora_shrink(v["x"], v["a"], [4], 1.0, v["seed"])
     assert not mask.any() and torch.equal(everything_dropped, torch.zeros_like(s))
-    assert torch.equal(lora.lora_grad_a(v["s"], v["x"], v["a"], mask, 1.0), torch.zeros_like(v["a"]))
+    assert torch.equal(lora.lora_grad_a(v["s"], v["x"], v["a"], [4], mask, 1.0), torch.zeros_like(v["a"]))
 
 
 def test_sixteen_bit_extremes_round_as_torch_does(backend):
@@ -212,17 +214,34 @@ def test_sixteen_bit_extremes_round_as_torch_does(backend):
 
 
 def test_wrong_arguments_are_refused_by_the_kernels(backend):
-    v = inputs((5, 16, 24, 4), F32, F32, backend)
     if fastft.ops.registry._forced.get() == "reference":
         pytest.skip("PyTorch checks the reference")
-    with pytest.raises((RuntimeError, ValueError, AssertionError)):
-        lora.lora_shrink(v["x"], v["a"][:, :8].contiguous(), 0.0, None)
-    with pytest.raises((RuntimeError, ValueError, AssertionError)):
-        lora.lora_grad_sb(v["y"], v["s"][:4].contiguous(), v["b"], 1.0)
-    with pytest.raises((RuntimeError, ValueError, AssertionError)):
-        lora.lora_shrink(v["x"].t(), v["a"][:, :5].contiguous(), 0.0, None)  # not contiguous
-    with pytest.raises((RuntimeError, TypeError)):
-        lora.lora_shrink(v["x"], v["a"].to(BF16), 0.0, None)
+    v = inputs((5, 16, 24, 4), F32, F32, backend)
+    x, a, b, y, s, seed = (v[name] for name in ("x", "a", "b", "y", "s", "seed"))
+    mask, two_seeds = mask_of(v, 0.5), torch.cat([seed, seed])
+    overlapping = torch.zeros(40, device=backend).as_strided((5, 24), (4, 1))
+    for wrong in (
+        lambda: lora.lora_shrink(x, a[:, :8].contiguous(), [4], 0.0, None),
+        lambda: lora.lora_shrink(x.t(), a[:, :5].contiguous(), [4], 0.0, None),  # not contiguous
+        lambda: lora.lora_shrink(x, a.to(BF16), [4], 0.0, None),
+        lambda: lora.lora_shrink(x, a, [4], 0.5, two_seeds),  # one seed for each group
+        lambda: lora.lora_shrink(x, a, [2, 2], 0.5, seed),
+        lambda: lora.lora_shrink(x, a, [2, 1], 0.5, two_seeds),  # the ranks are not those of a
+        lambda: lora.lora_shrink(x, a, [5, -1], 0.5, two_seeds),
+        lambda: lora.lora_grad_sb(y, s[:4].contiguous(), b, 1.0),
+        lambda: lora.lora_grad_sb(y, s.t().contiguous().t(), b, 1.0),  # columns of a wider matrix, not rows
+        lambda: lora.lora_expand_(y, s.t().contiguous().t(), b, 1.0),
+        lambda: lora.lora_expand_(y.t().contiguous().t(), s, b, 1.0),
+        lambda: lora.lora_expand_(overlapping, s, b, 1.0),
+        lambda: lora.lora_grad_a(s, x, a, [2, 2], mask, 0.5),  # one mask for each group
+        lambda: lora.lora_grad_a(s, x, a, [3], mask, 0.5),
+        lambda: lora.lora_grad_a(s, x, a, [4], mask[0], 0.5),
+        lambda: lora.lora_grad_x_(x, s, a, [2, 2], mask, 0.5),
+        lambda: lora.lora_grad_x_(x, s, a, [5], mask, 0.5),
+        lambda: lora.lora_grad_x_(x, s.to(BF16), a, [4], mask, 0.5),
+    ):
+        with pytest.raises((RuntimeError, ValueError, TypeError)):
+            wrong()
 
 
 def test_philox_known_answers():
@@ -235,7 +254,7 @@ def test_philox_known_answers():
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
 def test_dropout_statistics(p):
     seed = torch.tensor([7])
-    kept = unpack_mask(lora.dropout_mask(seed, 400, 1000, p), 1000).double()
+    kept = unpack_mask(dropout_mask(seed, 400, 1000, p), 1000).double()
     sigma = (p * (1 - p)) ** 0.5
     assert abs(kept.mean() - (1 - p)) < 4 * sigma / 400_000**0.5
     # Neither rows, columns nor neighbours share bits: their means and correlation are binomial too.
@@ -244,5 +263,5 @@ def test_dropout_statistics(p):
     centred = (kept - kept.mean()) / sigma
     for a, b in ((centred[:, 1:], centred[:, :-1]), (centred[1:], centred[:-1])):
         assert abs((a * b).mean()) < 5 / 400_000**0.5
-    other = unpack_mask(lora.dropout_mask(seed + 1, 400, 1000, p), 1000).double()
+    other = unpack_mask(dropout_mask(seed + 1, 400, 1000, p), 1000).double()
     assert abs(((kept - kept.mean()) * (other - other.mean())).mean() / sigma**2) < 5 / 400_000**0.5
