@@ -1,32 +1,40 @@
 // The LoRA family on CPU; definitions in fastft/ops/lora.py. T tokens, K in, N out, R rank.
 //
-// Every activation is read once per op from memory. Work is split by shape alone and partial sums are added in a fixed
-// order, so results do not depend on the number of threads.
+// Every activation is read once per op from memory, by all groups of adapters that share it.
 #include "common/philox.h"
-#include "operands.h"
+#include "low_rank.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 namespace fastft {
 namespace {
 
-constexpr auto f32 = ScalarType::Float;
-constexpr auto b16 = ScalarType::BFloat16;
-constexpr auto h16 = ScalarType::Half;
+// One adapter of a stack: its ranks [first, first + ranks) and its mask. Without dropout the stack is one adapter.
+struct Group {
+  int64_t first, ranks;
+  Mask mask;
+};
 
-constexpr int64_t block_t = 4 * panel_rows, block_c = 256;  // tokens x channels of an activation tile: 24 KiB of float32
-constexpr int64_t update_c = 1024;  // channels of Y and dX that one task sweeps: long rows are what memory likes
-
-int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
-
-Mask checked_mask(const char* op, const Tensor& t, int64_t tokens, int64_t features, double p) {
-  if (p == 0) return {};
+std::vector<Group> groups(const char* op, const std::vector<int64_t>& ranks, int64_t total, double p, const Tensor& mask,
+                          int64_t tokens, int64_t features) {
+  int64_t sum = 0;
+  bool sound = !ranks.empty();
+  for (int64_t r : ranks) sum += r, sound = sound && r >= 0;
+  STD_TORCH_CHECK(sound && sum == total, op, ": ranks must be one or more sizes that add up to the rank ", total);
+  if (p == 0) return {{0, total, {}}};
   const int64_t row_bytes = (features + 7) / 8;
-  check(op, "mask", t, Where::cpu, {ScalarType::Byte}, {tokens, row_bytes});
-  return {static_cast<const uint8_t*>(t.const_data_ptr()), row_bytes};
+  check(op, "mask", mask, Where::cpu, {ScalarType::Byte}, {static_cast<int64_t>(ranks.size()), tokens, row_bytes});
+  const auto* bits = static_cast<const uint8_t*>(mask.const_data_ptr());
+  std::vector<Group> found;
+  for (int64_t r : ranks) {
+    found.push_back({found.empty() ? 0 : found.back().first + found.back().ranks, r, {bits, row_bytes}});
+    bits += tokens * row_bytes;
+  }
+  return found;
 }
 
 // Mask bytes [0, bytes) of token t: Philox on VL byte numbers at a time (common/philox.h has the plain form).
@@ -54,57 +62,70 @@ void write_mask_row(uint64_t seed, int64_t t, int64_t features, uint32_t thresho
   if (features % 8) row[bytes - 1] &= (1u << features % 8) - 1u;
 }
 
-// sum [rows, panel.row()] += tokens [t, t + rows) of x times a panel whose units run along x's channels [c0, c1).
-template <class Unit, class T, class P>
-void shrink_block(const T* x, int64_t ld, int64_t t, int64_t rows, int64_t c0, int64_t c1, Mask mask, const P& panel,
-                  Unit* tile, float* sum) {
-  for (int64_t c = c0; c < c1; c += block_c) {
-    const int64_t cols = std::min(block_c, c1 - c);
-    panel_product(rows, panel.row(), units<Unit>(cols), feature_tile<Unit>(x, ld, t, rows, c, cols, mask, tile),
-                  panel.at(c / terms<Unit>, 0), AddTo{sum, panel.row()});
-  }
-}
-
-std::tuple<Tensor, Tensor> lora_shrink(const Tensor& x, const Tensor& a, double p, std::optional<Tensor> seed) {
+std::tuple<Tensor, Tensor> lora_shrink(const Tensor& x, const Tensor& a, const std::vector<int64_t>& ranks, double p,
+                                       std::optional<Tensor> seed) {
   const char* op = "lora_shrink";
   check_matrix(op, "x", x);
   check_matrix(op, "a", a);
   check_probability(op, p);
-  const int64_t T = x.size(0), K = x.size(1), R = a.size(0), row_bytes = (K + 7) / 8;
+  const int64_t T = x.size(0), K = x.size(1), R = a.size(0), G = static_cast<int64_t>(ranks.size());
   check(op, "x", x, Where::cpu, {f32, b16, h16}, {T, K});
   check(op, "a", a, Where::cpu, {x.scalar_type(), f32}, {R, K});
   STD_TORCH_CHECK(seed.has_value() == (p > 0), op, ": a seed is needed if and only if p > 0");
-  if (seed) check(op, "seed", *seed, Where::cpu, {ScalarType::Long}, {1});
+  if (seed) check(op, "seed", *seed, Where::cpu, {ScalarType::Long}, {G});
   Tensor s = torch::stable::new_empty(x, {T, R}, f32);
-  Tensor mask_tensor = p > 0 ? torch::stable::new_empty(x, {T, row_bytes}, ScalarType::Byte)
-                             : torch::stable::new_empty(x, {0}, ScalarType::Byte);
-  const uint64_t key = seed ? *static_cast<const uint64_t*>(seed->const_data_ptr()) : 0;
+  Tensor mask = p > 0 ? torch::stable::new_empty(x, {G, T, (K + 7) / 8}, ScalarType::Byte)
+                      : torch::stable::new_empty(x, {0}, ScalarType::Byte);
+  const auto all = groups(op, ranks, R, p, mask, T, K);
+  const auto* keys = seed ? static_cast<const uint64_t*>(seed->const_data_ptr()) : nullptr;
   const uint32_t threshold = philox::threshold(p);
   const float factor = philox::inverse_keep(p);
-  const Mask mask = checked_mask(op, mask_tensor, T, K, p);
-  auto* mask_out = static_cast<uint8_t*>(mask_tensor.mutable_data_ptr());
   auto* out = static_cast<float*>(s.mutable_data_ptr());
 
   dispatch_units(x, a, [&](auto* type, auto* unit) {
     using Unit = std::remove_pointer_t<decltype(unit)>;
-    const TransposedPanel<Unit> panel(a);  // [K][R]
+    std::vector<TransposedPanel<Unit>> panels;  // [K][R] of each group
+    std::vector<int64_t> widths, offsets;
+    int64_t total = 0;
+    for (const Group& g : all) {
+      panels.emplace_back(a, g.first, g.ranks);
+      widths.push_back(round_up(g.ranks, VL)), offsets.push_back(total * block_t);
+      total += widths.back();
+    }
+    const auto* from = data(x, type);
     parallel_for(blocks(T, block_t), [&](int64_t task) {
-      const int64_t t = task * block_t, rows = std::min(block_t, T - t), row = panel.row();
+      const int64_t t = task * block_t, rows = std::min(block_t, T - t);
       alignas(64) Unit tile[block_t * block_c];
-      Scratch sum(rows * row);
-      std::fill_n(sum.get(), rows * row, 0.0f);
-      if (p > 0)
-        for (int64_t i = 0; i < rows; ++i) write_mask_row(key, t + i, K, threshold, mask_out + (t + i) * row_bytes);
-      shrink_block(data(x, type), K, t, rows, 0, K, mask, panel, tile, sum.get());
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t r = 0; r < R; r += VL) store(out + (t + i) * R + r, factor * load(sum.get() + i * row + r), R - r);
+      Scratch sum(block_t * total);
+      std::fill_n(sum.get(), block_t * total, 0.0f);
+      for (size_t g = 0; p > 0 && g < all.size(); ++g)
+        for (int64_t i = 0; i < rows; ++i)
+          write_mask_row(keys[g], t + i, K, threshold,
+                         const_cast<uint8_t*>(all[g].mask.bits) + (t + i) * all[g].mask.row_bytes);
+      for (int64_t c = 0; c < K; c += block_c) {
+        const int64_t cols = std::min(block_c, K - c), next = c + block_c < K ? c + block_c : 0;
+        const int64_t next_t = next ? t : t + block_t;
+        for (size_t g = 0; g < all.size(); ++g) {
+          Ahead ahead;
+          if (g == 0 && next_t < T)
+            ahead =
+                Ahead(from + next_t * K + next, std::min(block_t, T - next_t), std::min(block_c, K - next) * sizeof(*from),
+                      K * sizeof(*from), product_steps(rows, widths[g], units<Unit>(cols)));
+          panel_product(rows, widths[g], units<Unit>(cols), feature_tile<Unit>(from, K, t, rows, c, cols, all[g].mask, tile),
+                        panels[g].at(c / terms<Unit>, 0), AddTo{sum.get() + offsets[g], widths[g]}, ahead);
+        }
+      }
+      for (size_t g = 0; g < all.size(); ++g)
+        for (int64_t i = 0; i < rows; ++i)
+          for (int64_t r = 0; r < all[g].ranks; r += VL)
+            store(out + (t + i) * R + all[g].first + r, factor * load(sum.get() + offsets[g] + i * widths[g] + r),
+                  all[g].ranks - r);
     });
   });
-  return {s, mask_tensor};
+  return {s, mask};
 }
 
-// Adds to an activation in its own dtype, rounded once; only to kept elements, if masked. Of a `part` vector the first
-// `cols` columns are there.
+// Adds to an activation in its own dtype, rounded once. Of a `part` vector the first `cols` columns are there.
 template <class T, bool masked, bool part>
 struct AddToActivation {
   T* to;
@@ -112,6 +133,11 @@ struct AddToActivation {
   Mask mask;
   int64_t t, c;  // of `to` in the mask
   AddToActivation from(int64_t i, int64_t v) const { return {to + i * ld + v, ld, cols, mask, t + i, c + v}; }
+  template <int M>
+  [[gnu::always_inline]] void prefetch() const {
+    if constexpr (!part)
+      for (int i = 0; i < M; ++i) fetch_ahead(to + i * ld);
+  }
   vf added(int64_t i, int64_t v, vf sum) const {
     // Adding -0 changes no bit, not even those of a zero.
     if constexpr (masked) sum = mask.keep(t + i, c + v) ? sum : -vf{};
@@ -124,24 +150,11 @@ struct AddToActivation {
   }
 };
 
-// to [T, C] += factor · (keep ∘ S P) for S [T, R] and a panel P [units(R)][C]: y and dx.
-template <bool masked, class T, class Unit, class P>
-void add_low_rank(Tensor& to_tensor, const T* type, const Tensor& s, const P& panel, float factor, Mask mask, const Unit*) {
-  const int64_t tokens = s.size(0), R = s.size(1), C = to_tensor.size(1);
-  if (R == 0) return;
-  T* to = const_cast<T*>(data(to_tensor, type));
-  const float* coefficients = static_cast<const float*>(s.const_data_ptr());
-  parallel_for(blocks(tokens, block_t) * blocks(C, update_c), [&](int64_t task) {
-    const int64_t c = task % blocks(C, update_c) * update_c, cols = std::min(update_c, C - c), whole = cols / VL * VL;
-    const int64_t t = task / blocks(C, update_c) * block_t, rows = std::min(block_t, tokens - t);
-    Scratch<Unit> scaled(rows * round_up(R, VL));
-    const auto x = rank_coefficients<Unit>(coefficients, R, t, rows, factor, scaled.get());
-    panel_product(rows, whole, units<Unit>(R), x, panel.at(0, c),
-                  AddToActivation<T, masked, false>{to + t * C + c, C, whole, mask, t, c});
-    if (whole < cols)
-      panel_product(rows, VL, units<Unit>(R), x, panel.at(0, c + whole),
-                    AddToActivation<T, masked, true>{to + t * C + c + whole, C, cols - whole, mask, t, c + whole});
-  });
+template <bool masked, class T>
+auto add_to_activation(T* to, int64_t ld, Mask mask) {
+  return [=](int64_t t, int64_t c, int64_t cols, auto part) {
+    return AddToActivation<T, masked, decltype(part)::value>{to + t * ld + c, ld, cols, mask, t, c};
+  };
 }
 
 void lora_expand_(Tensor y, const Tensor& s, const Tensor& b, double scale) {
@@ -149,16 +162,47 @@ void lora_expand_(Tensor y, const Tensor& s, const Tensor& b, double scale) {
   check_matrix(op, "s", s);
   check_matrix(op, "b", b);
   const int64_t T = s.size(0), R = s.size(1), N = b.size(0);
-  check(op, "y", y, Where::cpu, {f32, b16, h16}, {T, N});
-  check(op, "s", s, Where::cpu, {f32}, {T, R});
+  check_rows(op, "y", y, Where::cpu, {f32, b16, h16}, {T, N});
+  check_rows(op, "s", s, Where::cpu, {f32}, {T, R});
   check(op, "b", b, Where::cpu, {y.scalar_type(), f32}, {N, R});
+  if (R == 0) return;
   dispatch_units(y, b, [&](auto* type, auto* unit) {
-    const TransposedPanel<std::remove_pointer_t<decltype(unit)>> panel(b);  // [R][N]
-    add_low_rank<false>(y, type, s, panel, static_cast<float>(scale), {}, unit);
+    using Unit = std::remove_pointer_t<decltype(unit)>;
+    const TransposedPanel<Unit> panel(b);  // [R][N]
+    add_low_rank<Unit>(T, N, Coefficients(s), panel, static_cast<float>(scale),
+                       add_to_activation<false>(mutable_data(y, type), y.stride(0), {}));
   });
 }
 
-void lora_grad_x_(Tensor dx, const Tensor& ds, const Tensor& a, const Tensor& mask_tensor, double p) {
+// What several masked groups add to dX, summed in float32 before it is rounded once. Starts at -0, which adds no bit.
+template <class T, class Unit>
+void add_masked_groups(T* dx, int64_t K, const Tensor& ds, const Tensor& a, const std::vector<Group>& all, float factor,
+                       const Unit*) {
+  const int64_t tokens = ds.size(0);
+  std::vector<Panel<Unit>> panels;
+  for (const Group& g : all) panels.emplace_back(a, g.first, g.ranks);
+  parallel_for(blocks(tokens, block_t) * blocks(K, block_c), [&](int64_t task) {
+    const int64_t c = task % blocks(K, block_c) * block_c, cols = std::min(block_c, K - c);
+    const int64_t t = task / blocks(K, block_c) * block_t, rows = std::min(block_t, tokens - t);
+    alignas(64) float sum[block_t * block_c];
+    std::fill_n(sum, block_t * block_c, -0.0f);
+    for (size_t g = 0; g < all.size(); ++g) {
+      const Coefficients s(ds, all[g].first, all[g].ranks);
+      Scratch<Unit> scaled(rows * round_up(s.ranks, VL));
+      const AddToActivation<float, true, false> to{sum, block_c, cols, all[g].mask, t, c};
+      panel_product(rows, round_up(cols, VL), units<Unit>(s.ranks),
+                    rank_coefficients<Unit>(s, t, rows, factor, scaled.get()), panels[g].at(0, c), to, Ahead());
+    }
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t v = 0; v < cols; v += VL) {
+        T* to = dx + (t + i) * K + c + v;
+        store(to, load(to, cols - v) + load(sum + i * block_c + v), cols - v);
+      }
+  });
+}
+
+void lora_grad_x_(Tensor dx, const Tensor& ds, const Tensor& a, const std::vector<int64_t>& ranks, const Tensor& mask,
+                  double p) {
   const char* op = "lora_grad_x_";
   check_matrix(op, "ds", ds);
   check_matrix(op, "a", a);
@@ -167,48 +211,20 @@ void lora_grad_x_(Tensor dx, const Tensor& ds, const Tensor& a, const Tensor& ma
   check(op, "dx", dx, Where::cpu, {f32, b16, h16}, {T, K});
   check(op, "ds", ds, Where::cpu, {f32}, {T, R});
   check(op, "a", a, Where::cpu, {dx.scalar_type(), f32}, {R, K});
-  const Mask mask = checked_mask(op, mask_tensor, T, K, p);
+  const auto all = groups(op, ranks, R, p, mask, T, K);
+  if (R == 0) return;
+  const float factor = philox::inverse_keep(p);
   dispatch_units(dx, a, [&](auto* type, auto* unit) {
-    const Panel<std::remove_pointer_t<decltype(unit)>> panel(a);  // [R][K]
-    if (mask.bits)
-      add_low_rank<true>(dx, type, ds, panel, philox::inverse_keep(p), mask, unit);
+    using Unit = std::remove_pointer_t<decltype(unit)>;
+    auto* to = mutable_data(dx, type);
+    if (all.size() > 1) return add_masked_groups(to, K, ds, a, all, factor, unit);
+    const Panel<Unit> panel(a);  // [R][K]
+    if (p > 0)
+      add_low_rank<Unit>(T, K, Coefficients(ds), panel, factor, add_to_activation<true>(to, K, all[0].mask));
     else
-      add_low_rank<false>(dx, type, ds, panel, philox::inverse_keep(p), mask, unit);
+      add_low_rank<Unit>(T, K, Coefficients(ds), panel, factor, add_to_activation<false>(to, K, {}));
   });
 }
-
-// Partial sums of a product over tokens, out [R, C] = Σ_t s[t]ᵀ x[t]: one float32 part a chunk of tokens, in order.
-struct TokenParts {
-  // As many chunks as it takes for 16 tasks of `slabs` columns each, so that several threads find work; of a length that
-  // keeps the parts under a quarter of the activation's bytes, and below 2016 tokens, so that they stay in a cache.
-  TokenParts(int64_t tokens, int64_t r, int64_t c, int64_t slabs)
-      : chunk(chunk_length(tokens, std::max<int64_t>(240, 8 * r), slabs)),
-        count(blocks(tokens, chunk)),
-        rows(r),
-        row(round_up(c, VL)),
-        parts(count * r * row) {}
-
-  static int64_t chunk_length(int64_t tokens, int64_t shortest, int64_t slabs) {
-    const int64_t wanted =
-        std::max(blocks(16, std::max<int64_t>(slabs, 1)), blocks(tokens, std::max<int64_t>(2016, shortest)));
-    const int64_t count = std::max<int64_t>(1, std::min(wanted, tokens / shortest));
-    return std::max(block_t, round_up(blocks(tokens, count), block_t));
-  }
-
-  float* clear(int64_t part, int64_t c, int64_t cols) const {
-    float* to = parts.get() + part * rows * row + c;
-    for (int64_t r = 0; r < rows; ++r) std::fill_n(to + r * row, round_up(cols, VL), 0.0f);
-    return to;
-  }
-  vf total(int64_t r, int64_t c) const {
-    vf sum = {};
-    for (int64_t part = 0; part < count; ++part) sum += load(parts.get() + (part * rows + r) * row + c);
-    return sum;
-  }
-
-  const int64_t chunk, count, rows, row;
-  Scratch<float> parts;
-};
 
 // One pass over dY: tasks of slab columns x chunk tokens each form a part of dS (summed over slabs) and of dBᵀ (over
 // chunks).
@@ -218,11 +234,11 @@ std::tuple<Tensor, Tensor> lora_grad_sb(const Tensor& dy, const Tensor& s, const
   check_matrix(op, "b", b);
   const int64_t T = s.size(0), R = s.size(1), N = b.size(0);
   check(op, "dy", dy, Where::cpu, {f32, b16, h16}, {T, N});
-  check(op, "s", s, Where::cpu, {f32}, {T, R});
+  check_rows(op, "s", s, Where::cpu, {f32}, {T, R});
   check(op, "b", b, Where::cpu, {dy.scalar_type(), f32}, {N, R});
-  Tensor ds = torch::stable::new_empty(s, {T, R}, f32), db = torch::stable::new_empty(b, {N, R});
+  Tensor ds = torch::stable::new_empty(dy, {T, R}, f32), db = torch::stable::new_empty(b, {N, R});
   const float factor = static_cast<float>(scale);
-  const float* coefficients = static_cast<const float*>(s.const_data_ptr());
+  const Coefficients coefficients(s);
   const int64_t slab = round_up(std::max<int64_t>(512, 8 * R), block_c), slabs = blocks(N, slab), row = round_up(R, VL);
   const TokenParts db_parts(T, R, N, slabs);
   const Scratch<float> ds_parts(slabs * T * row);
@@ -230,6 +246,7 @@ std::tuple<Tensor, Tensor> lora_grad_sb(const Tensor& dy, const Tensor& s, const
   dispatch_units(dy, b, [&](auto* type, auto* unit) {
     using Unit = std::remove_pointer_t<decltype(unit)>;
     const Panel<Unit> panel(b);  // [N][R]
+    const auto* from = data(dy, type);
     parallel_for(slabs * db_parts.count, [&](int64_t task) {
       const int64_t n0 = task % slabs * slab, n1 = std::min(n0 + slab, N), part = task / slabs;
       const int64_t t0 = part * db_parts.chunk, t1 = std::min(t0 + db_parts.chunk, T);
@@ -240,13 +257,23 @@ std::tuple<Tensor, Tensor> lora_grad_sb(const Tensor& dy, const Tensor& s, const
       Scratch<Unit> words(block_t * R);
       for (int64_t t = t0; t < t1; t += block_t) {
         const int64_t rows = std::min(block_t, t1 - t);
-        const auto tokens = token_coefficients<Unit>(coefficients, R, t, rows, words.get());
+        const auto tokens = token_coefficients<Unit>(coefficients, t, rows, words.get());
         for (int64_t n = n0; n < n1; n += block_c) {
-          const int64_t cols = std::min(block_c, n1 - n);
-          shrink_block(data(dy, type), N, t, rows, n, n + cols, {}, panel, tile, ds_part + t * row);
-          panel_product(R, round_up(cols, VL), units<Unit>(rows), tokens,
-                        token_tile<Unit>(data(dy, type), N, t, rows, n, cols, {}, tile),
-                        AddTo{db_part + (n - n0), db_parts.row});
+          const int64_t cols = std::min(block_c, n1 - n), next = n + block_c < n1 ? n + block_c : n0;
+          const int64_t next_t = next > n ? t : t + block_t;
+          Ahead ahead;
+          if (next_t < t1)
+            ahead =
+                Ahead(from + next_t * N + next, std::min(block_t, t1 - next_t), std::min(block_c, n1 - next) * sizeof(*from),
+                      N * sizeof(*from), product_steps(rows, row, units<Unit>(cols)));
+          const auto features = feature_tile<Unit>(from, N, t, rows, n, cols, {}, tile);
+          panel_product(rows, row, units<Unit>(cols), features, panel.at(n / terms<Unit>, 0), AddTo{ds_part + t * row, row},
+                        ahead);
+          Rows<Unit> channels{features.p, features.row};  // in float32 the same block, if its rows end with a vector
+          if (!std::is_same_v<Unit, float> || (features.p != tile && cols % VL))
+            channels = token_tile<Unit>(from, N, t, rows, n, cols, {}, tile);
+          panel_product(R, round_up(cols, VL), units<Unit>(rows), tokens, channels, AddTo{db_part + (n - n0), db_parts.row},
+                        Ahead());
         }
       }
     });
@@ -279,7 +306,8 @@ std::tuple<Tensor, Tensor> lora_grad_sb(const Tensor& dy, const Tensor& s, const
   return {ds, db};
 }
 
-Tensor lora_grad_a(const Tensor& ds, const Tensor& x, const Tensor& a, const Tensor& mask_tensor, double p) {
+Tensor lora_grad_a(const Tensor& ds, const Tensor& x, const Tensor& a, const std::vector<int64_t>& ranks, const Tensor& mask,
+                   double p) {
   const char* op = "lora_grad_a";
   check_matrix(op, "ds", ds);
   check_matrix(op, "x", x);
@@ -288,24 +316,31 @@ Tensor lora_grad_a(const Tensor& ds, const Tensor& x, const Tensor& a, const Ten
   check(op, "x", x, Where::cpu, {f32, b16, h16}, {T, K});
   check(op, "ds", ds, Where::cpu, {f32}, {T, R});
   check(op, "a", a, Where::cpu, {x.scalar_type(), f32}, {R, K});
-  const Mask mask = checked_mask(op, mask_tensor, T, K, p);
+  const auto all = groups(op, ranks, R, p, mask, T, K);
   Tensor da = torch::stable::new_empty(a, {R, K});
-  const float* coefficients = static_cast<const float*>(ds.const_data_ptr());
   const TokenParts parts(T, R, K, blocks(K, block_c));
 
   dispatch_units(x, a, [&](auto* type, auto* unit) {
     using Unit = std::remove_pointer_t<decltype(unit)>;
+    const auto* from = data(x, type);
     parallel_for(parts.count * blocks(K, block_c), [&](int64_t task) {
-      const int64_t k = task % blocks(K, block_c) * block_c, cols = std::min(block_c, K - k);
+      const int64_t k = task % blocks(K, block_c) * block_c, cols = std::min(block_c, K - k), padded = round_up(cols, VL);
       const int64_t part = task / blocks(K, block_c), t0 = part * parts.chunk, t1 = std::min(t0 + parts.chunk, T);
       float* to = parts.clear(part, k, cols);
       alignas(64) Unit tile[block_t * block_c];
       Scratch<Unit> words(block_t * R);
       for (int64_t t = t0; t < t1; t += block_t) {
         const int64_t rows = std::min(block_t, t1 - t);
-        panel_product(R, round_up(cols, VL), units<Unit>(rows),
-                      token_coefficients<Unit>(coefficients, R, t, rows, words.get()),
-                      token_tile<Unit>(data(x, type), K, t, rows, k, cols, mask, tile), AddTo{to, parts.row});
+        for (const Group& g : all) {
+          Ahead ahead;
+          if (g.first == 0 && t + block_t < t1)
+            ahead = Ahead(from + (t + block_t) * K + k, std::min(block_t, t1 - t - block_t), cols * sizeof(*from),
+                          K * sizeof(*from), product_steps(g.ranks, padded, units<Unit>(rows)));
+          panel_product(g.ranks, padded, units<Unit>(rows),
+                        token_coefficients<Unit>(Coefficients(ds, g.first, g.ranks), t, rows, words.get()),
+                        token_tile<Unit>(from, K, t, rows, k, cols, g.mask, tile),
+                        AddTo{to + g.first * parts.row, parts.row}, ahead);
+        }
       }
     });
   });

@@ -61,6 +61,11 @@ inline const T* data(const Tensor& t, const T*) {
   return static_cast<const T*>(t.const_data_ptr());
 }
 
+template <class T>
+inline T* mutable_data(const Tensor& t, const T*) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
 // Calls f with a null pointer of the activations' type and one of the unit that their products with an adapter use.
 template <class F>
 inline void dispatch_units(const Tensor& activations, const Tensor& adapter, const F& f) {
@@ -94,23 +99,31 @@ struct Mask {
   int64_t row_bytes = 0;
 };
 
-// A matrix [rows, cols] as [units(rows)][cols padded to whole vectors]: its own memory where that already is so.
+// Rows of a panel this many floats apart lie in different sets of an 8-way L1 (64 sets of 64 bytes).
+inline int64_t spread_row(int64_t n) {
+  const int64_t row = round_up(n, VL);
+  return row >= 256 && row / 16 % 2 == 0 ? row + 16 : row;
+}
+
+// Rows [first, first + rows) of a matrix [·, cols] as [units(rows)][cols padded to whole vectors]: its own memory where
+// that already is so.
 template <class Unit>
 class Panel {
  public:
-  explicit Panel(const Tensor& t) {
-    const int64_t rows = t.size(0), cols = t.size(1), row = round_up(cols, VL);
+  explicit Panel(const Tensor& t) : Panel(t, 0, t.size(0)) {}
+  Panel(const Tensor& t, int64_t first, int64_t rows) {
+    const int64_t cols = t.size(1), row = spread_row(cols);
     if (std::is_same_v<Unit, float> && t.scalar_type() == ScalarType::Float && row == cols) {
-      view = {static_cast<const Unit*>(t.const_data_ptr()), row};
+      view = {static_cast<const Unit*>(t.const_data_ptr()) + first * cols, row};
       return;
     }
     copy = std::make_unique<Scratch<Unit>>(units<Unit>(rows) * row);
     view = {copy->get(), row};
     dispatch(t, [&](auto* type) {
-      auto* from = data(t, type);
+      auto* from = data(t, type) + first * cols;
       torch::stable::parallel_for(0, units<Unit>(rows), 64, [&](int64_t begin, int64_t end) {
         for (int64_t u = begin; u < end; ++u)
-          for (int64_t j = 0; j < row; j += VL) {
+          for (int64_t j = 0; j < round_up(cols, VL); j += VL) {
             const int64_t i = u * terms<Unit>;
             vf second = terms<Unit> == 2 && i + 1 < rows ? load(from + (i + 1) * cols + j, cols - j) : vf{};
             store_unit_row(copy->get() + u * row + j, load(from + i * cols + j, cols - j), second);
@@ -126,20 +139,21 @@ class Panel {
   std::unique_ptr<Scratch<Unit>> copy;
 };
 
-// The transpose of a matrix [rows, cols] as [units(cols)][rows padded to whole vectors].
+// The transpose of rows [first, first + rows) of a matrix [·, cols] as [units(cols)][rows padded to whole vectors].
 template <class Unit>
 class TransposedPanel {
  public:
-  explicit TransposedPanel(const Tensor& t)
-      : row_(round_up(t.size(0), VL)), copy(units<Unit>(t.size(1)) * round_up(t.size(0), VL)) {
-    const int64_t rows = t.size(0), cols = t.size(1);
+  explicit TransposedPanel(const Tensor& t) : TransposedPanel(t, 0, t.size(0)) {}
+  TransposedPanel(const Tensor& t, int64_t first, int64_t rows)
+      : row_(spread_row(rows)), copy(units<Unit>(t.size(1)) * spread_row(rows)) {
+    const int64_t cols = t.size(1), padded = round_up(rows, VL), across = (cols + VL - 1) / VL;
     dispatch(t, [&](auto* type) {
-      auto* from = data(t, type);
+      auto* from = data(t, type) + first * cols;
       constexpr int64_t block = VL / terms<Unit>;  // units that one vector of a row holds
-      torch::stable::parallel_for(0, (cols + VL - 1) / VL, 16, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t j = task * VL, n = std::min<int64_t>(block, units<Unit>(cols - j));
-          for (int64_t i = 0; i < row_; ++i) {
+      torch::stable::parallel_for(0, padded / VL * across, 16, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) {  // a square of VL x VL elements
+          const int64_t j = task % across * VL, n = std::min<int64_t>(block, units<Unit>(cols - j));
+          for (int64_t i = task / across * VL; i < task / across * VL + VL; ++i) {
             alignas(64) Unit line[VL];
             vf v = i < rows ? load(from + i * cols + j, cols - j) : vf{};
             if constexpr (std::is_same_v<Unit, float>)
@@ -186,23 +200,42 @@ inline Rows<Unit> token_tile(const T* x, int64_t ld, int64_t t, int64_t rows, in
   }
   const int64_t row = round_up(cols, VL);
   for (int64_t i = 0; i < rows; i += terms<Unit>)
-    for (int64_t j = 0; j < cols; j += VL) {
+    for (int64_t j = 0; j < row; j += VL) {
+      Unit* to = tile + i / terms<Unit> * row + j;
+      if constexpr (terms<Unit> == 2 && std::is_same_v<T, bf16>) {
+        if (i + 1 < rows && j + VL <= cols) {  // bits side by side, with no way over float32
+          vu first = load_bits(x + (t + i) * ld + k + j), second = load_bits(x + (t + i + 1) * ld + k + j);
+          if (mask.bits) first &= (vu)mask.keep(t + i, k + j), second &= (vu)mask.keep(t + i + 1, k + j);
+          store(to, first | second << 16);
+          continue;
+        }
+      }
       vf second = terms<Unit> == 2 && i + 1 < rows ? mask.load_kept(x, ld, t + i + 1, k + j, cols - j) : vf{};
-      store_unit_row(tile + i / terms<Unit> * row + j, mask.load_kept(x, ld, t + i, k + j, cols - j), second);
+      store_unit_row(to, mask.load_kept(x, ld, t + i, k + j, cols - j), second);
     }
   return {tile, row};
 }
 
-// Coefficients s [T, R] of tokens [t, t + rows), transposed: ranks x tokens, tokens as depth.
+// S or dS, or the columns of one group: element (t, r) at p[t * ld + r].
+struct Coefficients {
+  Coefficients(const Tensor& s, int64_t first, int64_t ranks)
+      : p(static_cast<const float*>(s.const_data_ptr()) + first), ld(s.stride(0)), ranks(ranks) {}
+  explicit Coefficients(const Tensor& s) : Coefficients(s, 0, s.size(1)) {}
+  const float* p;
+  int64_t ld, ranks;
+};
+
+// Coefficients of tokens [t, t + rows), transposed: ranks x tokens, tokens as depth.
 template <class Unit>
-inline Broadcast<Unit> token_coefficients(const float* s, int64_t r, int64_t t, int64_t rows, Unit* tile) {
+inline Broadcast<Unit> token_coefficients(Coefficients s, int64_t t, int64_t rows, Unit* tile) {
+  const int64_t r = s.ranks;
   if constexpr (std::is_same_v<Unit, float>) {
-    return {s + t * r, 1, r};
+    return {s.p + t * s.ld, 1, s.ld};
   } else {
     for (int64_t i = 0; i < rows; i += 2)
       for (int64_t j = 0; j < r; j += VL) {
-        const float* at = s + (t + i) * r + j;
-        vf second = i + 1 < rows ? load(at + r, r - j) : vf{};
+        const float* at = s.p + (t + i) * s.ld + j;
+        vf second = i + 1 < rows ? load(at + s.ld, r - j) : vf{};
         vu words = bf16_bits(load(at, r - j)) | bf16_bits(second) << 16;
         std::memcpy(tile + i / 2 * r + j, &words, std::min<int64_t>(VL, r - j) * 4);
       }
@@ -212,11 +245,11 @@ inline Broadcast<Unit> token_coefficients(const float* s, int64_t r, int64_t t, 
 
 // factor · s of tokens [t, t + rows), ranks as depth. `tile` holds rows x round_up(R, VL) floats.
 template <class Unit>
-inline Broadcast<Unit> rank_coefficients(const float* s, int64_t r, int64_t t, int64_t rows, float factor, Unit* tile) {
-  const int64_t row = round_up(r, VL);
+inline Broadcast<Unit> rank_coefficients(Coefficients s, int64_t t, int64_t rows, float factor, Unit* tile) {
+  const int64_t r = s.ranks, row = round_up(r, VL);
   auto* elements = reinterpret_cast<std::conditional_t<std::is_same_v<Unit, float>, float, bf16>*>(tile);
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < r; j += VL) store(elements + i * row + j, factor * load(s + (t + i) * r + j, r - j));
+    for (int64_t j = 0; j < r; j += VL) store(elements + i * row + j, factor * load(s.p + (t + i) * s.ld + j, r - j));
   return {tile, row / terms<Unit>, 1};
 }
 

@@ -27,11 +27,43 @@ template <int M, int V, class Unit>
       for (int v = 0; v < V; ++v) sum[i][v] = multiply_add(sum[i][v], x[i * x_row], p + v * VL);
 }
 
+// What the next block of work will read, fetched into L2 a few cache lines at a time while the present one is computed:
+// GEMMs between our kernels leave activations in memory, and tiles of short rows are too short for hardware prefetchers.
+class Ahead {
+ public:
+  Ahead() = default;
+  // rows x row_bytes, rows ld bytes apart, to be fetched in about `steps` calls.
+  Ahead(const void* first, int64_t rows, int64_t row_bytes, int64_t ld, int64_t steps)
+      : line(static_cast<const char*>(first)),
+        row_end(line + row_bytes),
+        skip(ld - row_bytes),
+        bytes(row_bytes),
+        left(rows * ((row_bytes + 63) / 64)),
+        each((left + steps - 1) / std::max<int64_t>(steps, 1)) {}
+
+  [[gnu::always_inline]] void step() {
+    for (int64_t n = std::min(each, left); n > 0; --n) {
+      __builtin_prefetch(line, 0, 2);
+      line += 64;
+      if (line >= row_end) line = row_end + skip, row_end = line + bytes;
+      --left;
+    }
+  }
+
+ private:
+  const char *line = nullptr, *row_end = nullptr;
+  int64_t skip = 0, bytes = 0, left = 0, each = 0;
+};
+
 template <int M, int V, class Unit, class Tile>
-inline void tile_product(const Unit* x, int64_t x_row, int64_t x_col, int64_t depth, const Unit* p, int64_t p_row, Tile c) {
+inline void tile_product(const Unit* x, int64_t x_row, int64_t x_col, int64_t depth, const Unit* p, int64_t p_row, Tile c,
+                         Ahead& ahead) {
   vf sum[M][V] = {};
+  c.template prefetch<M>();
+  ahead.step();
   add_terms(sum, x, x_row, x_col, std::min(chain, depth), p, p_row);
   for (int64_t j = chain; j < depth; j += chain) {
+    ahead.step();
     vf more[M][V] = {};
     add_terms(more, x + j * x_col, x_row, x_col, std::min(chain, depth - j), p + j * p_row, p_row);
 #pragma GCC unroll 16
@@ -70,33 +102,41 @@ struct Rows {
 struct AddTo {
   float* c;
   int64_t row;
+  template <int M>
+  [[gnu::always_inline]] void prefetch() const {}
   AddTo from(int64_t i, int64_t v) const { return {c + i * row + v, row}; }
   vf added(int64_t i, int64_t v, vf sum) const { return load(c + i * row + v) + sum; }
   void put(int64_t i, int64_t v, vf total) const { store(c + i * row + v, total); }
 };
 
 template <int M, class Unit, class Tile>
-inline void row_group(int64_t cols, int64_t depth, Broadcast<Unit> x, Rows<Unit> p, Tile c) {
+inline void row_group(int64_t cols, int64_t depth, Broadcast<Unit> x, Rows<Unit> p, Tile c, Ahead& ahead) {
   int64_t v = 0;
   for (; v + panel_vectors * VL <= cols; v += panel_vectors * VL)
-    tile_product<M, panel_vectors>(x.p, x.row, x.col, depth, p.p + v, p.row, c.from(0, v));
-  for (; v < cols; v += VL) tile_product<M, 1>(x.p, x.row, x.col, depth, p.p + v, p.row, c.from(0, v));
+    tile_product<M, panel_vectors>(x.p, x.row, x.col, depth, p.p + v, p.row, c.from(0, v), ahead);
+  for (; v < cols; v += VL) tile_product<M, 1>(x.p, x.row, x.col, depth, p.p + v, p.row, c.from(0, v), ahead);
 }
 
 // For every row i and every v below cols in steps of VL: c.put(i, v, c.added(i, v, the sum over `depth` units of
 // X[i, j] P[j][v ... v + VL))). A sum does not depend on the tiling. Columns run fastest, so that C in memory is few
 // streams.
 template <class Unit, class Tile>
-inline void panel_product(int64_t rows, int64_t cols, int64_t depth, Broadcast<Unit> x, Rows<Unit> p, Tile c) {
+inline void panel_product(int64_t rows, int64_t cols, int64_t depth, Broadcast<Unit> x, Rows<Unit> p, Tile c, Ahead ahead) {
   for (; rows >= panel_rows; rows -= panel_rows, x.p += panel_rows * x.row, c = c.from(panel_rows, 0))
-    row_group<panel_rows>(cols, depth, x, p, c);
+    row_group<panel_rows>(cols, depth, x, p, c, ahead);
   switch (rows) {
-    case 5: return row_group<5>(cols, depth, x, p, c);
-    case 4: return row_group<4>(cols, depth, x, p, c);
-    case 3: return row_group<3>(cols, depth, x, p, c);
-    case 2: return row_group<2>(cols, depth, x, p, c);
-    case 1: return row_group<1>(cols, depth, x, p, c);
+    case 5: return row_group<5>(cols, depth, x, p, c, ahead);
+    case 4: return row_group<4>(cols, depth, x, p, c, ahead);
+    case 3: return row_group<3>(cols, depth, x, p, c, ahead);
+    case 2: return row_group<2>(cols, depth, x, p, c, ahead);
+    case 1: return row_group<1>(cols, depth, x, p, c, ahead);
   }
+}
+
+// How many times a panel_product calls Ahead::step.
+inline int64_t product_steps(int64_t rows, int64_t cols, int64_t depth) {
+  const int64_t span = panel_vectors * VL;
+  return (rows + panel_rows - 1) / panel_rows * (cols / span + (cols % span + VL - 1) / VL) * ((depth + chain - 1) / chain);
 }
 
 }  // namespace fastft

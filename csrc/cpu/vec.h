@@ -45,7 +45,8 @@ inline V load_bytes(const T* p) {
 inline vf load(const float* p) { return load_bytes<vf>(p); }
 inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 
-inline vf load(const bf16* p) { return reinterpret_cast<vf>(__builtin_convertvector(load_bytes<vu16>(p), vu) << 16); }
+inline vu load_bits(const bf16* p) { return __builtin_convertvector(load_bytes<vu16>(p), vu); }
+inline vf load(const bf16* p) { return reinterpret_cast<vf>(load_bits(p) << 16); }
 
 // Nearest bfloat16, ties to even, in the low half of each lane; a NaN stays a (quiet) NaN.
 inline vu bf16_bits(vf v) {

@@ -1,0 +1,114 @@
+// The DoRA family on CPU; definitions in fastft/ops/dora.py. T tokens, N out, R rank.
+#include "low_rank.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+#include <tuple>
+
+namespace fastft {
+namespace {
+
+// u += low-rank term and y = g ∘ u + bias, both from the float32 sum. Of a `part` vector the first `cols` columns are there.
+template <class T, bool part>
+struct ScaledActivation {
+  T *u, *y;
+  int64_t ld, y_ld, cols;
+  const float* g;
+  const T* bias;
+  ScaledActivation from(int64_t i, int64_t v) const {
+    return {u + i * ld + v, y + i * y_ld + v, ld, y_ld, cols, g + v, bias ? bias + v : nullptr};
+  }
+  template <int M>
+  [[gnu::always_inline]] void prefetch() const {
+    if constexpr (!part)
+      for (int i = 0; i < M; ++i) {
+        fetch_ahead(u + i * ld);
+        fetch_ahead(y + i * y_ld);
+      }
+  }
+  int64_t width() const { return part ? cols : VL; }
+  vf added(int64_t i, int64_t v, vf sum) const { return load(u + i * ld + v, width()) + sum; }
+  void put(int64_t i, int64_t v, vf total) const {
+    store(u + i * ld + v, total, width());
+    vf scaled = load(g + v, width()) * total;
+    if (bias) scaled += load(bias + v, width());
+    store(y + i * y_ld + v, scaled, width());
+  }
+};
+
+Tensor dora_expand_(Tensor u, const Tensor& s, const Tensor& b, const Tensor& g, const std::optional<Tensor>& bias,
+                    double scale) {
+  const char* op = "dora_expand_";
+  check_matrix(op, "s", s);
+  check_matrix(op, "b", b);
+  const int64_t T = s.size(0), R = s.size(1), N = b.size(0);
+  check_rows(op, "u", u, Where::cpu, {f32, b16, h16}, {T, N});
+  check_rows(op, "s", s, Where::cpu, {f32}, {T, R});
+  check(op, "b", b, Where::cpu, {u.scalar_type(), f32}, {N, R});
+  check(op, "g", g, Where::cpu, {f32}, {N});
+  if (bias) check(op, "bias", *bias, Where::cpu, {u.scalar_type()}, {N});
+  Tensor y = torch::stable::new_empty(u, {T, N});
+  const auto* factors = static_cast<const float*>(g.const_data_ptr());
+  dispatch_units(u, b, [&](auto* type, auto* unit) {
+    using Unit = std::remove_pointer_t<decltype(unit)>;
+    const TransposedPanel<Unit> panel(b);  // [R][N]
+    auto *to_u = mutable_data(u, type), *to_y = mutable_data(y, type);
+    const auto* added = bias ? data(*bias, type) : nullptr;
+    const int64_t ld = u.stride(0);
+    add_low_rank<Unit>(
+        T, N, Coefficients(s), panel, static_cast<float>(scale), [=](int64_t t, int64_t c, int64_t cols, auto part) {
+          using Tile = ScaledActivation<std::remove_pointer_t<decltype(to_u)>, decltype(part)::value>;
+          return Tile{to_u + t * ld + c, to_y + t * N + c, ld, N, cols, factors + c, added ? added + c : nullptr};
+        });
+  });
+  return y;
+}
+
+// One pass over dY and U: tasks of 256 channels walk all tokens of a chunk, so that the dots stay in a tile.
+std::tuple<Tensor, Tensor> dora_grad_y(const Tensor& dy, const Tensor& u, const Tensor& g) {
+  const char* op = "dora_grad_y";
+  check_matrix(op, "dy", dy);
+  const int64_t T = dy.size(0), N = dy.size(1);
+  check_rows(op, "dy", dy, Where::cpu, {f32, b16, h16}, {T, N});
+  check_rows(op, "u", u, Where::cpu, {dy.scalar_type()}, {T, N});
+  check(op, "g", g, Where::cpu, {f32}, {N});
+  Tensor dyg = torch::stable::new_empty(dy, {T, N}), dots = torch::stable::new_empty(g, {N});
+  const TokenParts parts(T, 1, N, blocks(N, update_c));
+  const auto* factors = static_cast<const float*>(g.const_data_ptr());
+  dispatch(dy, [&](auto* type) {
+    const auto *dy_data = data(dy, type), *u_data = data(u, type);
+    auto* out = mutable_data(dyg, type);
+    parallel_for(parts.count * blocks(N, update_c), [&](int64_t task) {
+      const int64_t n0 = task % blocks(N, update_c) * update_c, n1 = std::min(n0 + update_c, N);
+      const int64_t part = task / blocks(N, update_c), t0 = part * parts.chunk, t1 = std::min(t0 + parts.chunk, T);
+      float* total = parts.clear(part, n0, n1 - n0);
+      // The sums of 24 tokens stand by themselves before they join the total, as in panel_product.
+      for (int64_t t = t0; t < t1; t += block_t)
+        for (int64_t n = n0; n < n1; n += VL) {
+          const int64_t cols = std::min<int64_t>(VL, n1 - n);
+          const vf factor = load(factors + n, cols);
+          vf sum = {};
+          for (int64_t i = t; i < std::min(t + block_t, t1); ++i) {
+            const vf grad = load(dy_data + i * dy.stride(0) + n, cols);
+            sum += grad * load(u_data + i * u.stride(0) + n, cols);
+            store(out + i * N + n, factor * grad, cols);
+          }
+          float* to = total + (n - n0);
+          store(to, load(to) + sum);
+        }
+    });
+  });
+  auto* out = static_cast<float*>(dots.mutable_data_ptr());
+  for (int64_t n = 0; n < N; n += VL) store(out + n, parts.total(0, n), N - n);
+  return {dyg, dots};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(FASTFT_NAMESPACE, CPU, m) {
+  m.impl("dora_expand_", TORCH_BOX(&dora_expand_));
+  m.impl("dora_grad_y", TORCH_BOX(&dora_grad_y));
+}
+
+}  // namespace fastft

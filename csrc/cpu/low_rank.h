@@ -1,0 +1,78 @@
+// What the families of low-rank updates share on CPU: adding a low-rank term to an activation, and sums over tokens.
+//
+// Work is split by shape alone and partial sums are added in a fixed order, so results do not depend on the number of
+// threads.
+#pragma once
+
+#include "operands.h"
+
+namespace fastft {
+
+constexpr auto f32 = ScalarType::Float;
+constexpr auto b16 = ScalarType::BFloat16;
+constexpr auto h16 = ScalarType::Half;
+
+constexpr int64_t block_t = 4 * panel_rows, block_c = 256;  // tokens x channels of an activation tile: 24 KiB of float32
+constexpr int64_t update_c = 1024;  // channels of Y and dX that one task sweeps: long rows are what memory likes
+
+inline int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// Fetches what a tile of two vectors a few tiles further along this row will read and write.
+// Always inlined: GCC drops calls of functions that do nothing but prefetch (measured: twice the time on cold memory).
+template <class T>
+[[gnu::always_inline]] inline void fetch_ahead(const T* row) {
+  constexpr int64_t bytes = 384;
+  __builtin_prefetch(reinterpret_cast<const char*>(row) + bytes, 1, 3);
+  if (panel_vectors * VL * sizeof(T) > 64) __builtin_prefetch(reinterpret_cast<const char*>(row) + bytes + 64, 1, 3);
+}
+
+// For tile(t, c, cols, part) made by the caller, every task of 24 tokens x 1024 channels of an activation [T, C] gets the
+// product of factor · S [T, R] with a panel [units(R)][C]. `part`: the last vector of a row, of which `cols` columns exist.
+template <class Unit, class P, class MakeTile>
+void add_low_rank(int64_t tokens, int64_t C, Coefficients s, const P& panel, float factor, const MakeTile& make_tile) {
+  parallel_for(blocks(tokens, block_t) * blocks(C, update_c), [&](int64_t task) {
+    const int64_t c = task % blocks(C, update_c) * update_c, cols = std::min(update_c, C - c), whole = cols / VL * VL;
+    const int64_t t = task / blocks(C, update_c) * block_t, rows = std::min(block_t, tokens - t);
+    Scratch<Unit> scaled(rows * round_up(s.ranks, VL));
+    const auto x = rank_coefficients<Unit>(s, t, rows, factor, scaled.get());
+    panel_product(rows, whole, units<Unit>(s.ranks), x, panel.at(0, c), make_tile(t, c, whole, std::false_type()), Ahead());
+    if (whole < cols)
+      panel_product(rows, VL, units<Unit>(s.ranks), x, panel.at(0, c + whole),
+                    make_tile(t, c + whole, cols - whole, std::true_type()), Ahead());
+  });
+}
+
+// Partial sums of a product over tokens, out [R, C] = Σ_t s[t]ᵀ x[t]: one float32 part a chunk of tokens, in order.
+struct TokenParts {
+  // As many chunks as it takes for 16 tasks of `slabs` columns each, so that several threads find work; of a length that
+  // keeps the parts under a quarter of the activation's bytes, and below 2016 tokens, so that they stay in a cache.
+  TokenParts(int64_t tokens, int64_t r, int64_t c, int64_t slabs)
+      : chunk(chunk_length(tokens, std::max<int64_t>(240, 8 * r), slabs)),
+        count(blocks(tokens, chunk)),
+        rows(r),
+        row(round_up(c, VL)),
+        parts(count * r * row) {}
+
+  static int64_t chunk_length(int64_t tokens, int64_t shortest, int64_t slabs) {
+    const int64_t wanted =
+        std::max(blocks(16, std::max<int64_t>(slabs, 1)), blocks(tokens, std::max<int64_t>(2016, shortest)));
+    const int64_t count = std::max<int64_t>(1, std::min(wanted, tokens / shortest));
+    return std::max(block_t, round_up(blocks(tokens, count), block_t));
+  }
+
+  float* clear(int64_t part, int64_t c, int64_t cols) const {
+    float* to = parts.get() + part * rows * row + c;
+    for (int64_t r = 0; r < rows; ++r) std::fill_n(to + r * row, round_up(cols, VL), 0.0f);
+    return to;
+  }
+  vf total(int64_t r, int64_t c) const {
+    vf sum = {};
+    for (int64_t part = 0; part < count; ++part) sum += load(parts.get() + (part * rows + r) * row + c);
+    return sum;
+  }
+
+  const int64_t chunk, count, rows, row;
+  Scratch<float> parts;
+};
+
+}  // namespace fastft
