@@ -62,3 +62,40 @@ def unpack_mask(b_mask):
     """int1 [BLOCK_T, 8 * BLOCK_BYTES], True where kept, of mask bytes [BLOCK_T, BLOCK_BYTES]; lowest bit first."""
     b_bits = (b_mask[:, :, None] >> tl.arange(0, 8).to(tl.uint8)[None, None, :]) & 1
     return tl.reshape(b_bits, [b_mask.shape[0], 8 * b_mask.shape[1]]) != 0
+
+
+@triton.jit
+def load_keep(p_mask, group, o_m, i_k, T, K, BLOCK_K: tl.constexpr):
+    """int1 [BLOCK_M, BLOCK_K]: what a group's mask, of packed masks [G, T, ceil(K/8)], keeps of column block i_k."""
+    n_bytes = tl.cdiv(K, 8)
+    o_byte = i_k * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
+    m_mask = (o_m < T)[:, None] & (o_byte < n_bytes)[None, :]
+    o_mask = (group * T.to(tl.int64) + o_m)[:, None] * n_bytes + o_byte[None, :]
+    return unpack_mask(tl.load(p_mask + o_mask, mask=m_mask, other=0))
+
+
+@triton.jit
+def rank_product(p_s, p_w, o_m, o_n, T, N, first, end, s_row, w_rank, w_col, BLOCK_R: tl.constexpr):
+    """float32 [BLOCK_M, BLOCK_N]: s[o_m, first:end] @ w[first:end, o_n], in w's dtype.
+
+    Element (t, r) of s [T, R] is at t * s_row + r, element (r, n) of w [R, N] at r * w_rank + n * w_col: either adapter
+    matrix, A [R, K] or B [N, R], is such a w. o_m and o_n are int64.
+    """
+    b_sum = tl.zeros([o_m.shape[0], o_n.shape[0]], tl.float32)
+    for i_r in range(tl.cdiv(end - first, BLOCK_R)):
+        o_r = first + i_r * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
+        m_s = (o_m < T)[:, None] & (o_r < end)[None, :]
+        m_w = (o_r < end)[:, None] & (o_n < N)[None, :]
+        b_s = tl.load(p_s + o_m[:, None] * s_row + o_r[None, :], mask=m_s, other=0.0)
+        b_w = tl.load(p_w + o_r[:, None] * w_rank + o_n[None, :] * w_col, mask=m_w, other=0.0)
+        b_sum = dot(b_s, b_w, b_sum, p_w.dtype.element_ty)
+    return b_sum
+
+
+@triton.jit
+def zero_tiles(count: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
+    """A tuple of `count` float32 tiles [rows, columns] of zeros."""
+    tiles = ()
+    for _ in tl.static_range(count):
+        tiles = tiles + (tl.zeros([rows, columns], tl.float32),)
+    return tiles

@@ -24,21 +24,38 @@ def device_name(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-def check(op: str, **arguments) -> None:
+TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+ACTIVATION, FLOAT32 = tuple(TRITON_DTYPES), (torch.float32,)
+
+
+def check(op: str, *, apart: tuple = (), **arguments) -> None:
     """Check every argument, given as name=(tensor, dtypes, shape): kernels address memory by what they were promised.
 
+    Args:
+        apart: names of matrices whose rows may lie apart (stride(1) == 1, stride(0) >= a row): columns of a wider one.
+
     Raises:
-        TypeError: another dtype. ValueError: another shape, or not contiguous. RuntimeError: not on the first's device.
+        TypeError: another dtype. ValueError: another shape or layout. RuntimeError: not on the first's device.
     """
     device = next(iter(arguments.values()))[0].device
     for name, (tensor, dtypes, shape) in arguments.items():
         if tensor.dtype not in dtypes:
             raise TypeError(f"{op}: {name} is {tensor.dtype}, must be {' or '.join(map(str, dtypes))}")
-        if tensor.shape != shape or not tensor.is_contiguous():
-            layout = "" if tensor.is_contiguous() else " and not contiguous"
+        dense = tensor.is_contiguous() or (name in apart and _rows_are_dense(tensor))
+        if tensor.shape != shape or not dense:
+            layout = "" if dense else " and not contiguous"
             raise ValueError(f"{op}: {name} is {list(tensor.shape)}{layout}, must be a contiguous {list(shape)}")
         if tensor.device != device:
             raise RuntimeError(f"{op}: {name} is on {tensor.device}, must be on {device}")
+
+
+def _rows_are_dense(tensor) -> bool:
+    return tensor.dim() == 2 and tensor.stride(1) == 1 and tensor.stride(0) >= tensor.shape[1]
+
+
+def adapter_dtypes(x) -> tuple:
+    """The dtypes that an adapter on activations x may have."""
+    return x.dtype, torch.float32
 
 
 def launch(kernel, grid: int, *args, num_warps: int, num_stages: int, **constants):

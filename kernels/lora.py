@@ -1,8 +1,13 @@
 """The LoRA family in Triton. The maths, shapes and rounding are in ``fastft/ops/lora.py``, the definition of these ops.
 
-T tokens, K in-features, N out-features, R rank. Every launcher has the name and arguments of its op; tensors are
-2-D and contiguous. Operands of a product have the adapter's dtype: float32 adapters get float32 arithmetic, 16-bit
-adapters get tensor cores with float32 accumulation.
+T tokens, K in-features, N out-features, R rank. Every launcher has the name and arguments of its op. Operands of a
+product have the adapter's dtype: float32 adapters get float32 arithmetic, 16-bit adapters get tensor cores with float32
+accumulation.
+
+Groups: a program holds one tile of x and makes each group's product from it, with that group's mask and its own rank
+tiles, so that x crosses the memory bus once and no rank is computed for another group's mask. Kernels get `ranks` as a
+tuple and unroll their loops over it: their code grows with the number of groups, and each number compiles once.
+Without dropout all groups are one.
 
 Sums over a long axis are cut into slabs (`_launch.slabs`), so that small outputs still fill the device.
 """
@@ -12,8 +17,8 @@ import triton
 import triton.language as tl
 
 from . import _config
-from ._lang import cast, dot, draw_mask, unpack_mask
-from ._launch import check, device_name, launch, slabs, split, sum_slabs
+from ._lang import cast, dot, draw_mask, load_keep, rank_product, unpack_mask, zero_tiles
+from ._launch import ACTIVATION, FLOAT32, TRITON_DTYPES, adapter_dtypes, check, device_name, launch, slabs, split, sum_slabs
 
 # Positions of the activation and of the adapter matrix among an op's arguments, and the adapter's rank dimension.
 _OPERANDS = {
@@ -24,17 +29,25 @@ _OPERANDS = {
     "lora_grad_x_": (0, 2, 0),
 }
 
-_TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_ACTIVATION, _FLOAT32, _BYTE, _INT64 = tuple(_TRITON_DTYPES), (torch.float32,), (torch.uint8,), (torch.int64,)
+# Positions of `ranks` and p among the arguments of the ops that have groups.
+_GROUPS = {"lora_shrink": (2, 3), "lora_grad_a": (3, 5), "lora_grad_x_": (3, 5)}
 
 # Bytes of partial dS that lora_grad_sb keeps at a time: they are read back at once, so they should fit a GPU's L2.
 _WORKSPACE = 32 * 2**20
 
 
 def config_for(op: str, *args) -> dict:
-    """The configuration that ``op(*args)`` is launched with: a pure function of device, dtypes and sizes."""
+    """The configuration that ``op(*args)`` is launched with: a pure function of device, dtypes and sizes.
+
+    G is the number of groups that the kernel tells apart and R the largest rank among them.
+    """
     act, adapter, rank_dim = _OPERANDS[op]
     x, a = args[act], args[adapter]
+    R, G = a.shape[rank_dim], 1
+    if op in _GROUPS:
+        ranks, p = (args[i] for i in _GROUPS[op])
+        groups = _told_apart(ranks, R, p)
+        R, G = max(groups, default=0), len(groups)
     return _config.lookup(
         device_name(x.device),
         "lora",
@@ -42,25 +55,37 @@ def config_for(op: str, *args) -> dict:
         dtypes=f"{8 * x.element_size()}/{8 * a.element_size()}",
         T=x.shape[0],
         features=x.shape[1],
-        R=a.shape[rank_dim],
+        R=R,
+        G=G,
     )
+
+
+def _told_apart(ranks, R: int, p: float) -> tuple:
+    """The ranks of the groups that a kernel must tell apart; without dropout they are one group of rank R."""
+    return tuple(ranks) if p > 0 else (R,)
+
+
+def _checked_groups(op: str, ranks, R: int, p: float) -> tuple:
+    if sum(ranks) != R or min(ranks, default=0) < 0:
+        raise ValueError(f"{op}: ranks are {list(ranks)}, must be the ranks of the groups, {R} in all")
+    return _told_apart(ranks, R, p)
 
 
 def _inverse_keep(p: float) -> float:
     return 1.0 / (1.0 - p) if p < 1.0 else 0.0
 
 
-def _adapter(x) -> tuple:
-    """The dtypes that an adapter on activations x may have."""
-    return x.dtype, torch.float32
+def _check_mask(op: str, x, mask, ranks, p: float) -> None:
+    check(op, x=(x, ACTIVATION, x.shape), mask=(mask, (torch.uint8,), _mask_shape(*x.shape, ranks, p)))
 
 
-def _mask_shape(T: int, K: int, p: float) -> tuple:
-    return (T, triton.cdiv(K, 8)) if p > 0 else (0,)
+def _mask_shape(T: int, K: int, ranks, p: float) -> tuple:
+    return (len(ranks), T, triton.cdiv(K, 8)) if p > 0 else (0,)
 
 
-def _rank_tiles(rank: int, config: dict) -> int:
-    return max(1, triton.cdiv(rank, config["BLOCK_R"]))
+def _rank_tiles(ranks, config: dict) -> int:
+    """Rank tiles of the largest group; at least one, since shrink writes masks whatever the ranks."""
+    return max(1, triton.cdiv(max(ranks), config["BLOCK_R"]))
 
 
 @triton.jit(do_not_specialize=["T", "slab_tiles", "threshold"])
@@ -73,6 +98,8 @@ def _lora_shrink_kernel(
     T,
     K,
     R,
+    ranks,
+    n_r,
     slab_tiles,
     inverse_keep,
     threshold,
@@ -81,56 +108,88 @@ def _lora_shrink_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """s[slab] = inverse_keep * drop(x) @ a.T over one slab of K, and the mask of what it read."""
-    n_r = tl.maximum(tl.cdiv(R, BLOCK_R), 1)
+    """s[slab] = inverse_keep * drop(x) @ a.T over one slab of K, and the masks of what it read.
+
+    A program has rank tile i_r of every group.
+    """
+    G: tl.constexpr = len(ranks)
+    n_bytes = tl.cdiv(K, 8)
     n_slabs = tl.cdiv(tl.cdiv(K, BLOCK_K), slab_tiles)
     pid = tl.program_id(0).to(tl.int64)
     i_r, i_slab, i_m = pid % n_r, pid // n_r % n_slabs, pid // n_r // n_slabs
 
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    seeds = ()
     if DROPOUT:
-        seed = tl.load(p_seed)
-    b_s = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+        for g in tl.static_range(G):
+            seeds = seeds + (tl.load(p_seed + g),)
+    sums = zero_tiles(G, BLOCK_M, BLOCK_R)
     for i_k in range(i_slab * slab_tiles, tl.minimum((i_slab + 1) * slab_tiles, tl.cdiv(K, BLOCK_K))):
         o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
         b_x = tl.load(p_x + o_m[:, None] * K + o_k[None, :], mask=(o_m < T)[:, None] & (o_k < K)[None, :], other=0.0)
-        if DROPOUT:
-            o_byte = i_k * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
-            b_mask = draw_mask(seed, o_m, o_byte, threshold, K)
-            n_bytes = tl.cdiv(K, 8)
-            if i_r == 0:
-                m_mask = (o_m < T)[:, None] & (o_byte < n_bytes)[None, :]
-                tl.store(p_mask + o_m[:, None] * n_bytes + o_byte[None, :], b_mask, mask=m_mask)
-            b_x = tl.where(unpack_mask(b_mask), b_x, 0.0)
-        m_a = (o_k < K)[:, None] & (o_r < R)[None, :]
-        b_a = tl.load(p_a + o_r[None, :] * K + o_k[:, None], mask=m_a, other=0.0)
-        b_s = dot(b_x, b_a, b_s, p_a.dtype.element_ty)
-    o_s = (i_slab * T + o_m[:, None]) * R + o_r[None, :]
-    tl.store(p_s + o_s, b_s * inverse_keep, mask=(o_m < T)[:, None] & (o_r < R)[None, :])
+        first, added = 0, ()
+        for g in tl.static_range(G):
+            b_kept = b_x
+            if DROPOUT:
+                o_byte = i_k * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
+                b_mask = draw_mask(seeds[g], o_m, o_byte, threshold, K)
+                if i_r == 0:
+                    m_mask = (o_m < T)[:, None] & (o_byte < n_bytes)[None, :]
+                    o_mask = (g * T.to(tl.int64) + o_m)[:, None] * n_bytes + o_byte[None, :]
+                    tl.store(p_mask + o_mask, b_mask, mask=m_mask)
+                b_kept = tl.where(unpack_mask(b_mask), b_x, 0.0)
+            m_a = (o_k < K)[:, None] & (o_r < ranks[g])[None, :]
+            b_a = tl.load(p_a + (first + o_r)[None, :] * K + o_k[:, None], mask=m_a, other=0.0)
+            added = added + (dot(b_kept, b_a, sums[g], p_a.dtype.element_ty),)
+            first += ranks[g]
+        sums = added
+    first = 0
+    for g in tl.static_range(G):
+        o_s = (i_slab * T + o_m[:, None]) * R + (first + o_r)[None, :]
+        tl.store(p_s + o_s, sums[g] * inverse_keep, mask=(o_m < T)[:, None] & (o_r < ranks[g])[None, :])
+        first += ranks[g]
 
 
-def lora_shrink(x, a, p, seed, *, config=None):
-    constants, programs = split(config or config_for("lora_shrink", x, a, p, seed))
+def lora_shrink(x, a, ranks, p, seed, *, config=None):
+    constants, programs = split(config or config_for("lora_shrink", x, a, ranks, p, seed))
     (T, K), R = x.shape, a.shape[0]
-    dropout = p > 0
-    check("lora_shrink", x=(x, _ACTIVATION, (T, K)), a=(a, _adapter(x), (R, K)))
-    if dropout:
-        check("lora_shrink", x=(x, _ACTIVATION, (T, K)), seed=(seed, _INT64, (1,)))
-    mask = torch.empty(_mask_shape(T, K, p), dtype=torch.uint8, device=x.device)
-    if T == 0 or K == 0 or (R == 0 and not dropout):
+    groups = _checked_groups("lora_shrink", ranks, R, p)
+    check("lora_shrink", x=(x, ACTIVATION, (T, K)), a=(a, adapter_dtypes(x), (R, K)))
+    if p > 0:
+        check("lora_shrink", x=(x, ACTIVATION, (T, K)), seed=(seed, (torch.int64,), (len(ranks),)))
+    mask = torch.empty(_mask_shape(T, K, ranks, p), dtype=torch.uint8, device=x.device)
+    if T == 0 or K == 0 or not (R or mask.numel()):
         return torch.zeros(T, R, dtype=torch.float32, device=x.device), mask
-    others = triton.cdiv(T, constants["BLOCK_M"]) * _rank_tiles(R, constants)
+    n_r = _rank_tiles(groups, constants)
+    others = triton.cdiv(T, constants["BLOCK_M"]) * n_r
     n_slabs, slab_tiles = slabs(triton.cdiv(K, constants["BLOCK_K"]), others, programs)
     parts = torch.empty(n_slabs, T, R, dtype=torch.float32, device=x.device)
-    scalars = T, K, R, slab_tiles, _inverse_keep(p), round(p * 65536)
-    launch(_lora_shrink_kernel, n_slabs * others, x, a, seed, parts, mask, *scalars, DROPOUT=dropout, **constants)
+    scalars = T, K, R, groups, n_r, slab_tiles, _inverse_keep(p), round(p * 65536)
+    launch(_lora_shrink_kernel, n_slabs * others, x, a, seed, parts, mask, *scalars, DROPOUT=p > 0, **constants)
     return sum_slabs(parts, torch.float32), mask
 
 
 @triton.jit(do_not_specialize=["T"])
-def _lora_expand_kernel(p_y, p_s, p_b, T, N, R, scale, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
-    """One tile of y += scale * s @ b.T, rounded once."""
+def _lora_update_kernel(
+    p_out,
+    p_s,
+    p_w,
+    p_mask,
+    T,
+    N,
+    ranks,
+    out_row,
+    s_row,
+    w_rank,
+    w_col,
+    scale,
+    DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One tile of out += scale * sum over groups of keep * (s @ w), rounded once; what all groups drop keeps its bits."""
     n_n = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0).to(tl.int64)
     i_n, i_m = pid % n_n, pid // n_n
@@ -138,29 +197,49 @@ def _lora_expand_kernel(p_y, p_s, p_b, T, N, R, scale, BLOCK_M: tl.constexpr, BL
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     b_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for i_r in range(tl.cdiv(R, BLOCK_R)):
-        o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
-        m_s = (o_m < T)[:, None] & (o_r < R)[None, :]
-        m_b = (o_r < R)[:, None] & (o_n < N)[None, :]
-        b_s = tl.load(p_s + o_m[:, None] * R + o_r[None, :], mask=m_s, other=0.0)
-        b_b = tl.load(p_b + o_n[None, :] * R + o_r[:, None], mask=m_b, other=0.0)
-        b_sum = dot(b_s, b_b, b_sum, p_b.dtype.element_ty)
-    p_tile = p_y + o_m[:, None] * N + o_n[None, :]
+    b_kept = tl.zeros([BLOCK_M, BLOCK_N], tl.int1)
+    first = 0
+    for g in tl.static_range(len(ranks)):
+        b_part = rank_product(p_s, p_w, o_m, o_n, T, N, first, first + ranks[g], s_row, w_rank, w_col, BLOCK_R)
+        if DROPOUT:
+            b_keep = load_keep(p_mask, g, o_m, i_n, T, N, BLOCK_N)
+            b_part = tl.where(b_keep, b_part, 0.0)
+            b_kept = b_kept | b_keep
+        b_sum += b_part
+        first += ranks[g]
+    p_tile = p_out + o_m[:, None] * out_row + o_n[None, :]
     m_tile = (o_m < T)[:, None] & (o_n < N)[None, :]
-    b_y = tl.load(p_tile, mask=m_tile)
-    tl.store(p_tile, cast(cast(b_y, tl.float32) + scale * b_sum, b_y.dtype), mask=m_tile)
+    b_out = tl.load(p_tile, mask=m_tile)
+    b_new = cast(cast(b_out, tl.float32) + scale * b_sum, b_out.dtype)
+    if DROPOUT:
+        b_new = tl.where(b_kept, b_new, b_out)
+    tl.store(p_tile, b_new, mask=m_tile)
 
 
 def lora_expand_(y, s, b, scale, *, config=None):
     constants, _ = split(config or config_for("lora_expand_", y, s, b, scale))
     (T, N), R = y.shape, b.shape[1]
-    check("lora_expand_", y=(y, _ACTIVATION, (T, N)), s=(s, _FLOAT32, (T, R)), b=(b, _adapter(y), (N, R)))
+    layouts = {"y": (y, ACTIVATION, (T, N)), "s": (s, FLOAT32, (T, R)), "b": (b, adapter_dtypes(y), (N, R))}
+    check("lora_expand_", apart=("y", "s"), **layouts)
     if T and N and R:
         grid = triton.cdiv(T, constants["BLOCK_M"]) * triton.cdiv(N, constants["BLOCK_N"])
-        launch(_lora_expand_kernel, grid, y, s, b, T, N, R, float(scale), **constants)
+        scalars = T, N, (R,), y.stride(0), s.stride(0), 1, R, float(scale)
+        launch(_lora_update_kernel, grid, y, s, b, None, *scalars, DROPOUT=False, **constants)
 
 
-@triton.jit(do_not_specialize=["T", "slab_tiles"])
+def lora_grad_x_(dx, ds, a, ranks, mask, p, *, config=None):
+    constants, _ = split(config or config_for("lora_grad_x_", dx, ds, a, ranks, mask, p))
+    (T, K), R = dx.shape, a.shape[0]
+    groups = _checked_groups("lora_grad_x_", ranks, R, p)
+    check("lora_grad_x_", dx=(dx, ACTIVATION, (T, K)), ds=(ds, FLOAT32, (T, R)), a=(a, adapter_dtypes(dx), (R, K)))
+    _check_mask("lora_grad_x_", dx, mask, ranks, p)
+    if T and K and R:
+        grid = triton.cdiv(T, constants["BLOCK_M"]) * triton.cdiv(K, constants["BLOCK_N"])
+        scalars = T, K, groups, K, R, K, 1, _inverse_keep(p)
+        launch(_lora_update_kernel, grid, dx, ds, a, mask if p > 0 else None, *scalars, DROPOUT=p > 0, **constants)
+
+
+@triton.jit(do_not_specialize=["T", "slab_tiles", "first_row"])
 def _lora_grad_sb_kernel(
     p_dy,
     p_s,
@@ -170,6 +249,8 @@ def _lora_grad_sb_kernel(
     T,
     N,
     R,
+    s_row,
+    first_row,
     slab_tiles,
     scale,
     BLOCK_M: tl.constexpr,
@@ -197,29 +278,34 @@ def _lora_grad_sb_kernel(
         m_dy = (o_m < T)[:, None] & (o_n < N)[None, :]
         m_s = (o_m < T)[:, None] & (o_r < R)[None, :]
         b_dy = tl.load(p_dy + o_m[:, None] * N + o_n[None, :], mask=m_dy, other=0.0)
-        b_s = tl.load(p_s + o_m[:, None] * R + o_r[None, :], mask=m_s, other=0.0)
+        b_s = tl.load(p_s + o_m[:, None] * s_row + o_r[None, :], mask=m_s, other=0.0)
         b_ds = dot(b_dy, b_b, tl.zeros([BLOCK_M, BLOCK_R], tl.float32), p_b.dtype.element_ty)
         b_db = dot(tl.trans(b_dy), b_s, b_db, p_b.dtype.element_ty)
         tl.store(p_ds + (i_n * T + o_m[:, None]) * R + o_r[None, :], scale * b_ds, mask=m_s)
     p_tile = p_db + i_slab * N * R + o_b
-    tl.store(p_tile, tl.load(p_tile, mask=m_b) + scale * b_db, mask=m_b)
+    b_db *= scale
+    if first_row > 0:
+        b_db += tl.load(p_tile, mask=m_b)
+    tl.store(p_tile, b_db, mask=m_b)
 
 
 def lora_grad_sb(dy, s, b, scale, *, config=None):
     constants, programs = split(config or config_for("lora_grad_sb", dy, s, b, scale))
     (T, N), R = dy.shape, b.shape[1]
-    check("lora_grad_sb", dy=(dy, _ACTIVATION, (T, N)), s=(s, _FLOAT32, (T, R)), b=(b, _adapter(dy), (N, R)))
+    layouts = {"dy": (dy, ACTIVATION, (T, N)), "s": (s, FLOAT32, (T, R)), "b": (b, adapter_dtypes(dy), (N, R))}
+    check("lora_grad_sb", apart=("s",), **layouts)
     if T == 0 or N == 0 or R == 0:
-        return torch.zeros_like(s), torch.zeros_like(b)
+        return s.new_zeros(T, R), torch.zeros_like(b)
     n_n = triton.cdiv(N, constants["BLOCK_N"])
-    others = n_n * _rank_tiles(R, constants)
+    others = n_n * _rank_tiles((R,), constants)
     chunk = triton.cdiv(min(T, max(1, _WORKSPACE // (4 * n_n * R))), constants["BLOCK_M"]) * constants["BLOCK_M"]
     n_slabs, slab_tiles = slabs(chunk // constants["BLOCK_M"], others, programs)
-    db = torch.zeros(n_slabs, N, R, dtype=torch.float32, device=dy.device)
+    db = torch.empty(n_slabs, N, R, dtype=torch.float32, device=dy.device)
     ds = []
-    for dy_rows, s_rows in zip(dy.split(chunk), s.split(chunk)):
+    for first_row in range(0, T, chunk):  # the first chunk has every slab, and stores where the others add
+        dy_rows, s_rows = dy[first_row : first_row + chunk], s[first_row : first_row + chunk]
         parts = torch.empty(n_n, *s_rows.shape, dtype=torch.float32, device=dy.device)
-        scalars = dy_rows.shape[0], N, R, slab_tiles, float(scale)
+        scalars = dy_rows.shape[0], N, R, s.stride(0), first_row, slab_tiles, float(scale)
         launch(_lora_grad_sb_kernel, n_slabs * others, dy_rows, s_rows, b, parts, db, *scalars, **constants)
         ds.append(sum_slabs(parts, torch.float32))
     return ds[0] if len(ds) == 1 else torch.cat(ds), sum_slabs(db, b.dtype)
@@ -234,6 +320,8 @@ def _lora_grad_a_kernel(
     T,
     K,
     R,
+    ranks,
+    n_r,
     slab_tiles,
     inverse_keep,
     DTYPE: tl.constexpr,
@@ -242,107 +330,51 @@ def _lora_grad_a_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """da[slab] = inverse_keep * ds.T @ drop(x) over one slab of T, for a strip of BLOCK_K columns of x."""
-    n_r = tl.cdiv(R, BLOCK_R)
+    """da[slab] = inverse_keep * ds.T @ drop(x) over one slab of T, for a strip of BLOCK_K columns of x.
+
+    A program has rank tile i_r of every group.
+    """
+    G: tl.constexpr = len(ranks)
     n_k = tl.cdiv(K, BLOCK_K)
     pid = tl.program_id(0).to(tl.int64)
     i_r, i_k, i_slab = pid % n_r, pid // n_r % n_k, pid // n_r // n_k
 
     o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
     o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    b_da = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+    sums = zero_tiles(G, BLOCK_R, BLOCK_K)
     for i_m in range(i_slab * slab_tiles, tl.minimum((i_slab + 1) * slab_tiles, tl.cdiv(T, BLOCK_M))):
         o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
         b_x = tl.load(p_x + o_m[:, None] * K + o_k[None, :], mask=(o_m < T)[:, None] & (o_k < K)[None, :], other=0.0)
-        if DROPOUT:
-            b_x = tl.where(_load_keep(p_mask, o_m, i_k, T, K, BLOCK_K), b_x, 0.0)
-        m_ds = (o_m < T)[:, None] & (o_r < R)[None, :]
-        b_ds = tl.load(p_ds + o_m[:, None] * R + o_r[None, :], mask=m_ds, other=0.0)
-        b_da = dot(tl.trans(b_ds), b_x, b_da, DTYPE)
-    o_da = (i_slab * R + o_r[:, None]) * K + o_k[None, :]
-    tl.store(p_da + o_da, inverse_keep * b_da, mask=(o_r < R)[:, None] & (o_k < K)[None, :])
+        first, added = 0, ()
+        for g in tl.static_range(G):
+            b_kept = b_x
+            if DROPOUT:
+                b_kept = tl.where(load_keep(p_mask, g, o_m, i_k, T, K, BLOCK_K), b_x, 0.0)
+            m_ds = (o_m < T)[:, None] & (o_r < ranks[g])[None, :]
+            b_ds = tl.load(p_ds + o_m[:, None] * R + (first + o_r)[None, :], mask=m_ds, other=0.0)
+            added = added + (dot(tl.trans(b_ds), b_kept, sums[g], DTYPE),)
+            first += ranks[g]
+        sums = added
+    first = 0
+    for g in tl.static_range(G):
+        o_da = (i_slab * R + first + o_r[:, None]) * K + o_k[None, :]
+        tl.store(p_da + o_da, inverse_keep * sums[g], mask=(o_r < ranks[g])[:, None] & (o_k < K)[None, :])
+        first += ranks[g]
 
 
-@triton.jit
-def _load_keep(p_mask, o_m, i_k, T, K, BLOCK_K: tl.constexpr):
-    """int1 [BLOCK_M, BLOCK_K]: which elements of column block i_k the packed mask keeps."""
-    n_bytes = tl.cdiv(K, 8)
-    o_byte = i_k * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
-    m_mask = (o_m < T)[:, None] & (o_byte < n_bytes)[None, :]
-    return unpack_mask(tl.load(p_mask + o_m[:, None] * n_bytes + o_byte[None, :], mask=m_mask, other=0))
-
-
-def lora_grad_a(ds, x, a, mask, p, *, config=None):
-    constants, programs = split(config or config_for("lora_grad_a", ds, x, a, mask, p))
+def lora_grad_a(ds, x, a, ranks, mask, p, *, config=None):
+    constants, programs = split(config or config_for("lora_grad_a", ds, x, a, ranks, mask, p))
     (T, K), R = x.shape, a.shape[0]
-    check(
-        "lora_grad_a",
-        x=(x, _ACTIVATION, (T, K)),
-        ds=(ds, _FLOAT32, (T, R)),
-        a=(a, _adapter(x), (R, K)),
-        mask=(mask, _BYTE, _mask_shape(T, K, p)),
-    )
+    groups = _checked_groups("lora_grad_a", ranks, R, p)
+    check("lora_grad_a", x=(x, ACTIVATION, (T, K)), ds=(ds, FLOAT32, (T, R)), a=(a, adapter_dtypes(x), (R, K)))
+    _check_mask("lora_grad_a", x, mask, ranks, p)
     if T == 0 or K == 0 or R == 0:
         return torch.zeros_like(a)
-    others = triton.cdiv(K, constants["BLOCK_K"]) * _rank_tiles(R, constants)
+    n_r = _rank_tiles(groups, constants)
+    others = triton.cdiv(K, constants["BLOCK_K"]) * n_r
     n_slabs, slab_tiles = slabs(triton.cdiv(T, constants["BLOCK_M"]), others, programs)
     parts = torch.empty(n_slabs, R, K, dtype=torch.float32, device=x.device)
-    scalars = T, K, R, slab_tiles, _inverse_keep(p)
-    switches = {"DTYPE": _TRITON_DTYPES[a.dtype], "DROPOUT": p > 0}
-    launch(_lora_grad_a_kernel, n_slabs * others, ds, x, mask, parts, *scalars, **switches, **constants)
+    scalars = T, K, R, groups, n_r, slab_tiles, _inverse_keep(p)
+    switches = {"DTYPE": TRITON_DTYPES[a.dtype], "DROPOUT": p > 0}
+    launch(_lora_grad_a_kernel, n_slabs * others, ds, x, mask if p > 0 else None, parts, *scalars, **switches, **constants)
     return sum_slabs(parts, a.dtype)
-
-
-@triton.jit(do_not_specialize=["T"])
-def _lora_grad_x_kernel(
-    p_dx,
-    p_ds,
-    p_a,
-    p_mask,
-    T,
-    K,
-    R,
-    inverse_keep,
-    DROPOUT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """One tile of dx += keep * inverse_keep * ds @ a, rounded once; dropped elements keep their bits."""
-    n_k = tl.cdiv(K, BLOCK_K)
-    pid = tl.program_id(0).to(tl.int64)
-    i_k, i_m = pid % n_k, pid // n_k
-
-    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    b_sum = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    for i_r in range(tl.cdiv(R, BLOCK_R)):
-        o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
-        m_ds = (o_m < T)[:, None] & (o_r < R)[None, :]
-        m_a = (o_r < R)[:, None] & (o_k < K)[None, :]
-        b_ds = tl.load(p_ds + o_m[:, None] * R + o_r[None, :], mask=m_ds, other=0.0)
-        b_a = tl.load(p_a + o_r.to(tl.int64)[:, None] * K + o_k[None, :], mask=m_a, other=0.0)
-        b_sum = dot(b_ds, b_a, b_sum, p_a.dtype.element_ty)
-    p_tile = p_dx + o_m[:, None] * K + o_k[None, :]
-    m_tile = (o_m < T)[:, None] & (o_k < K)[None, :]
-    b_dx = tl.load(p_tile, mask=m_tile)
-    b_new = cast(cast(b_dx, tl.float32) + inverse_keep * b_sum, b_dx.dtype)
-    if DROPOUT:
-        b_new = tl.where(_load_keep(p_mask, o_m, i_k, T, K, BLOCK_K), b_new, b_dx)
-    tl.store(p_tile, b_new, mask=m_tile)
-
-
-def lora_grad_x_(dx, ds, a, mask, p, *, config=None):
-    constants, _ = split(config or config_for("lora_grad_x_", dx, ds, a, mask, p))
-    (T, K), R = dx.shape, a.shape[0]
-    check(
-        "lora_grad_x_",
-        dx=(dx, _ACTIVATION, (T, K)),
-        ds=(ds, _FLOAT32, (T, R)),
-        a=(a, _adapter(dx), (R, K)),
-        mask=(mask, _BYTE, _mask_shape(T, K, p)),
-    )
-    if T and K and R:
-        grid = triton.cdiv(T, constants["BLOCK_M"]) * triton.cdiv(K, constants["BLOCK_K"])
-        scalars = T, K, R, _inverse_keep(p)
-        launch(_lora_grad_x_kernel, grid, dx, ds, a, mask, *scalars, DROPOUT=p > 0, **constants)

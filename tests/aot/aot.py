@@ -50,7 +50,10 @@ SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, 
 
 @dataclass(frozen=True)
 class Launch:
-    """One compilation: everything that Triton's compiled code depends on."""
+    """One compilation: everything that Triton's compiled code depends on.
+
+    Constants and alignment are by path: (position of the argument,), or (position, index) of an element of a tuple.
+    """
 
     kernel: JITFunction
     signature: tuple
@@ -63,22 +66,29 @@ class Launch:
         """What Triton's own launcher would derive from the arguments of one call."""
         given = dict(zip(kernel.arg_names, args)) | kwargs
         signature, constants, aligned = {}, {}, []
-        for parameter in kernel.params:
-            name, value = parameter.name, given.pop(parameter.name)
+
+        def kind(path, value, parameter):
+            if isinstance(value, tuple):
+                return tuple(kind((*path, i), inner, parameter) for i, inner in enumerate(value))
             specialised = type(value) is int and not parameter.do_not_specialize
             if parameter.is_constexpr or value is None or (specialised and value == 1):
-                signature[name], constants[name] = "constexpr", value
-                continue
-            signature[name] = _type_name(value)
+                constants[path] = value
+                return "constexpr"
             if isinstance(value, torch.Tensor) or (specialised and value % 16 == 0):
-                aligned.append(name)
+                aligned.append(path)
+            return _type_name(value)
+
+        for i, parameter in enumerate(kernel.params):
+            signature[parameter.name] = kind((i,), given.pop(parameter.name), parameter)
         return cls(kernel, tuple(signature.items()), tuple(constants.items()), tuple(aligned), tuple(given.items()))
 
     @property
     def label(self) -> str:
+        named = {self.kernel.arg_names[path[0]]: value for path, value in self.constants if len(path) == 1}
         pointers = [f"{name.removeprefix('p_')}={kind[1:]}" for name, kind in self.signature if kind[0] == "*"]
-        settings = [f"{name}={value}" for name, value in (*self.constants, *self.options) if value is not None]
-        return " ".join([self.kernel.__name__, *pointers, *settings])
+        groups = [f"{name}x{len(kind)}" for name, kind in self.signature if isinstance(kind, tuple) and len(kind) > 1]
+        settings = [f"{name}={value}" for name, value in (*named.items(), *self.options) if value is not None]
+        return " ".join([self.kernel.__name__, *pointers, *groups, *settings])
 
     def source_hash(self) -> str:
         """Changes with the kernel's code (comments and docstrings aside), argument types, constants and options."""
@@ -87,13 +97,8 @@ class Launch:
 
     def compile(self, target: str) -> dict:
         """{"registers", "spills", "shared"} of the kernel compiled for `target`; spills and shared in bytes."""
-        index = {name: (i,) for i, name in enumerate(self.kernel.arg_names)}
-        source = ASTSource(
-            self.kernel,
-            dict(self.signature),
-            {index[name]: value for name, value in self.constants},
-            {index[name]: [["tt.divisibility", 16]] for name in self.aligned},
-        )
+        aligned = {path: [["tt.divisibility", 16]] for path in self.aligned}
+        source = ASTSource(self.kernel, dict(self.signature), dict(self.constants), aligned)
         compiled = triton.compile(source, target=TARGETS[target], options=dict(self.options))
         usage = _amd_usage(compiled) if target.startswith("gfx") else _nvidia_usage(compiled)
         return {**usage, "shared": compiled.metadata.shared}
