@@ -5,9 +5,11 @@
 //
 // A block of 256 threads reads each activation once: 8 consecutive elements (a unit) per thread and load, widened to
 // float32 in shared memory, from where both products take it. Rank tiles are 16, 32 or 64 wide; a warp always works on
-// 16 ranks, and the warps left over split the inner dimension. Their sums are combined in a fixed order at the end.
+// 16 ranks (a slot, groups.cuh), and the warps left over split the inner dimension. Their sums are combined in a fixed
+// order at the end.
 #pragma once
 
+#include "groups.cuh"
 #include "launch.cuh"
 #include "ptx.cuh"
 
@@ -18,19 +20,20 @@ constexpr int kRows = 32, kCols = 128;
 constexpr int kPitch = kCols + 4;  // floats; 16 bytes of padding spread rows over the banks
 constexpr int kUnit = 8, kUnits = kRows * kCols / kUnit / kThreads;
 constexpr int kUnitsPerRow = kCols / kUnit;
-constexpr int kWarpRanks = 16;
 
-// A row-major matrix. `vectors`: every row starts on a 16-byte boundary and no unit crosses a row's end.
+// A matrix whose rows are contiguous and lie `stride` elements apart. `vectors`: every row starts on a 16-byte boundary and
+// no unit crosses a row's end.
 template <class T>
 struct Matrix {
   T* data;
-  int64_t rows, cols;
+  int64_t rows, cols, stride;
   bool vectors;
 };
 
 template <class T>
-Matrix<T> matrix(T* data, int64_t rows, int64_t cols) {
-  return {data, rows, cols, reinterpret_cast<uintptr_t>(data) % 16 == 0 && cols % kUnit == 0};
+Matrix<T> matrix(T* data, int64_t rows, int64_t cols, int64_t stride) {
+  bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0 && (rows < 2 || stride * sizeof(T) % 16 == 0);
+  return {data, rows, cols, stride, aligned && cols % kUnit == 0};
 }
 
 template <class T>
@@ -43,7 +46,7 @@ template <bool kOnce, class T, class M>
 __device__ __forceinline__ Unit<T> load_unit(const Matrix<M>& m, int64_t row, int64_t col) {
   Unit<T> unit{};
   if (row >= m.rows || col >= m.cols) return unit;
-  const T* source = m.data + row * m.cols + col;
+  const T* source = m.data + row * m.stride + col;
   if (m.vectors) {
     constexpr int chunks = sizeof(unit) / 16;
     uint4* target = reinterpret_cast<uint4*>(&unit);
@@ -61,7 +64,7 @@ __device__ __forceinline__ Unit<T> load_unit(const Matrix<M>& m, int64_t row, in
 
 template <class T>
 __device__ __forceinline__ void store_unit(const Matrix<T>& m, int64_t row, int64_t col, const Unit<T>& unit) {
-  T* target = m.data + row * m.cols + col;
+  T* target = m.data + row * m.stride + col;
   if (m.vectors) {
 #pragma unroll
     for (int i = 0; i < int(sizeof(unit) / 16); ++i)
@@ -99,11 +102,17 @@ struct TileRegisters {
     for (int i = 0; i < kUnits; ++i) widen(tile + unit_row(i) * kPitch + unit_col(), units[i]);
   }
 
-  // Zeroes what the i-th unit's keep bits drop: a select, so that a dropped NaN is 0.
-  __device__ __forceinline__ void drop(int i, unsigned keep) {
+  // The same as one group sees it: elements whose bit in byte `copy` of keep[i] is 0 are 0, also where they are NaN.
+  __device__ __forceinline__ void store_kept(float* tile, const unsigned (&keep)[kUnits], int copy) const {
 #pragma unroll
-    for (int j = 0; j < kUnit; ++j)
-      if (!(keep >> j & 1)) units[i].v[j] = T(0.0f);
+    for (int i = 0; i < kUnits; ++i) {
+      const unsigned bits = keep[i] >> 8 * copy;
+      Unit<T> unit = units[i];
+#pragma unroll
+      for (int j = 0; j < kUnit; ++j)
+        if (!(bits >> j & 1)) unit.v[j] = T(0.0f);
+      widen(tile + unit_row(i) * kPitch + unit_col(), unit);
+    }
   }
 };
 
@@ -112,7 +121,7 @@ template <class T>
 __device__ __forceinline__ void load_tile(float* tile, const Matrix<const T>& m, int64_t row0, int64_t col0) {
   if (m.vectors) {
     TileRegisters<T> held;
-    held.load({m.data, m.rows, m.cols, true}, row0, col0);
+    held.load({m.data, m.rows, m.cols, m.stride, true}, row0, col0);
     held.store(tile);
   } else {
     // Unit by unit: the element-wise loads of two units at once spilled 16 bytes in grad_sb_kernel.
@@ -135,18 +144,19 @@ struct Weights {
     return wide ? static_cast<const float*>(data)[i] : static_cast<float>(static_cast<const T*>(data)[i]);
   }
 
-  // tile[r][c] = this[row0 + r, col0 + c] for kTileRows rows of kCols columns.
-  template <int kTileRows>
-  __device__ __forceinline__ void load(float* tile, int64_t row0, int64_t col0) const {
-    for (int i = 0; i < kTileRows / kWarpRanks; ++i) {
-      int r = unit_row(i), c = unit_col();
+  // tile[16 i + r][c] = this[slots[i].rank + r, col0 + c] for kRanks rows of kCols columns, 0 beyond a slot's ranks.
+  template <int kRanks, class S>
+  __device__ __forceinline__ void load(float* tile, const S& slots, int64_t col0) const {
+    static_assert(kThreads / kUnitsPerRow == kWarpRanks, "the i-th units of all threads are slot i");
+#pragma unroll
+    for (int i = 0; i < kRanks / kWarpRanks; ++i) {
+      const int64_t row = slots[i].rank + unit_row(0), end = slots[i].end, col = col0 + unit_col();
+      float* target = tile + unit_row(i) * kPitch + unit_col();
       if (wide)
-        widen(tile + r * kPitch + c,
-              load_unit<false, float>(Matrix<const float>{static_cast<const float*>(data), rows, cols, vectors}, row0 + r,
-                                      col0 + c));
+        widen(target, load_unit<false, float>(Matrix<const float>{static_cast<const float*>(data), end, cols, cols, vectors},
+                                              row, col));
       else
-        widen(tile + r * kPitch + c,
-              load_unit<false, T>(Matrix<const T>{static_cast<const T*>(data), rows, cols, vectors}, row0 + r, col0 + c));
+        widen(target, load_unit<false, T>(Matrix<const T>{static_cast<const T*>(data), end, cols, cols, vectors}, row, col));
     }
   }
 
@@ -159,22 +169,23 @@ struct Weights {
   }
 };
 
-// tile[t][r] = s[row0 + t, rank0 + r] of the float32 matrix s for kTileRows rows, 0 outside s; rows lie kRanks + 4 apart.
-template <int kTileRows, int kRanks>
-__device__ __forceinline__ void load_ranks(float* tile, const Matrix<const float>& s, int64_t row0, int rank0) {
+// tile[t][16 i + r] = s[row0 + t, slots[i].rank + r] of the float32 matrix s for kTileRows rows, 0 beyond a slot's ranks;
+// rows lie kRanks + 4 apart. Here s.vectors says that every row of s starts on a 16-byte boundary.
+template <int kTileRows, int kRanks, class S>
+__device__ __forceinline__ void load_ranks(float* tile, const Matrix<const float>& s, int64_t row0, const S& slots) {
   constexpr int quads = kRanks / 4;
 #pragma unroll 1
   for (int i = threadIdx.x; i < kTileRows * quads; i += kThreads) {
     const int64_t row = row0 + i / quads;
-    const int rank = rank0 + i % quads * 4;
-    const float* source = s.data + row * s.cols + rank;
+    const int rank = slots[i % quads / 4].rank + i % 4 * 4, end = slots[i % quads / 4].end;
+    const float* source = s.data + row * s.stride + rank;
     alignas(16) float v[4] = {};
-    if (row < s.rows && s.vectors && rank < s.cols) {
+    if (row < s.rows && s.vectors && rank % 4 == 0 && rank + 4 <= end) {
       *reinterpret_cast<float4*>(v) = *reinterpret_cast<const float4*>(source);
     } else if (row < s.rows) {
 #pragma unroll
       for (int j = 0; j < 4; ++j)
-        if (rank + j < s.cols) v[j] = source[j];
+        if (rank + j < end) v[j] = source[j];
     }
     *reinterpret_cast<float4*>(tile + i / quads * (kRanks + 4) + i % quads * 4) = make_float4(v[0], v[1], v[2], v[3]);
   }
@@ -182,15 +193,15 @@ __device__ __forceinline__ void load_ranks(float* tile, const Matrix<const float
 
 template <int kRanks>
 struct RowDot {
-  static constexpr int kGroups = kRanks / kWarpRanks, kSlices = kWarps / kGroups, kSliceCols = kCols / kSlices;
+  static constexpr int kSlots = kRanks / kWarpRanks, kSlices = kWarps / kSlots, kSliceCols = kCols / kSlices;
   static constexpr int kBuffer = kSlices * kRows * kRanks;  // floats of shared memory for `publish`
 
   float acc[4][4] = {};  // tokens lane / 4 + 8 i, ranks lane % 4 + 4 j of the warp's 16
 
   __device__ __forceinline__ void add(const float* act, const float* w) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    act += lane / 4 * kPitch + warp / kGroups * kSliceCols;
-    w += (warp % kGroups * kWarpRanks + lane % 4) * kPitch + warp / kGroups * kSliceCols;
+    act += lane / 4 * kPitch + warp / kSlots * kSliceCols;
+    w += (warp % kSlots * kWarpRanks + lane % 4) * kPitch + warp / kSlots * kSliceCols;
 #pragma unroll 1
     for (int c = 0; c < kSliceCols; c += 4) {
       float4 a[4];
@@ -208,7 +219,7 @@ struct RowDot {
   // Each warp's sums into `buffer`; after a barrier `total` adds them up.
   __device__ __forceinline__ void publish(float* buffer) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    buffer += (warp / kGroups * kRows + lane / 4) * kRanks + warp % kGroups * kWarpRanks + lane % 4;
+    buffer += (warp / kSlots * kRows + lane / 4) * kRanks + warp % kSlots * kWarpRanks + lane % 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
 #pragma unroll
@@ -226,14 +237,14 @@ struct RowDot {
 
 template <int kRanks>
 struct TokenSum {
-  static constexpr int kGroups = kRanks / kWarpRanks, kSlices = kWarps / kGroups, kSliceRows = kRows / kSlices;
+  static constexpr int kSlots = kRanks / kWarpRanks, kSlices = kWarps / kSlots, kSliceRows = kRows / kSlices;
 
   float acc[kWarpRanks][4] = {};  // the warp's 16 ranks, columns 4 lane + j
 
   __device__ __forceinline__ void add(const float* act, const float* s) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    act += warp / kGroups * kSliceRows * kPitch + 4 * lane;
-    s += warp / kGroups * kSliceRows * (kRanks + 4) + warp % kGroups * kWarpRanks;
+    act += warp / kSlots * kSliceRows * kPitch + 4 * lane;
+    s += warp / kSlots * kSliceRows * (kRanks + 4) + warp % kSlots * kWarpRanks;
 #pragma unroll 1
     for (int t = 0; t < kSliceRows; ++t) {
       float4 a = *reinterpret_cast<const float4*>(act + t * kPitch);
@@ -255,9 +266,9 @@ struct TokenSum {
   // buffer[r][c], rows kPitch apart: the block's sums, the warps' parts added in ascending order. Ends with a barrier.
   __device__ __forceinline__ void combine(float* buffer) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    buffer += warp % kGroups * kWarpRanks * kPitch + 4 * lane;
+    buffer += warp % kSlots * kWarpRanks * kPitch + 4 * lane;
     for (int slice = 0; slice < kSlices; ++slice) {
-      if (warp / kGroups == slice) {
+      if (warp / kSlots == slice) {
 #pragma unroll
         for (int r = 0; r < kWarpRanks; ++r) {
           float4* target = reinterpret_cast<float4*>(buffer + r * kPitch);

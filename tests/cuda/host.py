@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastft
 from fastft import _native
 from fastft.ops import registry
+from tests import golden
 
 ROOT = Path(__file__).parents[2]
 LIBRARY = _native.LIB / "libfastft_cuda_host.so"
@@ -24,6 +26,28 @@ def register():
     """Load the library and add the backend `cuda_host`; only in a process started by `under_sanitizer`."""
     torch.ops.load_library(str(LIBRARY))
     registry.BACKENDS["cuda_host"] = registry.NativeBackend(lambda: ("fastft_cuda_host", None), "cpu", "CPU")
+
+
+@pytest.fixture
+def backend():
+    """Tests of a family's matrix run on `cuda_host` where a file of cases imports this in place of their own fixture."""
+    with fastft.testing.use("cuda_host"), fastft.testing.record() as calls:
+        yield "cpu"
+    assert all(call.backend == "cuda_host" for call in calls), calls
+    for call in calls:
+        golden.prove(call.op, "cuda", "tests of the host build under AddressSanitizer")
+
+
+def run_cases(request, *files):
+    """Run files of `tests/cuda` under the sanitizer, passing on --write-proof; the number of tests that passed."""
+    need_library()
+    proof = request.config.getoption("--write-proof")
+    return passed(
+        under_sanitizer(
+            *("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *(f"tests/cuda/{name}" for name in files)),
+            *(("--write-proof", os.path.abspath(proof)) if proof else ()),
+        )
+    )
 
 
 def under_sanitizer(*arguments, seed=0):

@@ -1,0 +1,60 @@
+// Tensors as the kernels of tile.cuh take them, and the choice of a rank tile.
+#pragma once
+
+#include "ops.cuh"
+#include "reduce.cuh"
+#include "tile.cuh"
+
+namespace fastft {
+
+const std::initializer_list<ScalarType> kActivations = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
+
+template <class T>
+Weights<T> weights(const Tensor& w) {
+  auto vectors = matrix(static_cast<const char*>(w.const_data_ptr()), w.size(0), w.size(1), 0).vectors;
+  return {w.const_data_ptr(), w.size(0), w.size(1), vectors, w.scalar_type() == ScalarType::Float};
+}
+
+template <class T>
+Matrix<const T> input(const Tensor& t) {
+  return matrix(static_cast<const T*>(t.const_data_ptr()), t.size(0), t.size(1), t.stride(0));
+}
+
+template <class T>
+Matrix<T> output(const Tensor& t) {
+  return matrix(static_cast<T*>(t.mutable_data_ptr()), t.size(0), t.size(1), t.stride(0));
+}
+
+// S or dS, which load_ranks reads four ranks at a time.
+inline Matrix<const float> rank_input(const Tensor& s) {
+  auto* data = static_cast<const float*>(s.const_data_ptr());
+  return {data, s.size(0), s.size(1), s.stride(0), reinterpret_cast<uintptr_t>(data) % 16 == 0 && s.stride(0) % 4 == 0};
+}
+
+template <int kRanks>
+struct Ranks {
+  static constexpr int value = kRanks;
+};
+
+// Calls f with the smallest rank tile that holds `slots` slots of 16 ranks, or the largest.
+template <class F>
+void dispatch_ranks(int64_t slots, F&& f) {
+  if (slots <= 1) return f(Ranks<16>{});
+  if (slots <= 2) return f(Ranks<32>{});
+  return f(Ranks<64>{});
+}
+
+constexpr size_t tile_bytes(int rows) { return SharedMemory::bytes<float>(rows * kPitch); }
+constexpr size_t tokens_bytes(int rows, int ranks) { return SharedMemory::bytes<float>(rows * (ranks + 4)); }
+
+constexpr size_t kMostShared = 99 * 1024;  // that a block may have on compute capability 8.6 and 8.9
+
+inline void reduce_into(const Tensor& out, const Tensor& partial, int64_t parts, double scale, Stream stream) {
+  dispatch_dtype(out.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    reduce(static_cast<const float*>(partial.const_data_ptr()), parts, out.numel(), static_cast<float>(scale),
+           static_cast<T*>(out.mutable_data_ptr()), stream);
+  });
+}
+
+}  // namespace fastft
