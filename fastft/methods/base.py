@@ -14,6 +14,7 @@ from torch import nn
 
 from ..checkpoint.files import AdapterFileError, read_adapter
 from ..modules.adapted_linear import Adapter, adapt
+from .grouping import check_packable
 from .handle import Handle, handles
 from .targets import Matched, TargetOptions, match
 
@@ -30,6 +31,9 @@ class Method(TargetOptions):
     # part that a module holds -> its name in adapter_model.safetensors
     file_names: ClassVar[dict[str, str]]
     known: ClassVar[dict[str, type["Method"]]] = {}
+    # Options of methods with low-rank factors, see `LoRA`. (Annotated, they would come first among its fields.)
+    group_projections = False
+    pack_weights = False
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -111,6 +115,8 @@ def attach(model: nn.Module, method: Method, adapter_name: str = "default") -> H
     _check_name(model, adapter_name)
     matched = match(model, method)
     method.check(matched.targets)
+    if method.pack_weights:
+        check_packable(model, matched.targets)
     tensors = {name: method.initial(name, module) for name, module in matched.targets.items()}
     return _install(model, method, adapter_name, matched, tensors, _own_values(matched))
 
@@ -190,6 +196,7 @@ def _install(model, method, adapter_name, matched, tensors, copies) -> Handle:
         method.install(name, matched.targets[name], adapter, parts)
     for name, own in copies.items():
         handle.modules[name].add_copies(adapter, own)
+    handle.make_groups()
     return handle
 
 

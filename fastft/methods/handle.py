@@ -20,6 +20,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..checkpoint.files import AdapterFileError, read_adapter, write_adapter
 from ..modules.adapted_linear import Adapted, Adapter
+from ..modules.groups import GroupState
+from .grouping import make_groups
 from .targets import Matched, tied_names
 
 _KEY = "_fastft_attachments"
@@ -71,6 +73,7 @@ class Handle:
         self._adapter = adapter
         self._updated = False  # by an optimizer, since the last step()
         self._ever_updated = False
+        self._groups: list[Any] = []
         _handles.add(self)
 
     def __setstate__(self, state):  # a deep copy
@@ -92,6 +95,11 @@ class Handle:
     @property
     def merged(self) -> bool:
         return any(self.name in module._merged for module in self._attached().values())
+
+    @property
+    def groups(self) -> list[GroupState]:
+        """The groups of layers that share one input (q, k and v; gate and up), and what each does."""
+        return [group.state() for group in self._groups] if self.attached else []
 
     # ---- training
 
@@ -180,6 +188,7 @@ class Handle:
         """Take the adapter off: bits, classes, hooks and (with the last adapter) `requires_grad` as before `attach`."""
         for module in self._attached().values():
             module.remove(self._adapter)
+        self._groups = []
         record = self.model.__dict__[_KEY]
         del record.handles[self.name]
         if not record.handles:
@@ -250,6 +259,9 @@ class Handle:
             setattr(self.model, _KEY, record)
             self.model.requires_grad_(False)
         record.handles[self.name] = self
+
+    def make_groups(self) -> None:
+        self._groups = make_groups(self.method, self._adapter, self.targets)
 
     def check_copies(self) -> None:
         """Two active adapters can't both replace one tensor."""

@@ -16,6 +16,8 @@ from .targets import check_pattern
 INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 # Data-driven initialisations that leave the base as it is: once trained, the file is plain LoRA.
 _HARMLESS_WHEN_LOADED = (*INITIALISATIONS, "eva")
+# Options that say nothing about what the adapter computes.
+_NOT_IN_FILES = {"adapter_dtype", "allow_tied_weights", "group_projections", "pack_weights"}
 # Keys of PEFT's file that say nothing about what the adapter computes.
 _DESCRIPTIVE = {
     *("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
@@ -37,6 +39,10 @@ class LoRA(Method):
         fan_in_fan_out: for PEFT's sake; the layer's class decides how its weight is stored.
         adapter_dtype: dtype of A and B. None: float32 on 16-bit weights, as PEFT; torch.bfloat16 on bfloat16 weights
             halves the adapter's memory and traffic.
+        group_projections: q, k and v of an attention, and gate and up of an MLP, share one read of their input, in
+            backward too. `handle.groups` says which do.
+        pack_weights: the base weights of such a group moreover lie in one buffer, so that one GEMM computes all. The
+            outputs are then columns of one matrix, freed together.
     """
 
     peft_type: ClassVar[str] = "LORA"
@@ -51,6 +57,8 @@ class LoRA(Method):
     init_lora_weights: bool | str = True
     fan_in_fan_out: bool | None = None
     adapter_dtype: torch.dtype | None = None
+    group_projections: bool = True
+    pack_weights: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -63,6 +71,11 @@ class LoRA(Method):
                 raise ValueError(f"{key}={alpha!r}; it must be a finite number")
         for key in (*self.rank_pattern, *self.alpha_pattern):
             check_pattern("rank_pattern, alpha_pattern", key)
+        for option in ("group_projections", "pack_weights"):
+            if not isinstance(getattr(self, option), bool):
+                raise TypeError(f"{option}={getattr(self, option)!r}; it must be True or False")
+        if self.pack_weights and not self.group_projections:
+            raise ValueError("pack_weights packs the weights of groups; it needs group_projections=True")
         if not isinstance(self.use_rslora, bool):
             raise TypeError(f"use_rslora={self.use_rslora!r}; it must be True or False")
         if not isinstance(self.lora_dropout, (int, float)):
@@ -155,7 +168,7 @@ class LoRA(Method):
 
     @classmethod
     def from_config(cls, config):
-        supported = {f.name for f in fields(cls)} - {"adapter_dtype", "allow_tied_weights"}
+        supported = {f.name for f in fields(cls)} - _NOT_IN_FILES
         refused = {k: v for k, v in config.items() if v and k not in supported and k not in _DESCRIPTIVE}
         if refused:
             raise ValueError(f"adapter_config.json: not supported: {refused}; supported: {', '.join(sorted(supported))}")

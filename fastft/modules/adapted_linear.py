@@ -16,11 +16,13 @@ import functools
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from ..ops.lora_linear import lora_linear, lora_update
+from ..ops.lora_linear import SharedInput
+from .packed import unshare
 
 # class (by module and name, so that transformers is not imported) -> is its weight stored [K, N] (fan_in_fan_out)?
 LINEAR_CLASSES = {
@@ -70,6 +72,23 @@ class LoRASettings:
     dropout: float
 
 
+class Projection(NamedTuple):
+    """What one adapter adds to a forward of one module; tensors and numbers as in `ops.lora_linear.lora_linear`."""
+
+    name: str
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    scale: float
+    dropout: float  # of this forward: 0 in evaluation
+    lora_bias: torch.Tensor | None = None
+    magnitude: torch.Tensor | None = None
+    weight_norm: torch.Tensor | None = None
+
+    def options(self) -> dict[str, torch.Tensor | None]:
+        """The keyword arguments of `SharedInput.project`."""
+        return {"lora_bias": self.lora_bias, "magnitude": self.magnitude, "weight_norm": self.weight_norm}
+
+
 def is_linear(module: nn.Module) -> bool:
     cls = module.plain if isinstance(module, Adapted) else type(module)
     return (cls.__module__, cls.__qualname__) in LINEAR_CLASSES
@@ -89,6 +108,7 @@ def adapt(module: nn.Module, adapter: Adapter) -> None:
         module._adapters = {}
         module._merged = []
         module._settings = {}  # of the adapters that have a weight delta here, by name
+        module._groups = {}  # the ProjectionGroup of each adapter that has one here, by name
     module._adapters[adapter.name] = adapter
 
 
@@ -152,9 +172,11 @@ class Adapted(nn.Module):
                 if not len(held):
                     delattr(self, holder)
         self._settings.pop(adapter.name, None)
+        if adapter.name in self._groups:
+            self._groups.pop(adapter.name).release()
         del self._adapters[adapter.name]
         if not self._adapters:
-            del self._adapters, self._merged, self._settings
+            del self._adapters, self._merged, self._settings, self._groups
             self.__class__ = self.plain
 
     # ---- the store of pristine values
@@ -212,6 +234,8 @@ class Adapted(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars and any(group.packed is not None for group in self._groups.values()):
+            unshare(destination, [prefix + "weight", prefix + "bias"])
         if self._merged:
             destination[prefix + "weight"] = self._pristine_weight
 
@@ -285,17 +309,32 @@ class AdaptedLinear(Adapted):
         if not names:
             return self._plain_forward(replaced, input)
         weight, bias = replaced.get("weight", self.weight), replaced.get("bias", self.bias)
+        return self._project(input, weight, bias, [self._projection(name) for name in names])
+
+    def _projection(self, name: str) -> Projection:
+        settings = self._settings[name]
+        dropout = settings.dropout if self.training else 0.0
+        return Projection(name, self.lora_A[name], self.lora_B[name], settings.scale, dropout)
+
+    def _project(self, input, weight, bias, projections):
+        """The output with all these adapters on the given base tensors (weight as it is stored)."""
+        weight = weight.t() if self.fan_in_fan_out else weight
         y = None
-        for name in names:
-            settings = self._settings[name]
-            factors = (
-                self.lora_A[name],
-                self.lora_B[name],
-                settings.scale,
-                settings.dropout if self.training else 0.0,
-            )
+        for projection, (shared, i) in zip(projections, _share(input, projections)):
             if y is None:
-                y = lora_linear(input, weight, bias, *factors, fan_in_fan_out=self.fan_in_fan_out)
+                y = shared.project(i, weight, bias, projection.lora_B, projection.scale, **projection.options())
             else:
-                y = lora_update(y, input, *factors)
+                y = shared.update(i, y, projection.lora_B, projection.scale)
         return y
+
+
+def _share(input, projections):
+    """(SharedInput, index in it) for every projection: those of equal dropout and dtype share one read of the input."""
+    alike: dict[tuple, list[Projection]] = {}
+    for projection in projections:
+        alike.setdefault((projection.dropout, projection.lora_A.dtype), []).append(projection)
+    places = {}
+    for (dropout, _), group in alike.items():
+        shared = SharedInput(input, [projection.lora_A for projection in group], dropout)
+        places.update({projection.name: (shared, i) for i, projection in enumerate(group)})
+    return [places[projection.name] for projection in projections]

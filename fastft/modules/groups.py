@@ -1,0 +1,193 @@
+"""Projections of one input, an attention's q, k and v or an MLP's gate and up, share the read of it and its dX.
+
+The model calls them one after the other, so sharing is lazy. The member that is called first with some x opens a round:
+a `SharedInput` of x and every member's A. It takes its own part and leaves the rest in this thread's slot, where the
+others find theirs if they are called with the same tensor in the same circumstances (`_circumstances`). Each member
+computes in its own call: hooks, replaced weights and the order of calls stay as they are. Who finds nothing in the slot
+opens a round, so what a wrong guess of `grouping` costs is memory and a little time, never a wrong result.
+
+A round that another one replaces before all members have taken their part was such a guess (or a failure in the middle):
+its group dissolves, and each member runs alone from then on. Not at once if a forward may be run again by gradient
+checkpointing: the second run must share what the first one did, or it would save other tensors and draw other dropout
+masks. Then the group dissolves with the next step of an optimizer, when no forward is waiting any more.
+
+Two things are not seen: reentrant checkpointing of single members with dropout (the masks of the second run differ), and
+an A that is changed between the calls of a round.
+"""
+
+import threading
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ..ops.lora_linear import SharedInput
+from ..ops.registry import Scope
+from .packed import PackedWeights
+
+_slot = threading.local()  # .round: the round that waits in this thread. One, so that at most one x is kept by mistake
+_steps = 0  # of any optimizer
+
+
+def _count_step(optimizer, args, kwargs) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+@dataclass(frozen=True)
+class GroupState:
+    """What a group does: `reason` says why it is not grouped any more, `unpacked` why its weights are not packed."""
+
+    members: tuple[str, ...]
+    grouped: bool
+    reason: str | None
+    packed: bool
+    unpacked: str | None
+
+
+class _Round:
+    """One x, and the parts of it that members have not taken yet."""
+
+    def __init__(self, group, x, circumstances, factors, p):
+        self.group, self.x, self.circumstances = group, weakref.ref(x), circumstances
+        self.shared = SharedInput(x, factors, p)
+        self.factors, self.left = factors, set(range(len(factors)))
+        self.columns = None  # of x Wᵀ + bias by member, where the weights are packed
+        self.columns_have_bias = False
+
+    def has_part(self, group, i, x, circumstances, factor) -> bool:
+        return (
+            self.group is group
+            and i in self.left
+            and self.x() is x
+            and self.circumstances == circumstances
+            and self.factors[i] is factor
+        )
+
+
+class ProjectionGroup:
+    """The members' side of one adapter; every member's `_groups` holds it under the adapter's name.
+
+    Args:
+        adapter: the `Adapter`. names, members: the adapted linear layers, of equal in-features, in any order.
+    """
+
+    def __init__(self, adapter, names, members):
+        self.adapter, self.names, self.members = adapter, tuple(names), list(members)
+        self.reason: str | None = None  # why it dissolved
+        self.packed: PackedWeights | None = None
+        self.unpacked: str | None = None  # why `packed` is None though it was asked for
+        self._checkpointed = -1  # optimizer steps before the last round that checkpointing may run again
+
+    def state(self) -> GroupState:
+        packed, unpacked = self.packed is not None and self.packed.intact(), self.unpacked
+        if self.packed is not None and not packed:
+            unpacked = self.packed.reason or "the weights left their buffer; the next forward packs them again"
+        return GroupState(self.names, self.reason is None, self.reason, packed, unpacked)
+
+    def project(self, member, x, p, weight, bias, lora_B, scale, **options):
+        """`member`'s output on x as `SharedInput.project` gives it, or None if the member is to run alone."""
+        i = next((i for i, own in enumerate(self.members) if own is member), None)  # None for DataParallel's replicas
+        if i is None or not (self.reason is None or self._checkpointed == _steps):
+            return None
+        circumstances = _circumstances(x, p)
+        if circumstances is None:
+            return None
+        # Out of the slot until the part is computed, so that an exception in between leaves nothing there.
+        waiting, _slot.round = getattr(_slot, "round", None), None
+        if waiting is not None and not waiting.has_part(self, i, x, circumstances, member.lora_A[self.adapter.name]):
+            waiting.group._dissolve(waiting)
+            waiting = None
+        if waiting is None:
+            waiting = self._open_round(x, p, circumstances, bias=options.get("magnitude") is None)
+            if waiting is None:
+                return None
+        waiting.left.discard(i)
+        base = self._column(waiting, i, member, weight, bias, options)
+        y = waiting.shared.project(i, weight, bias, lora_B, scale, base=base, **options)
+        if waiting.left:
+            _slot.round = waiting
+        return y
+
+    def release(self) -> None:
+        """The adapter is taken off: weights get their own memory back, unless another group still packs them."""
+        packed, self.packed = self.packed, None
+        if packed is not None and not any(g.packed is packed for m in self.members for g in m._groups.values()):
+            packed.unpack()
+
+    def _open_round(self, x, p, circumstances, bias):
+        factors = self._factors(x, p)
+        if factors is None:
+            return None
+        if _may_run_again(circumstances, p):
+            self._checkpointed = _steps
+        opened = _Round(self, x, circumstances, factors, p)
+        if self.packed is not None and self._own_weights_on():
+            opened.columns, opened.columns_have_bias = self.packed.columns(opened.shared.x, bias), bias
+        return opened
+
+    def _factors(self, x, p):
+        """Every member's A, or None if they can't share x now."""
+        factors = []
+        for member in self.members:
+            adapters = [a for a in member._adapters.values() if a.name in member._settings and a.on()]
+            if adapters != [self.adapter] or member._merged:
+                return None
+            if (member._settings[self.adapter.name].dropout if member.training else 0.0) != p:
+                return None
+            a = member.lora_A[self.adapter.name]
+            # Not DTensors, nor what sharding leaves of a parameter between forwards.
+            if type(a) not in (torch.Tensor, torch.nn.Parameter) or a.dim() != 2 or a.shape[1] != x.shape[-1]:
+                return None
+            if a.device != x.device or a.dtype != (factors[0] if factors else a).dtype:
+                return None
+            factors.append(a)
+        return factors
+
+    def _own_weights_on(self) -> bool:
+        """Do all members use their own weight and bias, no trained copies?"""
+        return not any(m._copies([a for a in m._adapters.values() if a.on()]) for m in self.members)
+
+    @staticmethod
+    def _column(opened, i, member, weight, bias, options):
+        if opened.columns is None:
+            return None
+        column, opened.columns[i] = opened.columns[i], None
+        has_bias = options.get("magnitude") is None
+        if has_bias != opened.columns_have_bias or options.get("lora_bias") is not None:
+            return None
+        return column if weight is member.weight and bias is member.bias else None
+
+    def _dissolve(self, left_over) -> None:
+        if self.reason is None:
+            missing = ", ".join(self.names[i] for i in sorted(left_over.left))
+            taken = ", ".join(name for i, name in enumerate(self.names) if i not in left_over.left)
+            self.reason = f"{missing} did not follow {taken} with the same input"
+
+
+def _circumstances(x, p):
+    """What must be equal for a part of a round to be what the member would have computed. None: x can't be shared."""
+    if type(x) not in (torch.Tensor, torch.nn.Parameter) or x.dim() == 0 or x.is_inference():
+        return None  # (inference tensors don't count their changes)
+    kind = x.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return (
+        x._version,
+        torch.is_grad_enabled(),
+        torch.get_autocast_dtype(kind) if autocast else None,
+        p,
+        Scope().forced,
+        # Each region of non-reentrant checkpointing has hooks of its own: what one saves, another can't recompute.
+        torch._C._autograd._top_saved_tensors_default_hooks(False),
+    )
+
+
+def _may_run_again(circumstances, p) -> bool:
+    """Might this forward be recomputed so that it matters what was shared? Reentrant checkpointing runs it without
+    gradients, and then only the dropout masks have to be the same."""
+    _, grad, *_, hooks = circumstances
+    return hooks is not None or (not grad and p > 0)
