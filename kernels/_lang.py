@@ -97,5 +97,5 @@ def zero_tiles(count: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
     """A tuple of `count` float32 tiles [rows, columns] of zeros."""
     tiles = ()
     for _ in tl.static_range(count):
-        tiles = tiles + (tl.zeros([rows, columns], tl.float32),)
+        tiles += (tl.zeros([rows, columns], tl.float32),)
     return tiles

@@ -123,7 +123,7 @@ def _lora_shrink_kernel(
     seeds = ()
     if DROPOUT:
         for g in tl.static_range(G):
-            seeds = seeds + (tl.load(p_seed + g),)
+            seeds += (tl.load(p_seed + g),)
     sums = zero_tiles(G, BLOCK_M, BLOCK_R)
     for i_k in range(i_slab * slab_tiles, tl.minimum((i_slab + 1) * slab_tiles, tl.cdiv(K, BLOCK_K))):
         o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -141,7 +141,7 @@ def _lora_shrink_kernel(
                 b_kept = tl.where(unpack_mask(b_mask), b_x, 0.0)
             m_a = (o_k < K)[:, None] & (o_r < ranks[g])[None, :]
             b_a = tl.load(p_a + (first + o_r)[None, :] * K + o_k[:, None], mask=m_a, other=0.0)
-            added = added + (dot(b_kept, b_a, sums[g], p_a.dtype.element_ty),)
+            added += (dot(b_kept, b_a, sums[g], p_a.dtype.element_ty),)
             first += ranks[g]
         sums = added
     first = 0
@@ -352,7 +352,7 @@ def _lora_grad_a_kernel(
                 b_kept = tl.where(load_keep(p_mask, g, o_m, i_k, T, K, BLOCK_K), b_x, 0.0)
             m_ds = (o_m < T)[:, None] & (o_r < ranks[g])[None, :]
             b_ds = tl.load(p_ds + o_m[:, None] * R + (first + o_r)[None, :], mask=m_ds, other=0.0)
-            added = added + (dot(tl.trans(b_ds), b_kept, sums[g], DTYPE),)
+            added += (dot(tl.trans(b_ds), b_kept, sums[g], DTYPE),)
             first += ranks[g]
         sums = added
     first = 0

@@ -14,7 +14,7 @@ import argparse
 import ast
 import functools
 import hashlib
-import importlib.util
+import importlib
 import json
 import re
 import subprocess
@@ -35,6 +35,7 @@ from triton.runtime import JITFunction
 from fastft.kernels import _config
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # for tests.aot.<family>: this file runs as a script
 CONFIGS = ROOT / "kernels" / "configs"
 TABLE = CONFIGS / "aot.json"
 TARGETS = {
@@ -157,7 +158,7 @@ def launches(target: str, quick: bool = False) -> dict[str, Launch]:
     for path in sorted((CONFIGS / "default").glob("*.json")):
         family = path.stem
         module = importlib.import_module(f"fastft.kernels.{family}")
-        cases = _cases(family)
+        cases = importlib.import_module(f"tests.aot.{family}")
         for op, entries in _config.table(target, family).items():
             for entry in entries:
                 for args in cases.arguments(op, entry["when"]):
@@ -168,13 +169,6 @@ def launches(target: str, quick: bool = False) -> dict[str, Launch]:
 
 def _first_of_each_kernel(launches):
     return {launch.kernel: launch for launch in reversed(list(launches))}.values()
-
-
-def _cases(family):
-    spec = importlib.util.spec_from_file_location(f"aot_{family}", Path(__file__).parent / f"{family}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def intercept(launcher, args, config) -> list[Launch]:

@@ -46,24 +46,32 @@ SAME_LAUNCH = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import torch, aot
-from fastft.kernels import lora
+from fastft.kernels import dora, lora
 from fastft.kernels._launch import _sum_slabs_kernel
 
 def meta(*size, dtype=torch.float32):
     return torch.empty(size, dtype=dtype, device="meta")
 
-def launched(op, T=4096, scale=0.5, p=0.5):
-    x, s, mask = meta(T, 64), meta(T, 8), meta(T, 8, dtype=torch.uint8)
-    a, b, seed = meta(8, 64), meta(64, 8), meta(1, dtype=torch.int64)
+def launched(op, T=4096, scale=0.5, p=0.5, ranks=(8, 24)):
+    R, G = sum(ranks), len(ranks)
+    x, s, mask = meta(T, 64), meta(T, R), meta(G, T, 8, dtype=torch.uint8)
+    a, b, seed, g = meta(R, 64), meta(64, R), meta(G, dtype=torch.int64), meta(64)
     args = {
-        "lora_shrink": (x, a, p, seed), "lora_expand_": (x, s, b, scale), "lora_grad_sb": (x, s, b, scale),
-        "lora_grad_a": (s, x, a, mask, p), "lora_grad_x_": (x, s, a, mask, p),
+        "lora_shrink": (x, a, ranks, p, seed), "lora_expand_": (x, s, b, scale), "lora_grad_sb": (x, s, b, scale),
+        "lora_grad_a": (s, x, a, ranks, mask, p), "lora_grad_x_": (x, s, a, ranks, mask, p),
+        "dora_expand_": (x, s, b, g, g, scale), "dora_grad_y": (x, x, g),
     }[op]
-    calls = aot.intercept(getattr(lora, op), args, lora.config_for(op, *args))
+    module = dora if op.startswith("dora") else lora
+    calls = aot.intercept(getattr(module, op), args, module.config_for(op, *args))
     # Whether partial results are summed depends on their number, which depends on T.
-    return [call.source_hash() for call in calls if call.kernel is not _sum_slabs_kernel]
+    return {call.source_hash() for call in calls if call.kernel is not _sum_slabs_kernel}
 
-for op in lora._OPERANDS:
-    for change in ({"scale": 1.0}, {"scale": 2}, {"p": 0.1}, {"p": 1.0}, {"p": 2**-16}, {"T": 1}, {"T": 17}):
-        assert launched(op, **change) == launched(op) != [], (op, change)
+for op in (*lora._OPERANDS, "dora_expand_", "dora_grad_y"):
+    # A long T is several chunks of lora_grad_sb.
+    for change in ({"scale": 1.0}, {"scale": 2}, {"p": 0.1}, {"p": 1.0}, {"p": 2**-16}, {"T": 1}, {"T": 17}, {"T": 10**6}):
+        assert launched(op, **change) == launched(op) != set(), (op, change)
+    assert len(launched(op)) == 1, op
+grouped = ("lora_shrink", "lora_grad_a", "lora_grad_x_")
+for op in grouped:
+    assert launched(op, ranks=(8, 16, 8)) != launched(op), "the number of groups is compiled in"
 """
