@@ -319,6 +319,11 @@ class AdaptedLinear(Adapted):
     def _project(self, input, weight, bias, projections):
         """The output with all these adapters on the given base tensors (weight as it is stored)."""
         weight = weight.t() if self.fan_in_fan_out else weight
+        if len(projections) == 1 and not torch.compiler.is_compiling():  # a graph can't find what another call left
+            group = self._groups.get(projections[0].name)
+            y = None if group is None else group.project(self, input, weight, bias, projections[0])
+            if y is not None:
+                return y
         y = None
         for projection, (shared, i) in zip(projections, _share(input, projections)):
             if y is None:

@@ -89,8 +89,9 @@ class ProjectionGroup:
             unpacked = self.packed.reason or "the weights left their buffer; the next forward packs them again"
         return GroupState(self.names, self.reason is None, self.reason, packed, unpacked)
 
-    def project(self, member, x, p, weight, bias, lora_B, scale, **options):
-        """`member`'s output on x as `SharedInput.project` gives it, or None if the member is to run alone."""
+    def project(self, member, x, weight, bias, projection):
+        """`member`'s output on x with this `Projection` on its base tensors, or None if the member is to run alone."""
+        p = projection.dropout
         i = next((i for i, own in enumerate(self.members) if own is member), None)  # None for DataParallel's replicas
         if i is None or not (self.reason is None or self._checkpointed == _steps):
             return None
@@ -99,16 +100,16 @@ class ProjectionGroup:
             return None
         # Out of the slot until the part is computed, so that an exception in between leaves nothing there.
         waiting, _slot.round = getattr(_slot, "round", None), None
-        if waiting is not None and not waiting.has_part(self, i, x, circumstances, member.lora_A[self.adapter.name]):
+        if waiting is not None and not waiting.has_part(self, i, x, circumstances, projection.lora_A):
             waiting.group._dissolve(waiting)
             waiting = None
         if waiting is None:
-            waiting = self._open_round(x, p, circumstances, bias=options.get("magnitude") is None)
+            waiting = self._open_round(x, p, circumstances, projection)
             if waiting is None:
                 return None
         waiting.left.discard(i)
-        base = self._column(waiting, i, member, weight, bias, options)
-        y = waiting.shared.project(i, weight, bias, lora_B, scale, base=base, **options)
+        base = _column(waiting, i, member, weight, bias, projection)
+        y = waiting.shared.project(i, weight, bias, projection.lora_B, projection.scale, base=base, **projection.options())
         if waiting.left:
             _slot.round = waiting
         return y
@@ -119,15 +120,16 @@ class ProjectionGroup:
         if packed is not None and not any(g.packed is packed for m in self.members for g in m._groups.values()):
             packed.unpack()
 
-    def _open_round(self, x, p, circumstances, bias):
+    def _open_round(self, x, p, circumstances, projection):
         factors = self._factors(x, p)
         if factors is None:
             return None
         if _may_run_again(circumstances, p):
             self._checkpointed = _steps
         opened = _Round(self, x, circumstances, factors, p)
-        if self.packed is not None and self._own_weights_on():
-            opened.columns, opened.columns_have_bias = self.packed.columns(opened.shared.x, bias), bias
+        if self.packed is not None and projection.lora_bias is None and self._own_weights_on():
+            opened.columns_have_bias = projection.magnitude is None
+            opened.columns = self.packed.columns(opened.shared.x, opened.columns_have_bias)
         return opened
 
     def _factors(self, x, p):
@@ -152,21 +154,21 @@ class ProjectionGroup:
         """Do all members use their own weight and bias, no trained copies?"""
         return not any(m._copies([a for a in m._adapters.values() if a.on()]) for m in self.members)
 
-    @staticmethod
-    def _column(opened, i, member, weight, bias, options):
-        if opened.columns is None:
-            return None
-        column, opened.columns[i] = opened.columns[i], None
-        has_bias = options.get("magnitude") is None
-        if has_bias != opened.columns_have_bias or options.get("lora_bias") is not None:
-            return None
-        return column if weight is member.weight and bias is member.bias else None
-
     def _dissolve(self, left_over) -> None:
         if self.reason is None:
             missing = ", ".join(self.names[i] for i in sorted(left_over.left))
             taken = ", ".join(name for i, name in enumerate(self.names) if i not in left_over.left)
             self.reason = f"{missing} did not follow {taken} with the same input"
+
+
+def _column(opened, i, member, weight, bias, projection):
+    """The member's part of the packed GEMM, if that is what the member would compute."""
+    if opened.columns is None:
+        return None
+    column, opened.columns[i] = opened.columns[i], None
+    if projection.lora_bias is not None or opened.columns_have_bias != (projection.magnitude is None):
+        return None
+    return column if weight is member.weight and bias is member.bias else None
 
 
 def _circumstances(x, p):
