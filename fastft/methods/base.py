@@ -14,6 +14,7 @@ from torch import nn
 
 from ..checkpoint.files import AdapterFileError, read_adapter
 from ..modules.adapted_linear import Adapter, adapt
+from ..modules.merging import pristine
 from .grouping import check_packable
 from .handle import Handle, handles
 from .targets import Matched, TargetOptions, match
@@ -31,6 +32,8 @@ class Method(TargetOptions):
     # part that a module holds -> its name in adapter_model.safetensors
     file_names: ClassVar[dict[str, str]]
     known: ClassVar[dict[str, type["Method"]]] = {}
+    # Parts of N numbers that are held at least in float32, whatever `dtype` says: 16-bit ones would hardly move in training.
+    wide_parts: ClassVar[frozenset[str]] = frozenset()
     # Options of methods with low-rank factors, see `LoRA`. (Annotated, they would come first among its fields.)
     group_projections = False
     pack_weights = False
@@ -178,7 +181,7 @@ def _check_name(model, name):
 
 def _own_values(matched: Matched) -> dict[str, dict[str, torch.Tensor]]:
     return {
-        name: {own: getattr(module, own).detach().clone() for own in owned}
+        name: {own: pristine(module, own).detach().clone() for own in owned}
         for name, (module, owned) in matched.copies.items()
     }
 
@@ -201,4 +204,8 @@ def _install(model, method, adapter_name, matched, tensors, copies) -> Handle:
 
 
 def _placed(method, weight, parts):
-    return {part: value.to(weight.device, method.dtype(weight)).contiguous() for part, value in parts.items()}
+    dtype, wide = method.dtype(weight), torch.promote_types(weight.dtype, torch.float32)
+    return {
+        part: value.to(weight.device, wide if part in method.wide_parts else dtype).contiguous()
+        for part, value in parts.items()
+    }

@@ -165,7 +165,7 @@ class Handle:
         A merged adapter gets no gradients; `unmerge` before training on.
         """
         self._attached()
-        self._refuse_tied("merge", [f"{path}.weight" for path in self.targets])
+        self._refuse_merging("merge", [])
         for module in self.targets.values():
             module.set_merged(self._adapter, True)
 
@@ -178,7 +178,7 @@ class Handle:
     def merge_and_unload(self) -> nn.Module:
         """Fold the adapter into the base for good, and detach it. Returns the model, plain again if it was the last."""
         modules = self._attached()
-        self._refuse_tied("merge_and_unload", self._matched.edited())
+        self._refuse_merging("merge_and_unload", self._matched.edited())
         for module in modules.values():
             module.fold(self._adapter)
         self.detach()
@@ -284,9 +284,14 @@ class Handle:
             raise RuntimeError(f"adapter {self.name!r} is detached; its handle can't be used any more")
         return self.modules
 
-    def _refuse_tied(self, what: str, names) -> None:
+    def _refuse_merging(self, what: str, names) -> None:
+        """names: what would be overwritten besides what the modules' deltas edit."""
+        edited = {f"{path}.{own}": None for path, module in self.targets.items() for own in module.edited(self.name)}
+        for path, module in self.targets.items():
+            if obstacle := module.merge_obstacle(self.name):
+                raise ValueError(f"can't {what} adapter {self.name!r} into {path!r}: {obstacle}")
         tied = tied_names(self.model)
-        for name in names:
+        for name in {**edited, **dict.fromkeys(names)}:
             if name in tied:
                 raise ValueError(
                     f"can't {what}: {name} is shared with {', '.join(tied[name])}, which would change too; "

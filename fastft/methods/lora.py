@@ -1,4 +1,11 @@
-"""LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685): a trained low-rank term scale · B A on linear layers."""
+"""LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685): a trained low-rank term scale · B A on linear layers.
+
+    y = (W + scale · B A) x + bias                                 LoRA; scale = lora_alpha / r
+    y = (W + scale · B A) x + bias + scale · lora_bias             with lora_bias
+    y = g ∘ (W + scale · B A) x + bias, g = m / ‖W + scale · B A‖  with use_dora: DoRA (Liu et al. 2024, arXiv:2402.09353)
+
+rsLoRA (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732) takes scale = lora_alpha / sqrt(r), for large r.
+"""
 
 import math
 import re
@@ -9,7 +16,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..modules.adapted_linear import LoRASettings, features
+from ..modules.adapted_linear import LoRASettings, features, is_transposed
+from ..modules.merging import pristine
+from ..modules.norms import RowNorms
 from .base import Method
 from .targets import check_pattern
 
@@ -32,11 +41,18 @@ class LoRA(Method):
     Args:
         r: rank, at least 1. lora_alpha: the low-rank term's factor is lora_alpha / r (/ sqrt(r) with use_rslora).
         lora_dropout: dropout probability of the low-rank term's input, in [0, 1).
+        use_dora: DoRA: each output has a trained magnitude m, at the start the norm of the weight's row, so that A and B
+            train the row's direction alone. The norm in g is a constant in backward (the paper's section 4.3). m is held in
+            float32. Dropout acts on what A reads and nothing else: y = g ∘ (W x + scale · B A drop(x)) + bias. PEFT's
+            differs for lora_dropout > 0: it drops the input of the correction (g - 1) ∘ W x too, which takes a second
+            product with W in forward and in backward and adds noise to a term that has nothing to regularise but m. Without
+            dropout, and in evaluation, the two are equal. Of several active adapters, DoRA multiplies those before it.
+        lora_bias: a trained bias on B, whatever the layer's own does; not with use_dora. Merging needs a layer with a bias.
         rank_pattern, alpha_pattern: {name or regular expression: value} overriding r and lora_alpha for modules whose
             name is, or ends with a dot and, a match.
         init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/r, B zero), "orthogonal"
             (https://datta0.github.io/posts/rethink-lora-init), False (both random). The same seed gives PEFT's A.
-        fan_in_fan_out: for PEFT's sake; the layer's class decides how its weight is stored.
+        fan_in_fan_out: for PEFT's sake; the layer's class decides how its weight is stored (True on an nn.Linear warns).
         adapter_dtype: dtype of A and B. None: float32 on 16-bit weights, as PEFT; torch.bfloat16 on bfloat16 weights
             halves the adapter's memory and traffic.
         group_projections: q, k and v of an attention, and gate and up of an MLP, share one read of their input, in
@@ -46,7 +62,13 @@ class LoRA(Method):
     """
 
     peft_type: ClassVar[str] = "LORA"
-    file_names: ClassVar[dict[str, str]] = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+    file_names: ClassVar[dict[str, str]] = {
+        "lora_A": "lora_A.weight",
+        "lora_B": "lora_B.weight",
+        "lora_bias": "lora_B.bias",
+        "lora_magnitude": "lora_magnitude_vector",
+    }
+    wide_parts: ClassVar[frozenset[str]] = frozenset({"lora_magnitude"})
 
     r: int = 8
     lora_alpha: float = 8
@@ -57,6 +79,8 @@ class LoRA(Method):
     init_lora_weights: bool | str = True
     fan_in_fan_out: bool | None = None
     adapter_dtype: torch.dtype | None = None
+    use_dora: bool = False
+    lora_bias: bool = False
     group_projections: bool = True
     pack_weights: bool = False
 
@@ -71,13 +95,11 @@ class LoRA(Method):
                 raise ValueError(f"{key}={alpha!r}; it must be a finite number")
         for key in (*self.rank_pattern, *self.alpha_pattern):
             check_pattern("rank_pattern, alpha_pattern", key)
-        for option in ("group_projections", "pack_weights"):
+        for option in ("use_rslora", "use_dora", "lora_bias", "group_projections", "pack_weights"):
             if not isinstance(getattr(self, option), bool):
                 raise TypeError(f"{option}={getattr(self, option)!r}; it must be True or False")
         if self.pack_weights and not self.group_projections:
             raise ValueError("pack_weights packs the weights of groups; it needs group_projections=True")
-        if not isinstance(self.use_rslora, bool):
-            raise TypeError(f"use_rslora={self.use_rslora!r}; it must be True or False")
         if not isinstance(self.lora_dropout, (int, float)):
             raise TypeError(f"lora_dropout={self.lora_dropout!r}; it must be a number")
         if not 0.0 <= self.lora_dropout < 1.0:
@@ -86,6 +108,10 @@ class LoRA(Method):
             raise ValueError(f"init_lora_weights={self.init_lora_weights!r} is not supported; supported: {INITIALISATIONS}")
         if self.init_lora_weights == "orthogonal" and any(r % 2 for r in ranks.values()):
             raise ValueError('init_lora_weights="orthogonal" needs even ranks')
+        if self.lora_bias and self.use_dora:
+            raise ValueError("lora_bias and use_dora can't be combined, as in PEFT: DoRA multiplies weights, not biases")
+        if self.lora_bias and self.init_lora_weights not in (True, False):
+            raise ValueError(f"lora_bias needs init_lora_weights True or False, not {self.init_lora_weights!r}")
 
     def rank(self, name: str) -> int:
         return _by_pattern(self.rank_pattern, name, self.r)
@@ -98,13 +124,19 @@ class LoRA(Method):
 
     def shapes(self, name, module):
         (n, k), r = features(module), self.rank(name)
-        return {"lora_A": (r, k), "lora_B": (n, r)}
+        shapes = {"lora_A": (r, k), "lora_B": (n, r)}
+        if self.lora_bias:
+            shapes["lora_bias"] = (n,)
+        if self.use_dora:
+            shapes["lora_magnitude"] = (n,)
+        return shapes
 
     def initial(self, name, module):
         (n, k), r = features(module), self.rank(name)
         # Two nn.Linear draw as many random numbers as PEFT draws, so the same seed gives the same A.
         a = nn.Linear(k, r, bias=False).weight.data
-        b = nn.Linear(r, n, bias=False).weight.data
+        second = nn.Linear(r, n, bias=self.lora_bias)
+        b = second.weight.data
         if self.init_lora_weights == "orthogonal":
             q = torch.linalg.qr(torch.randn(r, r))[0]
             a = (torch.randn(k, r // 2) @ q[0::2]).t() / 10
@@ -115,14 +147,22 @@ class LoRA(Method):
             else:
                 nn.init.kaiming_uniform_(a, a=math.sqrt(5))
             nn.init.zeros_(b)
-        return {"lora_A": a.to(module.weight.dtype), "lora_B": b.to(module.weight.dtype)}
+            if self.lora_bias:
+                nn.init.zeros_(second.bias)
+        weight = pristine(module, "weight")
+        parts = {"lora_A": a.to(weight.dtype), "lora_B": b.to(weight.dtype)}
+        if self.lora_bias:
+            parts["lora_bias"] = second.bias.data.to(weight.dtype)
+        if self.use_dora:
+            factors = (part.to(weight.device) for part in parts.values())
+            parts["lora_magnitude"] = RowNorms()(weight, *factors, self.scale(name), is_transposed(module))
+        return parts
 
     def dtype(self, weight):
         return self.adapter_dtype or torch.promote_types(weight.dtype, torch.float32)
 
     def install(self, name, module, adapter, tensors):
-        settings = LoRASettings(self.scale(name), self.lora_dropout)
-        module.add_lora(adapter, tensors["lora_A"], tensors["lora_B"], settings)
+        module.add_lora(adapter, settings=LoRASettings(self.scale(name), self.lora_dropout), **tensors)
 
     def check(self, matched):
         for name, module in matched.items():
@@ -135,6 +175,14 @@ class LoRA(Method):
             idle = [key for key in getattr(self, option) if not any(_matches(key, name) for name in matched)]
             if idle:
                 warnings.warn(f"{option}: {idle} match no adapted module", stacklevel=4)
+        idle = [name for name in matched if self.scale(name) == 0]
+        if idle:
+            warnings.warn(f"lora_alpha is 0 for {_some(idle)}: B A is multiplied by 0 there and never trained", stacklevel=4)
+        if self.fan_in_fan_out and not any(is_transposed(module) for module in matched.values()):
+            warnings.warn("fan_in_fan_out=True is ignored: the weights of nn.Linear are stored [out, in]", stacklevel=4)
+        bare = [name for name, module in matched.items() if self.lora_bias and module.bias is None]
+        if bare:
+            warnings.warn(f"lora_bias: {_some(bare)} have no bias, so that the adapter can't be merged", stacklevel=4)
 
     def to_config(self, matched):
         return {
@@ -155,8 +203,8 @@ class LoRA(Method):
             "bias": self.bias,
             "init_lora_weights": self.init_lora_weights,
             "fan_in_fan_out": any(module.fan_in_fan_out for module in matched.values()),
-            "use_dora": False,
-            "lora_bias": False,
+            "use_dora": self.use_dora,
+            "lora_bias": self.lora_bias,
             "revision": None,
         }
 
@@ -188,6 +236,10 @@ def _matches(key: str, name: str) -> bool:
 
 def _by_pattern(patterns, name, default):
     return next((value for key, value in patterns.items() if _matches(key, name)), default)
+
+
+def _some(names):
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _as_list(value: Any):

@@ -3,11 +3,10 @@
 `attach` swaps the class of each touched module in place, so the module's identity, name, hooks and parameters stay:
 whoever holds it (the model, FSDP, a tied weight, a hook) keeps holding the same object. The swapped class adds
 
-* ``lora_A``, ``lora_B``: ParameterDicts by adapter name, the low-rank factors (linear layers only);
+* ``lora_A``, ``lora_B``, ``lora_bias``, ``lora_magnitude``: ParameterDicts by adapter name, what an adapter trains of the
+  low-rank term (linear layers only);
 * ``modules_to_save``: by adapter name, full copies of the module's own tensors that an adapter trains;
-* one store of pristine values: while deltas are merged into ``weight``, the buffer ``_pristine_weight`` keeps the
-  bits from before. The weight is always recomputed as round(pristine + sum of merged deltas in float32), so any order
-  of merging and detaching is exact, and ``state_dict`` shows the pristine base.
+* one store of pristine values while deltas are merged, see `merging`.
 
 Everything lives on the module, so ``deepcopy``, ``.to()`` and ``state_dict`` need no help from outside.
 """
@@ -22,6 +21,8 @@ import torch
 from torch import nn
 
 from ..ops.lora_linear import SharedInput
+from .merging import Mergeable, pristine
+from .norms import RowNorms, factor
 from .packed import unshare
 
 # class (by module and name, so that transformers is not imported) -> is its weight stored [K, N] (fan_in_fan_out)?
@@ -97,8 +98,13 @@ def is_linear(module: nn.Module) -> bool:
 def features(module: nn.Module) -> tuple[int, int]:
     """(out N, in K) of a linear layer."""
     n, k = module.weight.shape
+    return (k, n) if is_transposed(module) else (n, k)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Is the weight of this linear layer stored [K, N]?"""
     cls = module.plain if isinstance(module, Adapted) else type(module)
-    return (k, n) if LINEAR_CLASSES[cls.__module__, cls.__qualname__] else (n, k)
+    return LINEAR_CLASSES[cls.__module__, cls.__qualname__]
 
 
 def adapt(module: nn.Module, adapter: Adapter) -> None:
@@ -108,6 +114,7 @@ def adapt(module: nn.Module, adapter: Adapter) -> None:
         module._adapters = {}
         module._merged = []
         module._settings = {}  # of the adapters that have a weight delta here, by name
+        module._norms = RowNorms()
         module._groups = {}  # the ProjectionGroup of each adapter that has one here, by name
     module._adapters[adapter.name] = adapter
 
@@ -124,7 +131,7 @@ def _empty(plain: type) -> nn.Module:
     return cls.__new__(cls)
 
 
-class Adapted(nn.Module):
+class Adapted(Mergeable):
     """Mixed into the class of any module of which adapters train some own tensors in full."""
 
     plain: type
@@ -176,82 +183,13 @@ class Adapted(nn.Module):
             self._groups.pop(adapter.name).release()
         del self._adapters[adapter.name]
         if not self._adapters:
-            del self._adapters, self._merged, self._settings, self._groups
+            del self._adapters, self._merged, self._settings, self._norms, self._groups
             self.__class__ = self.plain
-
-    # ---- the store of pristine values
-
-    def _add_delta(self, weight: torch.Tensor, name: str) -> None:
-        """Add adapter `name`'s delta to `weight`, in place, in weight's layout and (float32 or float64) dtype.
-
-        All that a further kind of delta has to say: storing, merging and restoring are here.
-        """
-        raise NotImplementedError(f"{type(self).__name__} has no weight delta to merge")
-
-    def set_merged(self, adapter: Adapter, merged: bool) -> None:
-        """Put the adapter's delta into ``weight``, or take it out. The pristine bits come back with the last one."""
-        if merged == (adapter.name in self._merged):
-            return
-        if not merged:
-            self._merged.remove(adapter.name)
-        else:
-            if not self._merged:
-                self.register_buffer("_pristine_weight", self.weight.detach().clone(), persistent=False)
-            self._merged.append(adapter.name)
-        if merged or self._merged:
-            self.refresh()
-        else:
-            with torch.no_grad():
-                self.weight.copy_(self._pristine_weight)
-            del self._pristine_weight
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Recompute ``weight`` after merged adapters changed."""
-        if not self._merged:
-            return
-        total = self._pristine_weight.to(torch.promote_types(self.weight.dtype, torch.float32), copy=True)
-        for name in self._adapters:  # in the order of attaching, whatever the order of merging
-            if name in self._merged:
-                self._add_delta(total, name)
-        self.weight.copy_(total)
-
-    @torch.no_grad()
-    def fold(self, adapter: Adapter) -> None:
-        """Make the adapter's delta and copies part of the pristine base for good. The adapter is spent afterwards."""
-        if adapter.name in self._settings:
-            others = [name for name in self._merged if name != adapter.name]
-            for name in others:
-                self.set_merged(self._adapters[name], False)
-            self.set_merged(adapter, True)
-            self._merged.clear()
-            del self._pristine_weight
-            for name in others:
-                self.set_merged(self._adapters[name], True)
-        copies = self._copies([adapter])
-        for name, value in copies.items():
-            getattr(self, name).copy_(value)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not keep_vars and any(group.packed is not None for group in self._groups.values()):
             unshare(destination, [prefix + "weight", prefix + "bias"])
-        if self._merged:
-            destination[prefix + "weight"] = self._pristine_weight
-
-    def _load_from_state_dict(self, *args, **kwargs):
-        if not self._merged:
-            return super()._load_from_state_dict(*args, **kwargs)
-        with torch.no_grad():
-            self.weight.copy_(self._pristine_weight)
-            super()._load_from_state_dict(*args, **kwargs)
-            self._pristine_weight.copy_(self.weight)
-
-        def merge_again(module, incompatible_keys):  # the factors are children and load after this method
-            hook.remove()
-            module.refresh()
-
-        hook = self.register_load_state_dict_post_hook(merge_again)
 
     # ---- forward
 
@@ -281,40 +219,93 @@ class Adapted(nn.Module):
 
 
 class AdaptedLinear(Adapted):
-    """Mixed into `nn.Linear` and transformers' Conv1D: y = x Wᵀ + bias + Σ scale · drop(x) Aᵀ Bᵀ over active adapters."""
+    """Mixed into `nn.Linear` and transformers' Conv1D. Every active adapter turns the layer's W and bias into
+
+        W + scale · B A and bias + scale · lora_bias;    with DoRA g ∘ (W + scale · B A), g = magnitude / ‖W₀ + scale · B A‖
+
+    one after the other in the order of attaching, W₀ being the weight without adapters. (Dropout acts on what A reads.)
+    """
 
     fan_in_fan_out: bool
-    holders = ("lora_A", "lora_B", "modules_to_save")
+    holders = ("lora_A", "lora_B", "lora_bias", "lora_magnitude", "modules_to_save")
 
-    def add_lora(self, adapter: Adapter, lora_A: torch.Tensor, lora_B: torch.Tensor, settings: LoRASettings) -> None:
-        """lora_A [R, K], lora_B [N, R]; both of the weight's dtype or both float32."""
-        self._hold("lora_A", nn.ParameterDict, adapter, nn.Parameter(lora_A))
-        self._hold("lora_B", nn.ParameterDict, adapter, nn.Parameter(lora_B))
+    def add_lora(
+        self,
+        adapter: Adapter,
+        lora_A: torch.Tensor,
+        lora_B: torch.Tensor,
+        settings: LoRASettings,
+        lora_bias: torch.Tensor | None = None,
+        lora_magnitude: torch.Tensor | None = None,
+    ) -> None:
+        """lora_A [R, K], lora_B [N, R]: both of the weight's dtype or both float32; lora_bias and lora_magnitude [N]."""
+        parts = {"lora_A": lora_A, "lora_B": lora_B, "lora_bias": lora_bias, "lora_magnitude": lora_magnitude}
+        for holder, value in parts.items():
+            if value is not None:
+                self._hold(holder, nn.ParameterDict, adapter, nn.Parameter(value))
         self._settings[adapter.name] = settings
 
-    def _add_delta(self, weight, name):
+    def _part(self, holder: str, name: str) -> torch.Tensor | None:
+        held = self._modules.get(holder)
+        return held[name] if held is not None and name in held else None
+
+    # ---- merging
+
+    def edited(self, name):
+        return ("weight",) if self._part("lora_bias", name) is None else ("weight", "bias")
+
+    def merge_obstacle(self, name):
+        if self._part("lora_bias", name) is not None and self.bias is None:
+            return "there is no bias that its lora_bias could be added to"
+        return None
+
+    def _add_delta(self, totals, name):
+        weight = totals["weight"]
         a, b = (holder[name].to(weight.dtype) for holder in (self.lora_A, self.lora_B))
+        scale, magnitude = self._settings[name].scale, self._part("lora_magnitude", name)
         target = weight.t() if self.fan_in_fan_out else weight
-        target.addmm_(b, a, alpha=self._settings[name].scale)
+        target.addmm_(b, a, alpha=scale)
+        if magnitude is not None:
+            norm = self._norms(pristine(self, "weight"), self.lora_A[name], self.lora_B[name], scale, self.fan_in_fan_out)
+            target.mul_(factor(magnitude, norm)[:, None])
+        if (lora_bias := self._part("lora_bias", name)) is not None:
+            totals["bias"].add_(lora_bias.to(weight.dtype), alpha=scale)
+
+    # ---- forward
 
     def forward(self, input):
         on = [adapter for adapter in self._adapters.values() if adapter.on()]
         replaced = self._copies(on)
         names = [adapter.name for adapter in on if adapter.name in self._settings]
-        if self._merged and "weight" not in replaced:
-            if all(name in names for name in self._merged):
-                names = [name for name in names if name not in self._merged]
-            else:  # something that is merged is disabled now
-                replaced["weight"] = self._pristine_weight
-        if not names:
+        if not names and not self._merged:
             return self._plain_forward(replaced, input)
+        copied = replaced.get("weight")
+        if self._merged:
+            if self._stand(names, replaced):
+                names = [name for name in names if name not in self._merged]
+            else:
+                replaced = {**self._stored(), **replaced}
+            if not names:
+                return self._plain_forward(replaced, input)
         weight, bias = replaced.get("weight", self.weight), replaced.get("bias", self.bias)
-        return self._project(input, weight, bias, [self._projection(name) for name in names])
+        return self._project(input, weight, bias, [self._projection(name, copied) for name in names])
 
-    def _projection(self, name: str) -> Projection:
-        settings = self._settings[name]
+    def _stand(self, names, replaced) -> bool:
+        """Can this forward use the tensors into which adapters are merged? `names` are the adapters that it needs."""
+        if any(own in replaced for own in self._stored()) or not all(name in names for name in self._merged):
+            return False  # the merged tensors are replaced, or something in them is disabled now
+        # DoRA multiplies what stands before it, so nothing may come in between.
+        return "lora_magnitude" not in self._modules or set(names[: len(self._merged)]) == set(self._merged)
+
+    def _projection(self, name: str, copied: torch.Tensor | None) -> Projection:
+        """copied: what an adapter trains in place of the weight."""
+        settings, a, b = self._settings[name], self.lora_A[name], self.lora_B[name]
         dropout = settings.dropout if self.training else 0.0
-        return Projection(name, self.lora_A[name], self.lora_B[name], settings.scale, dropout)
+        magnitude, norm = self._part("lora_magnitude", name), None
+        if magnitude is not None:
+            base = pristine(self, "weight") if copied is None else copied
+            norm = self._norms(base, a, b, settings.scale, self.fan_in_fan_out)
+        return Projection(name, a, b, settings.scale, dropout, self._part("lora_bias", name), magnitude, norm)
 
     def _project(self, input, weight, bias, projections):
         """The output with all these adapters on the given base tensors (weight as it is stored)."""
@@ -326,11 +317,22 @@ class AdaptedLinear(Adapted):
                 return y
         y = None
         for projection, (shared, i) in zip(projections, _share(input, projections)):
+            b, scale = projection.lora_B, projection.scale
             if y is None:
-                y = shared.project(i, weight, bias, projection.lora_B, projection.scale, **projection.options())
+                y = shared.project(i, weight, bias, b, scale, **projection.options())
+            elif projection.magnitude is None:
+                y = shared.update(i, y, b, scale, lora_bias=projection.lora_bias)
             else:
-                y = shared.update(i, y, projection.lora_B, projection.scale)
+                y = _multiply(shared.update(i, y if bias is None else (y - bias).to(y.dtype), b, scale), projection, bias)
+            if projection.lora_bias is not None:  # no part of what a later magnitude multiplies
+                extra = projection.scale * projection.lora_bias
+                bias = extra if bias is None else bias + extra
         return y
+
+
+def _multiply(u, projection, bias):
+    y = factor(projection.magnitude, projection.weight_norm) * u
+    return (y if bias is None else y + bias).to(u.dtype)
 
 
 def _share(input, projections):

@@ -1,0 +1,53 @@
+"""The row norms by which DoRA (Liu et al. 2024, https://arxiv.org/abs/2402.09353) divides its magnitudes."""
+
+import weakref
+
+import torch
+
+from ..ops.dora import dora_norm, squared_row_norm
+
+
+class RowNorms:
+    """``‖W + scale · B A‖`` of a layer's rows; of it ‖W‖², which depends on the frozen weight alone, is kept.
+
+    Nothing that depends on A or B is kept: fused optimizers, and writes through ``.data``, change a tensor without
+    counting its version. Writes through ``weight.data`` to the frozen weight itself are not seen for the same reason.
+    Copies and pickles start empty.
+    """
+
+    def __init__(self):
+        self._kept = None  # weak reference to W, what must not have changed, ‖W‖²
+
+    def __reduce__(self):
+        return RowNorms, ()
+
+    def __call__(self, weight, lora_A, lora_B, scale, fan_in_fan_out=False):
+        """[N] float32 (float64 of a float64 weight), no gradient; arguments as of `ops.dora.dora_norm`."""
+        weight = weight.contiguous()
+        squares = self._squares(weight, fan_in_fan_out)
+        return dora_norm(weight, squares, lora_A.detach(), lora_B.detach(), scale, fan_in_fan_out)
+
+    def _squares(self, weight, fan_in_fan_out):
+        if torch.compiler.is_compiling() or not _keeps_count(weight):
+            return squared_row_norm(weight, fan_in_fan_out)
+        if weight.requires_grad:
+            self._kept = None
+            return squared_row_norm(weight, fan_in_fan_out)
+        state, kept = (weight.data_ptr(), weight._version, weight.dtype, weight.device), self._kept
+        if kept is None or kept[0]() is not weight or kept[1] != state:
+            kept = weakref.ref(weight), state, squared_row_norm(weight, fan_in_fan_out)
+            # What is computed while a CUDA graph is captured holds its numbers only after the graph ran.
+            if not (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+                self._kept = kept
+        return kept[2]
+
+
+def _keeps_count(weight) -> bool:
+    """Does its version tell whether it changed? (Not of inference tensors; subclasses may have no memory of their own.)"""
+    return type(weight) in (torch.Tensor, torch.nn.Parameter) and not weight.is_inference()
+
+
+def factor(magnitude, norm):
+    """DoRA's factor of each row, magnitude / norm, differentiable in magnitude; a row of zeros has 0."""
+    inverse = torch.where(norm > 0, norm.clamp_min(torch.finfo(norm.dtype).tiny).reciprocal(), 0.0)
+    return magnitude.to(norm.dtype) * inverse
