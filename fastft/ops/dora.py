@@ -18,7 +18,7 @@ reference also takes float64.
 import torch
 
 from .lora import lora_grad_a, lora_shrink, refuse_dtypes
-from .registry import Op
+from .registry import Op, without_autocast
 
 
 def _expand_reference(u, s, b, g, bias, scale):
@@ -77,7 +77,8 @@ def dora_norm(weight, squared_norm, lora_A, lora_B, scale, fan_in_fan_out=False)
         lora_A: [R, K], lora_B: [N, R], both of weight's dtype or float32.
 
     Returns:
-        [N] float32 (float64 of a float64 weight), no gradient.
+        [N] float32 (float64 of a float64 weight), no gradient. Its square errs by some eps · (‖W‖ + ‖scale · B A‖)², so where
+        the update cancels the weight a norm is known down to sqrt(eps) · ‖W‖, and no smaller one is returned.
     """
     rank, wide = [lora_A.shape[0]], squared_norm.dtype
     a, b = lora_A.to(wide), lora_B.to(wide)
@@ -87,5 +88,7 @@ def dora_norm(weight, squared_norm, lora_A, lora_B, scale, fan_in_fan_out=False)
         wa = lora_grad_a(a.t().contiguous(), weight, like, rank, no_mask, 0.0).t()
     else:
         wa = lora_shrink(weight, lora_A, rank, 0.0, None)[0]
-    linear, quadratic = (b * wa).sum(1), ((b @ (a @ a.t())) * b).sum(1)
-    return (squared_norm + 2 * scale * linear + scale**2 * quadratic).clamp_(min=0).sqrt_()
+    with without_autocast(weight.device.type):  # layers call this inside autocast, which would round the products
+        linear, quadratic = (b * wa).sum(1), ((b @ (a @ a.t())) * b).sum(1)
+    square = squared_norm + 2 * scale * linear + scale**2 * quadratic
+    return torch.maximum(square, torch.finfo(wide).eps * squared_norm).sqrt_()

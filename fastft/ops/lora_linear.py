@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from .dora import dora_expand_, dora_grad_y
 from .lora import lora_expand_, lora_grad_a, lora_grad_sb, lora_grad_x_, lora_shrink
-from .registry import Scope
+from .registry import Scope, without_autocast
 
 
 class _Shrink(torch.autograd.Function):
@@ -98,13 +98,14 @@ class _ExpandDora(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, s, weight, bias, b, magnitude, norm, scale, base, hand_on):
         u = F.linear(x, weight) if base is None else base[0]
-        norm = norm.clamp_min(torch.finfo(norm.dtype).tiny)  # a row of zeros has magnitude 0: 0, where 0 / 0 would be NaN
-        g = magnitude.to(norm.dtype) / norm
+        # A row of zeros stays 0 whatever its magnitude, where m / 0 · 0 would be NaN.
+        inverse = torch.where(norm > 0, norm.clamp_min(torch.finfo(norm.dtype).tiny).reciprocal(), 0.0)
+        g = magnitude.to(norm.dtype) * inverse
         y = dora_expand_(u, s, b, g, bias, scale)
         ctx.scale, ctx.scope = scale, Scope.captured()
         ctx.set_materialize_grads(False)
         need_w, need_m = ctx.needs_input_grad[2], ctx.needs_input_grad[5]
-        ctx.save_for_backward(x if need_w else None, weight, s, b, g, norm, u if need_m else None)
+        ctx.save_for_backward(x if need_w else None, weight, s, b, g, inverse, u if need_m else None)
         ctx.magnitude_dtype = magnitude.dtype
         return (y, x) if hand_on else y
 
@@ -115,7 +116,7 @@ class _ExpandDora(torch.autograd.Function):
 
 
 def _dora_backward(ctx, dy, dx):
-    x, weight, s, b, g, norm, u = ctx.saved_tensors
+    x, weight, s, b, g, inverse, u = ctx.saved_tensors
     need_x, need_s, need_w, need_bias, need_b, need_m = ctx.needs_input_grad[:6]
     if dy is None:
         return dx, *(None for _ in range(9))
@@ -128,7 +129,7 @@ def _dora_backward(ctx, dy, dx):
     if need_x or need_w or need_m:
         scaled, dots = dora_grad_y(dy, dy if u is None else u, g)
         dx, dw = _base_backward(scaled, dx, x, weight, need_x, need_w)
-        dm = (dots / norm).to(ctx.magnitude_dtype) if need_m else None
+        dm = (dots * inverse).to(ctx.magnitude_dtype) if need_m else None
     dbias = dy.sum(0) if need_bias else None
     return dx, ds, dw, dbias, db if need_b else None, dm, None, None, None, None
 
@@ -242,7 +243,7 @@ class SharedInput:
     def _s(self, i, middle):
         if middle is None:
             return self.s[i]
-        with torch.autocast(self.x.device.type, enabled=False):
+        with without_autocast(self.x.device.type):
             s = middle(self.s[i])
         if s.dtype != self.s[i].dtype or s.dim() != 2 or s.shape[0] != self.s[i].shape[0]:
             raise ValueError(

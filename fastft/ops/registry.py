@@ -17,7 +17,7 @@ A test or another package adds a backend with one entry in `BACKENDS`.
 import importlib
 import os
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -54,16 +54,18 @@ class BackendError(RuntimeError):
     """No backend could run an op; the message holds every backend's reason and the inputs."""
 
 
+def without_autocast(device: str):
+    """A context in which autocast rounds nothing, also for devices that have none (meta)."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
 class ReferenceBackend:
     def missing(self, op: "Op", device: str) -> str | None:
         return None
 
     def run(self, op: "Op", args):
-        tensor = next(a for a in args if isinstance(a, torch.Tensor))
-        if not torch.amp.is_autocast_available(tensor.device.type):
-            return op.reference(*args), None
         # The reference is the definition: autocast must not round its operands.
-        with torch.autocast(tensor.device.type, enabled=False):
+        with without_autocast(next(a for a in args if isinstance(a, torch.Tensor)).device.type):
             return op.reference(*args), None
 
 
