@@ -66,18 +66,6 @@ def launch(kernel, grid: int, *args, num_warps: int, num_stages: int, **constant
         kernel[(grid,)](*args, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
 
 
-def split(config: dict) -> tuple[dict, int]:
-    """What a configuration fixes at compile time, and the number of programs that its launch should aim at."""
-    constants = dict(config)
-    return constants, constants.pop("programs", 1)
-
-
-def slabs(n_tiles: int, n_others: int, programs: int) -> tuple[int, int]:
-    """(slabs, tiles per slab) of a sum over `n_tiles` tiles, so that slabs * n_others comes near `programs`."""
-    tiles = triton.cdiv(n_tiles, max(1, min(n_tiles, programs // n_others)))
-    return triton.cdiv(n_tiles, tiles), tiles
-
-
 @triton.jit(do_not_specialize=["n_slabs"])
 def _sum_slabs_kernel(p_in, p_out, n_slabs, size, BLOCK: tl.constexpr):
     """out[i] = sum over slabs, in order, of in[slab, i]."""
@@ -90,12 +78,13 @@ def _sum_slabs_kernel(p_in, p_out, n_slabs, size, BLOCK: tl.constexpr):
     tl.store(p_out + o, cast(b_sum, p_out.dtype.element_ty), mask=o < size)
 
 
-def sum_slabs(parts, dtype):
-    """[...] in `dtype`: the sum of float32 [slabs, ...] over slabs."""
+def sum_slabs(parts, dtype, out=None):
+    """[...] in `dtype`: the sum of float32 [slabs, ...] over slabs; in `out`, contiguous, if given."""
     n_slabs, *shape = parts.shape
-    if n_slabs == 1 and dtype == torch.float32:
-        return parts[0]
-    out = torch.empty(shape, dtype=dtype, device=parts.device)
+    if out is None:
+        if n_slabs == 1 and dtype == torch.float32:
+            return parts[0]
+        out = torch.empty(shape, dtype=dtype, device=parts.device)
     size = out.numel()
     if size:
         launch(_sum_slabs_kernel, triton.cdiv(size, 1024), parts, out, n_slabs, size, BLOCK=1024, num_warps=4, num_stages=1)

@@ -10,7 +10,8 @@ import triton.language as tl
 
 from . import _config
 from ._lang import cast, rank_product
-from ._launch import ACTIVATION, FLOAT32, adapter_dtypes, check, device_name, launch, slabs, split, sum_slabs
+from ._launch import ACTIVATION, FLOAT32, adapter_dtypes, check, device_name, launch, sum_slabs
+from ._tiles import cdiv, slabs, split
 
 
 def config_for(op: str, *args) -> dict:
@@ -70,7 +71,7 @@ def dora_expand_(u, s, b, g, bias, scale, *, config=None):
     check("dora_expand_", apart=("u", "s"), u=(u, ACTIVATION, (T, N)), **layouts)
     y = torch.empty(T, N, dtype=u.dtype, device=u.device)
     if T and N:
-        grid = triton.cdiv(T, constants["BLOCK_M"]) * triton.cdiv(N, constants["BLOCK_N"])
+        grid = cdiv(T, constants["BLOCK_M"]) * cdiv(N, constants["BLOCK_N"])
         launch(_dora_expand_kernel, grid, u, s, b, g, bias, y, T, N, R, u.stride(0), s.stride(0), float(scale), **constants)
     return y
 
@@ -117,8 +118,8 @@ def dora_grad_y(dy, u, g, *, config=None):
     dyg = torch.empty_like(dy)
     if T == 0 or N == 0:
         return dyg, torch.zeros_like(g)
-    n_n = triton.cdiv(N, constants["BLOCK_N"])
-    n_slabs, slab_tiles = slabs(triton.cdiv(T, constants["BLOCK_M"]), n_n, programs)
+    n_n = cdiv(N, constants["BLOCK_N"])
+    n_slabs, slab_tiles = slabs(cdiv(T, constants["BLOCK_M"]), n_n, programs)
     parts = torch.empty(n_slabs, N, dtype=torch.float32, device=dy.device)
     launch(_dora_grad_y_kernel, n_slabs * n_n, dy, u, g, dyg, parts, T, N, u.stride(0), slab_tiles, **constants)
     return dyg, sum_slabs(parts, torch.float32)

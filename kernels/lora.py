@@ -9,7 +9,7 @@ tiles, so that x crosses the memory bus once and no rank is computed for another
 tuple and unroll their loops over it: their code grows with the number of groups, and each number compiles once.
 Without dropout all groups are one.
 
-Sums over a long axis are cut into slabs (`_launch.slabs`), so that small outputs still fill the device.
+Sums over a long axis are cut into slabs (`_tiles.slabs`), so that small outputs still fill the device.
 """
 
 import torch
@@ -18,7 +18,8 @@ import triton.language as tl
 
 from . import _config
 from ._lang import cast, dot, draw_mask, load_keep, rank_product, unpack_mask, zero_tiles
-from ._launch import ACTIVATION, FLOAT32, TRITON_DTYPES, adapter_dtypes, check, device_name, launch, slabs, split, sum_slabs
+from ._launch import ACTIVATION, FLOAT32, TRITON_DTYPES, adapter_dtypes, check, device_name, launch, sum_slabs
+from ._tiles import cdiv, chunk_rows, rank_tiles, slabs, split, told_apart
 
 # Positions of the activation and of the adapter matrix among an op's arguments, and the adapter's rank dimension.
 _OPERANDS = {
@@ -32,9 +33,6 @@ _OPERANDS = {
 # Positions of `ranks` and p among the arguments of the ops that have groups.
 _GROUPS = {"lora_shrink": (2, 3), "lora_grad_a": (3, 5), "lora_grad_x_": (3, 5)}
 
-# Bytes of partial dS that lora_grad_sb keeps at a time: they are read back at once, so they should fit a GPU's L2.
-_WORKSPACE = 32 * 2**20
-
 
 def config_for(op: str, *args) -> dict:
     """The configuration that ``op(*args)`` is launched with: a pure function of device, dtypes and sizes.
@@ -46,7 +44,7 @@ def config_for(op: str, *args) -> dict:
     R, G = a.shape[rank_dim], 1
     if op in _GROUPS:
         ranks, p = (args[i] for i in _GROUPS[op])
-        groups = _told_apart(ranks, R, p)
+        groups = told_apart(ranks, p)
         R, G = max(groups, default=0), len(groups)
     return _config.lookup(
         device_name(x.device),
@@ -60,15 +58,10 @@ def config_for(op: str, *args) -> dict:
     )
 
 
-def _told_apart(ranks, R: int, p: float) -> tuple:
-    """The ranks of the groups that a kernel must tell apart; without dropout they are one group of rank R."""
-    return tuple(ranks) if p > 0 else (R,)
-
-
 def _checked_groups(op: str, ranks, R: int, p: float) -> tuple:
     if sum(ranks) != R or min(ranks, default=0) < 0:
         raise ValueError(f"{op}: ranks are {list(ranks)}, must be the ranks of the groups, {R} in all")
-    return _told_apart(ranks, R, p)
+    return told_apart(ranks, p)
 
 
 def _inverse_keep(p: float) -> float:
@@ -80,12 +73,7 @@ def _check_mask(op: str, x, mask, ranks, p: float) -> None:
 
 
 def _mask_shape(T: int, K: int, ranks, p: float) -> tuple:
-    return (len(ranks), T, triton.cdiv(K, 8)) if p > 0 else (0,)
-
-
-def _rank_tiles(ranks, config: dict) -> int:
-    """Rank tiles of the largest group; at least one, since shrink writes masks whatever the ranks."""
-    return max(1, triton.cdiv(max(ranks), config["BLOCK_R"]))
+    return (len(ranks), T, cdiv(K, 8)) if p > 0 else (0,)
 
 
 @triton.jit(do_not_specialize=["T", "slab_tiles", "threshold"])
@@ -161,9 +149,9 @@ def lora_shrink(x, a, ranks, p, seed, *, config=None):
     mask = torch.empty(_mask_shape(T, K, ranks, p), dtype=torch.uint8, device=x.device)
     if T == 0 or K == 0 or not (R or mask.numel()):
         return torch.zeros(T, R, dtype=torch.float32, device=x.device), mask
-    n_r = _rank_tiles(groups, constants)
-    others = triton.cdiv(T, constants["BLOCK_M"]) * n_r
-    n_slabs, slab_tiles = slabs(triton.cdiv(K, constants["BLOCK_K"]), others, programs)
+    n_r = rank_tiles(groups, constants)
+    others = cdiv(T, constants["BLOCK_M"]) * n_r
+    n_slabs, slab_tiles = slabs(cdiv(K, constants["BLOCK_K"]), others, programs)
     parts = torch.empty(n_slabs, T, R, dtype=torch.float32, device=x.device)
     scalars = T, K, R, groups, n_r, slab_tiles, _inverse_keep(p), round(p * 65536)
     launch(_lora_shrink_kernel, n_slabs * others, x, a, seed, parts, mask, *scalars, DROPOUT=p > 0, **constants)
@@ -222,7 +210,7 @@ def lora_expand_(y, s, b, scale, *, config=None):
     layouts = {"y": (y, ACTIVATION, (T, N)), "s": (s, FLOAT32, (T, R)), "b": (b, adapter_dtypes(y), (N, R))}
     check("lora_expand_", apart=("y", "s"), **layouts)
     if T and N and R:
-        grid = triton.cdiv(T, constants["BLOCK_M"]) * triton.cdiv(N, constants["BLOCK_N"])
+        grid = cdiv(T, constants["BLOCK_M"]) * cdiv(N, constants["BLOCK_N"])
         scalars = T, N, (R,), y.stride(0), s.stride(0), 1, R, float(scale)
         launch(_lora_update_kernel, grid, y, s, b, None, *scalars, DROPOUT=False, **constants)
 
@@ -234,7 +222,7 @@ def lora_grad_x_(dx, ds, a, ranks, mask, p, *, config=None):
     check("lora_grad_x_", dx=(dx, ACTIVATION, (T, K)), ds=(ds, FLOAT32, (T, R)), a=(a, adapter_dtypes(dx), (R, K)))
     _check_mask("lora_grad_x_", dx, mask, ranks, p)
     if T and K and R:
-        grid = triton.cdiv(T, constants["BLOCK_M"]) * triton.cdiv(K, constants["BLOCK_N"])
+        grid = cdiv(T, constants["BLOCK_M"]) * cdiv(K, constants["BLOCK_N"])
         scalars = T, K, groups, K, R, K, 1, _inverse_keep(p)
         launch(_lora_update_kernel, grid, dx, ds, a, mask if p > 0 else None, *scalars, DROPOUT=p > 0, **constants)
 
@@ -296,19 +284,20 @@ def lora_grad_sb(dy, s, b, scale, *, config=None):
     check("lora_grad_sb", apart=("s",), **layouts)
     if T == 0 or N == 0 or R == 0:
         return s.new_zeros(T, R), torch.zeros_like(b)
-    n_n = triton.cdiv(N, constants["BLOCK_N"])
-    others = n_n * _rank_tiles((R,), constants)
-    chunk = triton.cdiv(min(T, max(1, _WORKSPACE // (4 * n_n * R))), constants["BLOCK_M"]) * constants["BLOCK_M"]
+    n_n = cdiv(N, constants["BLOCK_N"])
+    others = n_n * rank_tiles((R,), constants)
+    chunk = chunk_rows(T, n_n, R, constants["BLOCK_M"])
     n_slabs, slab_tiles = slabs(chunk // constants["BLOCK_M"], others, programs)
     db = torch.empty(n_slabs, N, R, dtype=torch.float32, device=dy.device)
-    ds = []
+    ds = torch.empty(T, R, dtype=torch.float32, device=dy.device)
     for first_row in range(0, T, chunk):  # the first chunk has every slab, and stores where the others add
-        dy_rows, s_rows = dy[first_row : first_row + chunk], s[first_row : first_row + chunk]
-        parts = torch.empty(n_n, *s_rows.shape, dtype=torch.float32, device=dy.device)
-        scalars = dy_rows.shape[0], N, R, s.stride(0), first_row, slab_tiles, float(scale)
-        launch(_lora_grad_sb_kernel, n_slabs * others, dy_rows, s_rows, b, parts, db, *scalars, **constants)
-        ds.append(sum_slabs(parts, torch.float32))
-    return ds[0] if len(ds) == 1 else torch.cat(ds), sum_slabs(db, b.dtype)
+        rows = slice(first_row, first_row + chunk)
+        parts = ds[None, rows] if n_n == 1 else torch.empty(n_n, *ds[rows].shape, dtype=torch.float32, device=dy.device)
+        scalars = ds[rows].shape[0], N, R, s.stride(0), first_row, slab_tiles, float(scale)
+        launch(_lora_grad_sb_kernel, n_slabs * others, dy[rows], s[rows], b, parts, db, *scalars, **constants)
+        if n_n > 1:
+            sum_slabs(parts, torch.float32, out=ds[rows])
+    return ds, sum_slabs(db, b.dtype)
 
 
 @triton.jit(do_not_specialize=["T", "slab_tiles"])
@@ -370,9 +359,9 @@ def lora_grad_a(ds, x, a, ranks, mask, p, *, config=None):
     _check_mask("lora_grad_a", x, mask, ranks, p)
     if T == 0 or K == 0 or R == 0:
         return torch.zeros_like(a)
-    n_r = _rank_tiles(groups, constants)
-    others = triton.cdiv(K, constants["BLOCK_K"]) * n_r
-    n_slabs, slab_tiles = slabs(triton.cdiv(T, constants["BLOCK_M"]), others, programs)
+    n_r = rank_tiles(groups, constants)
+    others = cdiv(K, constants["BLOCK_K"]) * n_r
+    n_slabs, slab_tiles = slabs(cdiv(T, constants["BLOCK_M"]), others, programs)
     parts = torch.empty(n_slabs, R, K, dtype=torch.float32, device=x.device)
     scalars = T, K, R, groups, n_r, slab_tiles, _inverse_keep(p)
     switches = {"DTYPE": TRITON_DTYPES[a.dtype], "DROPOUT": p > 0}
