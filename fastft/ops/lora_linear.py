@@ -46,6 +46,8 @@ def _shrink_backward(ctx, dx, ds):
     known = next((part for part in ds if part is not None), None)
     if known is None:  # nothing that was projected reached the loss
         return dx, None, None, *(None for _ in factors)
+    # None where nothing was projected, not zeros, which an optimizer would take for a gradient.
+    need_a = [need and part is not None for need, part in zip(need_a, ds)]
     ds = [part if part is not None else known.new_zeros(known.shape[0], r) for part, r in zip(ds, ctx.ranks)]
     ds, a = (ds[0] if len(ds) == 1 else torch.cat(ds, 1)).contiguous(), _stack(factors)
     da = lora_grad_a(ds, x, a, ctx.ranks, mask, ctx.p).split(ctx.ranks) if any(need_a) else ()
