@@ -77,8 +77,8 @@ def dora_norm(weight, squared_norm, lora_A, lora_B, scale, fan_in_fan_out=False)
         lora_A: [R, K], lora_B: [N, R], both of weight's dtype or float32.
 
     Returns:
-        [N] float32 (float64 of a float64 weight), no gradient. Its square errs by some eps · (‖W‖ + ‖scale · B A‖)², so where
-        the update cancels the weight a norm is known down to sqrt(eps) · ‖W‖, and no smaller one is returned.
+        [N] float32 (float64 of a float64 weight), no gradient. Its square errs by some eps · (‖W‖ + ‖scale · B A‖)², so
+        where the update cancels the weight a norm is known down to sqrt(eps) · ‖W‖, and no smaller one is returned.
     """
     rank, wide = [lora_A.shape[0]], squared_norm.dtype
     a, b = lora_A.to(wide), lora_B.to(wide)

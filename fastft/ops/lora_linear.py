@@ -181,7 +181,7 @@ class SharedInput:
         x, *factors = _autocast(x, *factors)
         _check_input(x, factors, p)
         self.lead, self.left = x.shape[:-1], len(factors)
-        rows = _rows(x)
+        rows, factors = _rows(x), [a.contiguous() for a in factors]
         # On x's device, so that drawing it neither synchronises nor freezes the mask in a CUDA graph.
         seed = torch.randint(2**62, (len(factors),), device=x.device) if p > 0 else None
         alias, *self.s = _Shrink.apply(rows, float(p), seed, *factors)
@@ -210,13 +210,14 @@ class SharedInput:
         weight, bias, lora_B, lora_bias = _autocast(weight, bias, lora_B, lora_bias, wide=(2, 3))
         s = self._s(i, middle)
         _check_output(self, i, s, weight.shape, lora_B)
+        _check_options(self, weight.shape[0], bias, lora_bias, magnitude, weight_norm, base)
         if weight.dtype != self.x.dtype:
             raise TypeError(
                 f"lora_linear: x is {self.x.dtype} but weight is {weight.dtype}; cast one, or use torch.autocast"
             )
         if lora_bias is not None:
             bias = _with_lora_bias(bias, lora_bias, scale, weight.dtype)
-        self.left -= 1
+        self.left, lora_B = self.left - 1, lora_B.contiguous()
         # Dynamo (torch 2.13) takes the alias for an in-place change of x; compiled, autograd adds the dX of the projections.
         hand_on = self.left > 0 and self.x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         tail = float(scale), None if base is None else (base,), hand_on
@@ -234,13 +235,14 @@ class SharedInput:
         y, lora_B, lora_bias = _autocast(y, lora_B, lora_bias, wide=(1, 2))
         s = self._s(i, middle)
         _check_output(self, i, s, (y.shape[-1], self.x.shape[-1]), lora_B)
+        _check_options(self, y.shape[-1], None, lora_bias)
         if y.dtype != self.x.dtype or y.shape[:-1] != self.lead:
             raise ValueError(
                 f"lora_update: y is {y.dtype}{list(y.shape)} and x {self.x.dtype}{[*self.lead, self.x.shape[-1]]}; "
                 "they must share dtype and leading dimensions"
             )
         bias = None if lora_bias is None else _with_lora_bias(None, lora_bias, scale, y.dtype)
-        return _Update.apply(_rows(y), s, bias, lora_B, float(scale)).view(y.shape)
+        return _Update.apply(_rows(y), s, bias, lora_B.contiguous(), float(scale)).view(y.shape)
 
     def _s(self, i, middle):
         if middle is None:
@@ -364,3 +366,17 @@ def _check_output(shared, i, s, weight_shape, b):
         )
     if b.device != shared.x.device:
         raise RuntimeError(f"x is on {shared.x.device}, lora_B on {b.device}; move them to one device")
+
+
+def _check_options(shared, n, bias, lora_bias, magnitude=None, weight_norm=None, base=None):
+    vectors = {"bias": bias, "lora_bias": lora_bias, "magnitude": magnitude, "weight_norm": weight_norm}
+    for name, t in vectors.items():
+        if t is not None and t.shape != (n,):
+            raise ValueError(f"{name} is {list(t.shape)}, must be [{n}], one number for each out-feature")
+    if (magnitude is None) != (weight_norm is None):
+        raise ValueError("magnitude and weight_norm belong together: give both or neither (`ops.dora.dora_norm`)")
+    if base is not None and (base.shape != (shared.x.shape[0], n) or base.dtype != shared.x.dtype or base.requires_grad):
+        raise ValueError(
+            f"base is {base.dtype}{list(base.shape)}{' with a gradient' if base.requires_grad else ''}, must be "
+            f"{shared.x.dtype}{[shared.x.shape[0], n]} without one: the gradients of x Wᵀ are the projection's own"
+        )

@@ -89,7 +89,7 @@ def test_expand(backend, with_bias):
 
 
 def test_y_is_made_of_the_unrounded_sum(backend):
-    """u · g would double a rounding error of u: with total = 1 + 2^-9, u rounds to 1 in bfloat16, y = 3 total to 3.015625."""
+    """u · g would triple a rounding error of u: of 1 + 2^-9 bfloat16 leaves 1, of three times that and a bias 3.015625."""
     u, s = torch.ones(2, 3, dtype=BF16, device=backend), torch.full((2, 1), 2.0**-9, device=backend)
     b, g = torch.ones(3, 1, dtype=BF16, device=backend), torch.full((3,), 3.0, device=backend)
     bias = torch.full((3,), 2.0**-7, dtype=BF16, device=backend)
@@ -239,8 +239,8 @@ def test_row_norm(n, k, r, weight, adapter):
 @pytest.mark.parametrize("weight,adapter,eps", [(F32, F32, 2**-23), (BF16, F32, 2**-23), (F64, F64, 2**-52)])
 @pytest.mark.parametrize("rest", [1.0, 1e-1, 1e-3, 0.0])
 def test_row_norm_where_the_update_almost_cancels_the_weight(weight, adapter, eps, rest):
-    """What holds: the square errs by at most 2 eps of (‖W‖ + ‖sBA‖)². In float32 a norm of 1/20 of the weight's has 4 digits
-    left, one of 1/1000 none, and below sqrt(eps) of the weight's a norm is that floor: positive, so that 1 / norm is no noise.
+    """What holds: the square errs by at most 2 eps of (‖W‖ + ‖sBA‖)². In float32 a norm of 1/20 of the weight's has 4
+    digits left, one of 1/1000 none, and below sqrt(eps) of the weight's a norm is that floor, never 0.
     """
     noise, a, b = weights(64, 96, 4, weight, adapter)
     noise = rest * noise.double()
