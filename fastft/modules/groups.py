@@ -11,8 +11,9 @@ its group dissolves, and each member runs alone from then on. Not at once if a f
 checkpointing: the second run must share what the first one did, or it would save other tensors and draw other dropout
 masks. Then the group dissolves with the next step of an optimizer, when no forward is waiting any more.
 
-Two things are not seen: reentrant checkpointing of single members with dropout (the masks of the second run differ), and
-an A that is changed between the calls of a round.
+Two things are not seen. An A that is changed between the calls of a round. And where one region of reentrant checkpointing
+ends: where single members are regions, or a wrong guess is called twice with one tensor, the dropout masks of the second
+run differ from those of the first.
 """
 
 import threading
@@ -93,9 +94,7 @@ class ProjectionGroup:
         """`member`'s output on x with this `Projection` on its base tensors, or None if the member is to run alone."""
         p = projection.dropout
         i = next((i for i, own in enumerate(self.members) if own is member), None)  # None for DataParallel's replicas
-        if i is None or not (self.reason is None or self._checkpointed == _steps):
-            return None
-        circumstances = _circumstances(x, p)
+        circumstances = None if i is None or not self._running() else _circumstances(x, p)
         if circumstances is None:
             return None
         # Out of the slot until the part is computed, so that an exception in between leaves nothing there.
@@ -104,7 +103,7 @@ class ProjectionGroup:
             waiting.group._dissolve(waiting)
             waiting = None
         if waiting is None:
-            waiting = self._open_round(x, p, circumstances, projection)
+            waiting = self._open_round(x, p, circumstances, projection) if self._running() else None
             if waiting is None:
                 return None
         waiting.left.discard(i)
@@ -119,6 +118,9 @@ class ProjectionGroup:
         packed, self.packed = self.packed, None
         if packed is not None and not any(g.packed is packed for m in self.members for g in m._groups.values()):
             packed.unpack()
+
+    def _running(self) -> bool:
+        return self.reason is None or self._checkpointed == _steps
 
     def _open_round(self, x, p, circumstances, projection):
         factors = self._factors(x, p)
