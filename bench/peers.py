@@ -46,16 +46,67 @@ def addmm(d):
     return lambda x: AddmmLoRA.apply(x, d.weight, d.bias, d.a, d.b, d.scale, d.p)
 
 
+class AugmentedLoRA(torch.autograd.Function):
+    """[x | S] [W | sB]ᵀ and [dY | dS] [W ; A]: the low-rank terms as R more columns of the vendor's GEMMs, without dropout.
+
+    `big` [N + R, K + R] holds [[W, sB], [A, 0]]; `wide_x` [T, K + R] and `wide_dy` [T, N + R] are buffers whose first
+    columns are filled here, or already hold x and dY (`filled`), as if the layers before and behind wrote there.
+    """
+
+    @staticmethod
+    def forward(ctx, x, a, b, scale, big, wide_x, wide_dy, filled):
+        k, n = x.shape[1], b.shape[0]
+        big[:n, k:] = scale * b
+        big[n:, :k] = a
+        s = x @ a.t().to(x.dtype)
+        if not filled:
+            wide_x[:, :k] = x
+        wide_x[:, k:] = s
+        ctx.save_for_backward(x, a, b, s)
+        ctx.rest = scale, big, wide_dy, filled
+        return wide_x @ big[:n].t()
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, a, b, s = ctx.saved_tensors
+        scale, big, wide_dy, filled = ctx.rest
+        n = b.shape[0]
+        ds = (dy @ b.to(dy.dtype)).mul_(scale)
+        if not filled:
+            wide_dy[:, :n] = dy
+        wide_dy[:, n:] = ds
+        da, db = ds.t() @ x, (dy.t() @ s).mul_(scale)
+        return wide_dy @ big[:, : x.shape[1]], da.to(a.dtype), db.to(b.dtype), *(None,) * 5
+
+
+def augmented(d, filled=False):
+    t, (n, k), r = d.x.shape[0], d.weight.shape, d.a.shape[0]
+    big = d.weight.new_zeros(n + r, k + r)
+    big[:n, :k] = d.weight
+    wide_x, wide_dy = d.x.new_empty(t, k + r), d.x.new_empty(t, n + r)
+    wide_x[:, :k], wide_dy[:, :n] = d.x.detach(), d.dy
+
+    def layer(x):
+        return AugmentedLoRA.apply(x, d.a, d.b, d.scale, big, wide_x, wide_dy, filled)
+
+    return layer
+
+
+def augmented_filled(d):
+    """The augmented form's best case: whoever makes x and dY writes them into its buffers."""
+    return augmented(d, filled=True)
+
+
 def peft_missing() -> str | None:
     return None if importlib.util.find_spec("peft") else "peft is not installed (pip install peft)"
 
 
-def peft(d):
-    """PEFT's LoRA layer over the frozen linear, holding the inputs' adapters."""
+def peft(d, **options):
+    """PEFT's LoRA layer over the frozen linear, holding the inputs' adapters. `options` go to LoraConfig."""
     from peft import LoraConfig, inject_adapter_in_model
 
     rank = d.a.shape[0]
-    config = LoraConfig(r=rank, lora_alpha=d.scale * rank, lora_dropout=d.p, target_modules=["linear"])
+    config = LoraConfig(r=rank, lora_alpha=d.scale * rank, lora_dropout=d.p, target_modules=["linear"], **options)
     layer = inject_adapter_in_model(config, nn.ModuleDict({"linear": frozen_linear(d)}))["linear"]
     layer.lora_A["default"].weight = d.a
     layer.lora_B["default"].weight = d.b
@@ -71,5 +122,9 @@ LORA = {
     "peft": (peft, peft_missing),
     "addmm": (addmm, lambda: None),
     "peft-compile": (compiled_peft, peft_missing),
+    "augmented": (augmented, lambda: None),
+    "augmented-filled": (augmented_filled, lambda: None),
 }
 LORA_DEFAULT = ("peft", "addmm")
+# The mask belongs to one of the two terms that the augmented form adds up in one product.
+WITHOUT_DROPOUT = ("augmented", "augmented-filled")

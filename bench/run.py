@@ -11,8 +11,15 @@ from . import results, runner, shapes, stats
 QUICK_ROUNDS = 5
 
 
-def families() -> list[str]:
-    return sorted(path.stem for path in (Path(__file__).parent / "ops").glob("*.py"))
+def families() -> dict[str, str]:
+    """Family -> its module: the ops' (bench/ops) and whole training steps (bench/e2e)."""
+    here = Path(__file__).parent
+    found = {
+        path.stem: f"{__package__}.{folder}.{path.stem}"
+        for folder in ("ops", "e2e")
+        for path in (here / folder).glob("*.py")
+    }
+    return dict(sorted(found.items()))
 
 
 def _parser():
@@ -58,7 +65,7 @@ def main(argv=None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     peers = None if args.peers is None else [p for p in args.peers.split(",") if p not in ("", "none")]
-    family = importlib.import_module(f"{__package__}.ops.{args.family}")
+    family = importlib.import_module(families()[args.family])
     try:
         cases = list(family.cases(device, args.shape, args.dtype, args.dropout, args.rank, peers))
     except ValueError as error:

@@ -56,7 +56,11 @@ class Inputs:
     scale: float = SCALE
 
     def tensors(self):
-        return [t for t in (self.x, self.dy, self.weight, self.bias, self.a, self.b) if t is not None]
+        return [t for t in (self.x, self.dy, self.weight, self.bias, *self.trained().values()) if t is not None]
+
+    def trained(self) -> dict[str, torch.Tensor]:
+        """The adapter's parameters by the names of their gradients."""
+        return {"da": self.a, "db": self.b}
 
 
 def make_inputs(linear: shapes.Linear, dtype: str, rank: int, p: float, device, seed: int) -> Inputs:
@@ -92,15 +96,15 @@ def floor(d: Inputs):
 
 
 def adapted(make_layer):
-    """Builder of an arm from a function Inputs -> layer: forward, dX, dA, dB."""
+    """Builder of an arm from a function Inputs -> layer: forward, dX and the gradients of the adapter."""
 
     def build(d: Inputs):
-        layer = make_layer(d)
+        layer, trained = make_layer(d), d.trained()
 
         def run():
             y = layer(d.x)
-            dx, da, db = torch.autograd.grad(y, (d.x, d.a, d.b), d.dy)
-            return {"y": y.detach(), "dx": dx, "da": da, "db": db}
+            dx, *gradients = torch.autograd.grad(y, (d.x, *trained.values()), d.dy)
+            return {"y": y.detach(), "dx": dx, **dict(zip(trained, gradients))}
 
         return run
 
@@ -141,7 +145,7 @@ def plain(d: Inputs):
     return layer
 
 
-def _double(d: Inputs) -> Inputs:
+def double(d: Inputs) -> Inputs:
     wide = {name: getattr(d, name).detach().double() for name in ("x", "dy", "weight", "a", "b")}
     wide |= {name: wide[name].requires_grad_() for name in ("x", "a", "b")}
     return replace(d, **wide, bias=None if d.bias is None else d.bias.double(), p=0.0)
@@ -150,7 +154,7 @@ def _double(d: Inputs) -> Inputs:
 def checker(d: Inputs, factor: float = 2.0):
     """The gate: without dropout each arm equals the float64 formula; with dropout its backward replays its mask."""
     still = replace(d, p=0.0)
-    golden = adapted(plain)(_double(d))()
+    golden = adapted(plain)(double(d))()
     yardstick = adapted(plain)(still)()
 
     def check(build):
@@ -220,13 +224,13 @@ def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK,
         ValueError: an unknown shape, dtype or peer.
     """
     linears = shapes.resolve(names or shapes.DEFAULT[device])
-    dtypes = _known("dtype", dtypes or DEFAULT_DTYPES, DTYPES)
+    dtypes = known("dtype", dtypes or DEFAULT_DTYPES, DTYPES)
     arms = {"fastft": adapted(ours)}
     # On a CPU the other backends (Triton's interpreter, host-run CUDA) exist for proof alone.
     kernels = [b for b in testing.available(device) if b != "reference"] if device == "cuda" else []
     arms |= {f"fastft:{b}": on_backend(b) for b in kernels if len(kernels) > 1}
     missing = {}
-    for name in _known("peer", peers.LORA_DEFAULT if peer_names is None else peer_names, peers.LORA):
+    for name in known("peer", peers.LORA_DEFAULT if peer_names is None else peer_names, peers.LORA):
         make, why = peers.LORA[name]
         if reason := why():
             missing[name] = reason
@@ -236,6 +240,7 @@ def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK,
         for dtype in dtypes:
             for p in DROPOUTS if dropouts is None else dropouts:
                 target = TARGETS.get((shape, dtype)) if rank == shapes.RANK and p in DROPOUTS else None
+                barred = [n for n in peers.WITHOUT_DROPOUT if n in arms and p > 0]
                 yield Case(
                     "lora",
                     f"layer r={rank} p={p:g}",
@@ -246,15 +251,15 @@ def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK,
                     inputs=lambda dev, seed, s=linear, t=dtype, q=p: make_inputs(s, t, rank, q, dev, seed),
                     tensors=Inputs.tensors,
                     floor=floor,
-                    arms=arms,
+                    arms={n: arm for n, arm in arms.items() if n not in barred},
                     checker=checker,
-                    skipped=missing,
+                    skipped=missing | dict.fromkeys(barred, "it has no dropout"),
                     target=target + DROPOUT_ADDS * (p > 0) if target else None,
                     **work(linear, dtype, rank, p),
                 )
 
 
-def _known(kind, names, table):
+def known(kind, names, table):
     unknown = [n for n in names if n not in table]
     if unknown:
         raise ValueError(f"unknown {kind} {unknown[0]!r}; known: {', '.join(table)}")

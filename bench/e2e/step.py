@@ -1,0 +1,275 @@
+"""A whole training step of a small Llama: forward, loss, backward, AdamW, with LoRA on every linear but the head.
+
+The floor is the same model, batch and optimizer with only layer 0's q_proj trained: backward runs through every layer as
+with adapters, and everything the adapters cost is on top. Adapters alone take 3/2 · R (1/K + 1/N) of a linear's operations.
+"""
+
+import copy
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+import fastft
+
+from .. import peers, shapes
+from ..runner import Case, WrongResult, check_close
+
+DTYPES = {
+    "fp32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "bf16+fp32": (torch.bfloat16, None),
+}
+DROPOUTS = (0.0, 0.05)
+SCALE = 2.0
+# (packed base weights?, p) -> ratio to the floor at r=16 in fp32
+TARGETS = {(False, 0.0): 1.085, (False, 0.05): 1.105, (True, 0.0): 1.06, (True, 0.05): 1.08}
+TARGET_SHAPE = "llama-6l"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A pristine model, token ids [batch, length], and the adapters a [R, K], b [N, R] of each linear by name."""
+
+    model: nn.Module
+    ids: torch.Tensor
+    a: dict[str, torch.Tensor]
+    b: dict[str, torch.Tensor]
+    rank: int
+    p: float
+    scale: float = SCALE
+
+
+def transformers_missing() -> str | None:
+    import importlib.util
+
+    return None if importlib.util.find_spec("transformers") else "transformers is not installed (pip install transformers)"
+
+
+def linear_names(model) -> list[str]:
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+
+
+def make_inputs(shape: shapes.Model, dtype: str, rank: int, p: float, device, seed: int) -> Inputs:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    act, adapter = DTYPES[dtype]
+    config = LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        num_hidden_layers=shape.layers,
+        vocab_size=shape.vocab,
+        max_position_embeddings=shape.length,
+        attn_implementation="sdpa",
+    )
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config).to(device, act).train()
+        ids = torch.randint(shape.vocab, (shape.batch, shape.length), device=device)
+        a, b = {}, {}
+        for name in linear_names(model):
+            n, k = model.get_submodule(name).weight.shape
+            kind = adapter or torch.float32
+            a[name] = (torch.randn(rank, k, device=device) * k**-0.5).to(kind)
+            b[name] = (torch.randn(n, rank, device=device) * (0.02 * (k / rank) ** 0.5 / SCALE)).to(kind)
+    return Inputs(model, ids, a, b, rank, p)
+
+
+def training(prepare):
+    """Builder of an arm: `prepare` puts adapters on a copy of the model and returns its trained parameters by name."""
+
+    def build(d: Inputs):
+        model = copy.deepcopy(d.model).requires_grad_(False)
+        trained = prepare(model, d)
+        optimizer = torch.optim.AdamW(trained.values(), lr=1e-5, fused=True)
+
+        def run():
+            optimizer.zero_grad(set_to_none=True)
+            loss = model(input_ids=d.ids, labels=d.ids, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            return {"loss": loss.detach(), **{name: p.grad for name, p in trained.items()}}
+
+        return run
+
+    return build
+
+
+def frozen(model, d: Inputs):
+    weight = model.get_submodule("model.layers.0.self_attn.q_proj").weight.requires_grad_(True)
+    return {"q_proj": weight}
+
+
+def ours(model, d: Inputs, **options):
+    method = fastft.LoRA(
+        r=d.rank,
+        lora_alpha=d.scale * d.rank,
+        lora_dropout=d.p,
+        target_modules="all-linear",
+        adapter_dtype=_kind(d),
+        **options,
+    )
+    handle = fastft.attach(model, method)
+    return _filled(d, {n: (m.lora_A["default"], m.lora_B["default"]) for n, m in handle.targets.items()})
+
+
+def packed(model, d: Inputs):
+    return ours(model, d, pack_weights=True)
+
+
+def ungrouped(model, d: Inputs):
+    return ours(model, d, group_projections=False)
+
+
+def peft(model, d: Inputs):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=d.rank, lora_alpha=d.scale * d.rank, lora_dropout=d.p, target_modules="all-linear")
+    get_peft_model(model, config, autocast_adapter_dtype=_kind(d) == torch.float32)
+    layers = {n: model.get_submodule(n) for n in d.a}
+    return _filled(d, {n: (m.lora_A["default"].weight, m.lora_B["default"].weight) for n, m in layers.items()})
+
+
+def compiled_peft(model, d: Inputs):
+    trained = peft(model, d)
+    model.compile()
+    return trained
+
+
+def addmm(model, d: Inputs):
+    """One plain autograd node per linear (`peers.AddmmLoRA`)."""
+    found = {}
+    for name in d.a:
+        linear = model.get_submodule(name)
+        a, b = nn.Parameter(d.a[name].clone()), nn.Parameter(d.b[name].clone())
+        linear.forward = _addmm_forward(linear, a, b, d)
+        found[name] = a, b
+    return _filled(d, found)
+
+
+def _addmm_forward(linear, a, b, d):
+    def forward(x):
+        y = peers.AddmmLoRA.apply(x.flatten(0, -2), linear.weight, linear.bias, a, b, d.scale, d.p)
+        return y.view(*x.shape[:-1], -1)
+
+    return forward
+
+
+def plain(model, d: Inputs):
+    """The formula as PyTorch operations: what the other arms' errors are measured by."""
+    found = {}
+    for name in d.a:
+        linear = model.get_submodule(name)
+        a, b = nn.Parameter(d.a[name].clone()), nn.Parameter(d.b[name].clone())
+
+        def forward(x, linear=linear, a=a, b=b):
+            update = (x.to(a.dtype) @ a.t() @ b.t()) * d.scale
+            return (nn.functional.linear(x, linear.weight, linear.bias) + update).to(x.dtype)
+
+        linear.forward = forward
+        found[name] = a, b
+    return _filled(d, found)
+
+
+def _kind(d: Inputs):
+    return next(iter(d.a.values())).dtype
+
+
+def _filled(d: Inputs, found):
+    """The adapters' parameters, by name, holding the inputs' values."""
+    trained = {}
+    with torch.no_grad():
+        for name, (a, b) in found.items():
+            a.copy_(d.a[name])
+            b.copy_(d.b[name])
+            trained |= {f"{name}.a": a.requires_grad_(True), f"{name}.b": b.requires_grad_(True)}
+    return trained
+
+
+def checker(d: Inputs, factor: float = 2.0):
+    """The gate, without dropout: each arm's loss and gradients of the first step against the formula in float64."""
+    still = replace(d, p=0.0)
+    wide = {name: {k: v.double() for k, v in getattr(d, name).items()} for name in ("a", "b")}
+    golden = _gradients(training(plain)(replace(still, model=copy.deepcopy(d.model).double(), **wide))())
+    yardstick = _gradients(training(plain)(still)())
+
+    def check(build):
+        got = build(still)()
+        check_close(_gradients(got), golden, yardstick, factor)
+        if d.p > 0 and build(d)()["loss"] == got["loss"]:
+            raise WrongResult(f"dropout p={d.p} does not change the loss")
+
+    return check
+
+
+def _gradients(outputs):
+    """All gradients of A's and of B's as one vector each: single small ones differ by luck."""
+    return {
+        kind: torch.cat([g.flatten() for name, g in sorted(outputs.items()) if name.endswith(f".{kind}")])
+        for kind in ("a", "b")
+    }
+
+
+def work(shape: shapes.Model, rank: int) -> dict[str, int]:
+    """Floating-point operations of the linears, of the arm and of the floor; forward and dX. Bytes are not counted."""
+    tokens, q, kv = shape.batch * shape.length, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    hidden, wide = shape.hidden, shape.intermediate
+    linears = [(hidden, q), (hidden, kv), (hidden, kv), (q, hidden), (hidden, wide), (hidden, wide), (wide, hidden)]
+    floor = 4 * tokens * (shape.layers * sum(k * n for k, n in linears) + hidden * shape.vocab)
+    return {"floor_flops": floor, "flops": floor + 6 * tokens * rank * shape.layers * sum(k + n for k, n in linears)}
+
+
+ARMS = {  # case -> implementation -> (preparation, why it can't be had here)
+    "": {
+        "fastft": (ours, lambda: None),
+        "fastft:ungrouped": (ungrouped, lambda: None),
+        "peft": (peft, peers.peft_missing),
+        "addmm": (addmm, lambda: None),
+        "peft-compile": (compiled_peft, peers.peft_missing),
+    },
+    " packed": {"fastft": (packed, lambda: None)},
+}
+PEERS_DEFAULT = ("peft", "addmm")
+
+
+def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK, peer_names=None):
+    """Every case asked for; what is None takes the defaults.
+
+    Raises:
+        ValueError: an unknown shape, dtype or peer.
+    """
+    for kind, given, known in (
+        ("shape", names, shapes.MODELS),
+        ("dtype", dtypes, DTYPES),
+        ("peer", peer_names, ARMS[""]),
+    ):
+        if unknown := [n for n in given or () if n not in known]:
+            raise ValueError(f"unknown {kind} {unknown[0]!r}; known: {', '.join(known)}")
+    if reason := transformers_missing():
+        raise ValueError(reason)
+    wanted = PEERS_DEFAULT if peer_names is None else peer_names
+    for name in names or (TARGET_SHAPE,):
+        shape = shapes.MODELS[name]
+        for dtype in dtypes or ("fp32",):
+            for p in DROPOUTS if dropouts is None else dropouts:
+                for suffix, all_arms in ARMS.items():
+                    chosen = {n: arm for n, arm in all_arms.items() if n.startswith("fastft") or n in wanted}
+                    reasons = {n: why() for n, (_, why) in chosen.items()}
+                    known_target = (name, dtype, rank) == (TARGET_SHAPE, "fp32", shapes.RANK)
+                    yield Case(
+                        "step",
+                        f"step r={rank} p={p:g}{suffix}",
+                        name,
+                        f"{shape.layers} layers, {shape.batch}x{shape.length} tokens",
+                        dtype,
+                        inputs=lambda dev, seed, s=shape, t=dtype, q=p: make_inputs(s, t, rank, q, dev, seed),
+                        tensors=lambda d: [*d.model.parameters(), d.ids],
+                        floor=training(frozen),
+                        arms={n: training(prepare) for n, (prepare, _) in chosen.items() if not reasons[n]},
+                        checker=checker,
+                        skipped={n: why for n, why in reasons.items() if why},
+                        target=TARGETS.get((bool(suffix), p)) if known_target else None,
+                        **work(shape, rank),
+                    )
