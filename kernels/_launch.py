@@ -67,14 +67,15 @@ def launch(kernel, grid: int, *args, num_warps: int, num_stages: int, **constant
 
 
 @triton.jit(do_not_specialize=["n_slabs"])
-def _sum_slabs_kernel(p_in, p_out, n_slabs, size, BLOCK: tl.constexpr):
-    """out[i] = sum over slabs, in order, of in[slab, i]."""
+def _sum_slabs_kernel(p_in, p_out, n_slabs, size, BLOCK: tl.constexpr, AHEAD: tl.constexpr):
+    """out[i] = sum over slabs, in order, of in[slab, i]. AHEAD loads are in flight at a time."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    p_slab = p_in + o
+    o_in, end = o, n_slabs.to(tl.int64) * size
     b_sum = tl.zeros([BLOCK], tl.float32)
-    for _ in range(n_slabs):
-        b_sum += tl.load(p_slab, mask=o < size, other=0.0)
-        p_slab += size
+    for _ in range(0, n_slabs, AHEAD):
+        for _ in tl.static_range(AHEAD):
+            b_sum += tl.load(p_in + o_in, mask=(o < size) & (o_in < end), other=0.0)
+            o_in += size
     tl.store(p_out + o, cast(b_sum, p_out.dtype.element_ty), mask=o < size)
 
 
@@ -87,5 +88,6 @@ def sum_slabs(parts, dtype, out=None):
         out = torch.empty(shape, dtype=dtype, device=parts.device)
     size = out.numel()
     if size:
-        launch(_sum_slabs_kernel, triton.cdiv(size, 1024), parts, out, n_slabs, size, BLOCK=1024, num_warps=4, num_stages=1)
+        constants = {"BLOCK": 512, "AHEAD": 8, "num_warps": 4, "num_stages": 1}
+        launch(_sum_slabs_kernel, triton.cdiv(size, constants["BLOCK"]), parts, out, n_slabs, size, **constants)
     return out

@@ -51,9 +51,9 @@ def _dora_expand_kernel(
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < N
     m_tile = (o_m < T)[:, None] & m_n[None, :]
-    b_sum = rank_product(p_s, p_b, o_m, o_n, T, N, 0, R, s_row, 1, R, BLOCK_R)
     p_tile = p_u + o_m[:, None] * u_row + o_n[None, :]
-    b_u = tl.load(p_tile, mask=m_tile)
+    b_u = tl.load(p_tile, mask=m_tile)  # asked for first: it arrives while the product is made
+    b_sum = rank_product(p_s, p_b, o_m, o_n, T, N, 0, R, s_row, 1, R, BLOCK_R)
     b_total = cast(b_u, tl.float32) + scale * b_sum
     tl.store(p_tile, cast(b_total, b_u.dtype), mask=m_tile)
     b_y = tl.load(p_g + o_n, mask=m_n)[None, :] * b_total

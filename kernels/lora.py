@@ -184,6 +184,9 @@ def _lora_update_kernel(
 
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    p_tile = p_out + o_m[:, None] * out_row + o_n[None, :]
+    m_tile = (o_m < T)[:, None] & (o_n < N)[None, :]
+    b_out = tl.load(p_tile, mask=m_tile)  # asked for first: it arrives while the product is made
     b_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     b_kept = tl.zeros([BLOCK_M, BLOCK_N], tl.int1)
     first = 0
@@ -195,9 +198,6 @@ def _lora_update_kernel(
             b_kept = b_kept | b_keep
         b_sum += b_part
         first += ranks[g]
-    p_tile = p_out + o_m[:, None] * out_row + o_n[None, :]
-    m_tile = (o_m < T)[:, None] & (o_n < N)[None, :]
-    b_out = tl.load(p_tile, mask=m_tile)
     b_new = cast(cast(b_out, tl.float32) + scale * b_sum, b_out.dtype)
     if DROPOUT:
         b_new = tl.where(b_kept, b_new, b_out)

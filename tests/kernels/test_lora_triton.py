@@ -309,3 +309,14 @@ def test_launchers_refuse_ranks_that_are_not_those_of_the_stack(op, ranks):
     position = lora._GROUPS[op][0]
     with pytest.raises(ValueError, match=f"{op}: ranks"):
         getattr(lora, op)(*args[:position], ranks, *args[position + 1 :])
+
+
+def test_groups_choose_a_configuration_only_with_dropout():
+    def configuration(ranks, p):
+        x, a = torch.empty(64, 128, dtype=BF16, device="meta"), torch.empty(sum(ranks), 128, dtype=BF16, device="meta")
+        return lora.config_for("lora_shrink", x, a, ranks, p, None)
+
+    assert configuration([16, 16, 16, 16], 0.0) == configuration([64], 0.0)
+    assert configuration([64], 0.5) == configuration([64], 0.0)
+    assert configuration([16, 1, 4], 0.5)["BLOCK_R"] == 16
+    assert configuration([16, 1, 4], 0.5) != configuration([16], 0.5), "three accumulators need smaller tiles"
