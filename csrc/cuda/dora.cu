@@ -14,8 +14,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const UpdateTile<T, true> tile(shared, u);
   float sum[kUpdateUnits][kUnit] = {};
   tile.add(sum, s, b, 0, static_cast<int>(s.cols));
-  const Unit<float> factor = load_unit<true, float>(g, 0, tile.col);
-  const Unit<T> shift = load_unit<true, T>(bias, 0, tile.col);  // zeros without a bias, which has no rows then
+  const Unit<float> factor = load_unit<false, float>(g, 0, tile.col);
+  const Unit<T> shift = load_unit<false, T>(bias, 0, tile.col);  // zeros without a bias, which has no rows then
 #pragma unroll
   for (int i = 0; i < kUpdateUnits; ++i) {
     const int64_t row = tile.row0 + unit_row(i);
@@ -23,9 +23,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     Unit<T> unit = load_unit<false, T>(u, row, tile.col), scaled;
 #pragma unroll
     for (int j = 0; j < kUnit; ++j) {
-      const float total = static_cast<float>(unit.v[j]) + scale * sum[i][j];
+      const float total = fmaf(scale, sum[i][j], static_cast<float>(unit.v[j]));
       unit.v[j] = T(total);
-      scaled.v[j] = T(factor.v[j] * total + static_cast<float>(shift.v[j]));
+      scaled.v[j] = T(fmaf(factor.v[j], total, static_cast<float>(shift.v[j])));
     }
     store_unit(u, row, tile.col, unit);
     store_unit(y, row, tile.col, scaled);
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t begin = blockIdx.y * rows_per_part, end = begin + rows_per_part;
   if (end < dy.rows) dy.rows = u.rows = end;  // later rows are other blocks'
 
-  const Unit<float> factor = load_unit<true, float>(g, 0, col);
+  const Unit<float> factor = load_unit<false, float>(g, 0, col);
   float sum[kUnit] = {};
   for (int64_t row0 = begin + unit_row(0); row0 < dy.rows; row0 += kAhead * kStepRows) {
     Unit<T> left[kAhead], right[kAhead];
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
       for (int j = 0; j < kUnit; ++j) {
         const float value = static_cast<float>(left[i].v[j]);
-        sum[j] += value * static_cast<float>(right[i].v[j]);
+        sum[j] = fmaf(value, static_cast<float>(right[i].v[j]), sum[j]);
         product.v[j] = T(factor.v[j] * value);
       }
       if (row0 + i * kStepRows < dy.rows && col < dy.cols) store_unit(scaled, row0 + i * kStepRows, col, product);
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (threadIdx.x >= kCols || target >= dy.cols) return;
   float total = 0.0f;
   for (int row = 0; row < kStepRows; ++row) total += sums[row * kPitch + threadIdx.x];
-  partial[blockIdx.y * dy.cols + target] = total;
+  put(partial, blockIdx.y * dy.cols + target, total);
 }
 
 // A vector [N] as a matrix of one row.

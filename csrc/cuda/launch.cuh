@@ -49,6 +49,28 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, St
 
 #endif
 
+// A thread loads or stores `bytes` of the array that starts at `array`. The host build counts them (hostcuda/emulator.h) for
+// the tests of bench/traffic_cuda.py; on a GPU nothing happens.
+#ifdef FASTFT_HOSTCUDA
+inline void note_load(const void* array, size_t bytes) { hostcuda::count(array, bytes, false); }
+inline void note_store(const void* array, size_t bytes) { hostcuda::count(array, bytes, true); }
+#else
+__device__ __forceinline__ void note_load(const void*, size_t) {}
+__device__ __forceinline__ void note_store(const void*, size_t) {}
+#endif
+
+template <class T>
+__device__ __forceinline__ T get(const T* array, int64_t i) {
+  note_load(array, sizeof(T));
+  return array[i];
+}
+
+template <class T>
+__device__ __forceinline__ void put(T* array, int64_t i, T value) {
+  note_store(array, sizeof(T));
+  array[i] = value;
+}
+
 // Hands out a block's dynamic shared memory in 16-byte steps; every thread makes the same calls. On the host the arrays
 // lie apart and the bytes between them are poisoned.
 class SharedMemory {

@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         const unsigned bits = inside & philox::keep_byte(key, row, static_cast<uint32_t>(col / kUnit), threshold);
         // Of the rank tiles that a group spans, the one with its first slot writes the mask.
         if (copy > 0 || tile.slots[0].first)
-          masks[(group * x.rows + row) * ceil_div(x.cols, kUnit) + col / kUnit] = static_cast<uint8_t>(bits);
+          put(masks, (group * x.rows + row) * ceil_div(x.cols, kUnit) + col / kUnit, static_cast<uint8_t>(bits));
         keep[i] |= bits << 8 * copy;
       }
     }
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const Slot& slot = tile.slots[i % kRanks / kWarpRanks];
     const int rank = slot.rank + i % kWarpRanks;
     if (row < x.rows && rank < slot.end)
-      partial[(blockIdx.z * x.rows + row) * a.rows + rank] = RowDot<kRanks>::total(act, i);
+      put(partial, (blockIdx.z * x.rows + row) * a.rows + rank, RowDot<kRanks>::total(act, i));
   }
 }
 
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, 2) expand_kernel(Matrix<T> y, Matrix
     if (row >= y.rows || tile.col >= y.cols) continue;
     Unit<T> unit = load_unit<false, T>(y, row, tile.col);
 #pragma unroll
-    for (int j = 0; j < kUnit; ++j) unit.v[j] = T(static_cast<float>(unit.v[j]) + scale * sum[i][j]);
+    for (int j = 0; j < kUnit; ++j) unit.v[j] = T(fmaf(scale, sum[i][j], static_cast<float>(unit.v[j])));
     store_unit(y, row, tile.col, unit);
   }
 }
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int i = 0; i < kUpdateUnits; ++i) {
       const int64_t row = tile.row0 + unit_row(i);
       if (row >= dx.rows || tile.col >= dx.cols) continue;
-      const unsigned bits = masks ? masks[(g * dx.rows + row) * ceil_div(dx.cols, kUnit) + tile.col / kUnit] : 0xffu;
+      const unsigned bits = masks ? get(masks, (g * dx.rows + row) * ceil_div(dx.cols, kUnit) + tile.col / kUnit) : 0xffu;
       changed |= bits << kUnit * i;
 #pragma unroll
       for (int j = 0; j < kUnit; ++j)
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     Unit<T> unit = load_unit<false, T>(dx, row, tile.col);
 #pragma unroll
     for (int j = 0; j < kUnit; ++j)
-      if (changed >> (kUnit * i + j) & 1) unit.v[j] = T(static_cast<float>(unit.v[j]) + scale * sum[i][j]);
+      if (changed >> (kUnit * i + j) & 1) unit.v[j] = T(fmaf(scale, sum[i][j], static_cast<float>(unit.v[j])));
     store_unit(dx, row, tile.col, unit);
   }
 }
@@ -205,9 +205,9 @@ __global__ void __launch_bounds__(kThreads, kGradSbBlocks)
         const int64_t row = row0 + i / kRanks;
         const int rank = rank0 + i % kRanks;
         if (row >= dy.rows || rank >= s.cols) continue;
-        float* target = ds_partial + (blockIdx.x * dy.rows + row) * s.cols + rank;
+        const int64_t target = (blockIdx.x * dy.rows + row) * s.cols + rank;
         const float part = RowDot<kRanks>::total(buffer, i);
-        *target = col_tile == first_col ? part : *target + part;
+        put(ds_partial, target, col_tile == first_col ? part : get(ds_partial, target) + part);
       }
     }
     sum.combine(weights);
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(kThreads, kGradSbBlocks)
       const int64_t col = col0 + i / kRanks;
       const int rank = rank0 + i % kRanks;
       if (col < dy.cols && rank < s.cols)
-        db_partial[(blockIdx.z * dy.cols + col) * s.cols + rank] = weights[i % kRanks * kPitch + i / kRanks];
+        put(db_partial, (blockIdx.z * dy.cols + col) * s.cols + rank, weights[i % kRanks * kPitch + i / kRanks]);
     }
     __syncthreads();  // before the next column tile's weights; a thread overwrites what it read itself, but only as yet
   }
@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(kThreads, kGradABlocks)
       if (row >= x.rows || col >= x.cols) continue;
 #pragma unroll 1
       for (int copy = 0; copy < tile.copies; ++copy)
-        keep[i] |= unsigned(masks[((tile.first_group + copy) * x.rows + row) * ceil_div(x.cols, kUnit) + col / kUnit])
+        keep[i] |= unsigned(get(masks, ((tile.first_group + copy) * x.rows + row) * ceil_div(x.cols, kUnit) + col / kUnit))
                    << 8 * copy;
     }
   };
@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(kThreads, kGradABlocks)
     const int rank = slot.rank + i / kCols % kWarpRanks;
     const int64_t target_col = col0 + i % kCols;
     if (rank < slot.end && target_col < x.cols)
-      partial[(int64_t(blockIdx.z) * ds.cols + rank) * x.cols + target_col] = act[i / kCols * kPitch + i % kCols];
+      put(partial, (int64_t(blockIdx.z) * ds.cols + rank) * x.cols + target_col, act[i / kCols * kPitch + i % kCols]);
   }
 }
 

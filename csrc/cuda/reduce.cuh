@@ -33,8 +33,8 @@ __global__ void __launch_bounds__(256)
   int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= size) return;
   float sum = 0.0f;
-  for (int64_t part = 0; part < parts; ++part) sum += partial[part * size + i];
-  out[i] = T(scale * sum);
+  for (int64_t part = 0; part < parts; ++part) sum += get(partial, part * size + i);
+  put(out, i, T(scale * sum));
 }
 
 template <class T>

@@ -6,12 +6,14 @@
 // A block of 256 threads reads each activation once: 8 consecutive elements (a unit) per thread and load, widened to
 // float32 in shared memory, from where both products take it. Rank tiles are 16, 32 or 64 wide; a warp always works on
 // 16 ranks (a slot, groups.cuh), and the warps left over split the inner dimension. Their sums are combined in a fixed
-// order at the end.
+// order at the end. fmaf is written out where it matters: nvcc would contract a product and a sum, the host build would not.
 #pragma once
 
 #include "groups.cuh"
 #include "launch.cuh"
 #include "ptx.cuh"
+
+#include <cmath>
 
 namespace fastft {
 
@@ -47,6 +49,7 @@ __device__ __forceinline__ Unit<T> load_unit(const Matrix<M>& m, int64_t row, in
   Unit<T> unit{};
   if (row >= m.rows || col >= m.cols) return unit;
   const T* source = m.data + row * m.stride + col;
+  note_load(m.data, (m.cols - col < kUnit ? m.cols - col : kUnit) * sizeof(T));
   if (m.vectors) {
     constexpr int chunks = sizeof(unit) / 16;
     uint4* target = reinterpret_cast<uint4*>(&unit);
@@ -65,6 +68,7 @@ __device__ __forceinline__ Unit<T> load_unit(const Matrix<M>& m, int64_t row, in
 template <class T>
 __device__ __forceinline__ void store_unit(const Matrix<T>& m, int64_t row, int64_t col, const Unit<T>& unit) {
   T* target = m.data + row * m.stride + col;
+  note_store(m.data, (m.cols - col < kUnit ? m.cols - col : kUnit) * sizeof(T));
   if (m.vectors) {
 #pragma unroll
     for (int i = 0; i < int(sizeof(unit) / 16); ++i)
@@ -141,6 +145,7 @@ struct Weights {
   __device__ __forceinline__ float at(int64_t row, int64_t col) const {
     if (row >= rows || col >= cols) return 0.0f;
     int64_t i = row * cols + col;
+    note_load(data, wide ? sizeof(float) : sizeof(T));
     return wide ? static_cast<const float*>(data)[i] : static_cast<float>(static_cast<const T*>(data)[i]);
   }
 
@@ -180,6 +185,7 @@ __device__ __forceinline__ void load_ranks(float* tile, const Matrix<const float
     const int rank = slots[i % quads / 4].rank + i % 4 * 4, end = slots[i % quads / 4].end;
     const float* source = s.data + row * s.stride + rank;
     alignas(16) float v[4] = {};
+    if (row < s.rows && rank < end) note_load(s.data, (end - rank < 4 ? end - rank : 4) * sizeof(float));
     if (row < s.rows && s.vectors && rank % 4 == 0 && rank + 4 <= end) {
       *reinterpret_cast<float4*>(v) = *reinterpret_cast<const float4*>(source);
     } else if (row < s.rows) {
@@ -211,7 +217,8 @@ struct RowDot {
       for (int j = 0; j < 4; ++j) {
         const float4 b = *reinterpret_cast<const float4*>(w + j * 4 * kPitch + c);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) acc[i][j] += a[i].x * b.x + a[i].y * b.y + a[i].z * b.z + a[i].w * b.w;
+        for (int i = 0; i < 4; ++i)
+          acc[i][j] = fmaf(a[i].w, b.w, fmaf(a[i].z, b.z, fmaf(a[i].y, b.y, fmaf(a[i].x, b.x, acc[i][j]))));
       }
     }
   }
@@ -254,10 +261,10 @@ struct TokenSum {
         const float ranks[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          acc[r + i][0] += ranks[i] * a.x;
-          acc[r + i][1] += ranks[i] * a.y;
-          acc[r + i][2] += ranks[i] * a.z;
-          acc[r + i][3] += ranks[i] * a.w;
+          acc[r + i][0] = fmaf(ranks[i], a.x, acc[r + i][0]);
+          acc[r + i][1] = fmaf(ranks[i], a.y, acc[r + i][1]);
+          acc[r + i][2] = fmaf(ranks[i], a.z, acc[r + i][2]);
+          acc[r + i][3] = fmaf(ranks[i], a.w, acc[r + i][3]);
         }
       }
     }

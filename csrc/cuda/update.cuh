@@ -41,9 +41,9 @@ class UpdateTile {
 #pragma unroll
         for (int i = 0; i < kUpdateUnits; ++i) {
           const float factor = tokens_[unit_row(i) * (kWarpRanks + 4) + r];
-          sum[i][0] += factor * low.x, sum[i][1] += factor * low.y, sum[i][2] += factor * low.z, sum[i][3] += factor * low.w;
-          sum[i][4] += factor * high.x, sum[i][5] += factor * high.y, sum[i][6] += factor * high.z,
-              sum[i][7] += factor * high.w;
+          const float w8[kUnit] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+          for (int j = 0; j < kUnit; ++j) sum[i][j] = fmaf(factor, w8[j], sum[i][j]);
         }
       }
       __syncthreads();

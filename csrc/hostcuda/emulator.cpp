@@ -28,6 +28,8 @@
 namespace fastft::hostcuda {
 
 Coordinates current;
+bool counting = false;
+std::map<const void*, Moved> moved;
 
 namespace {
 

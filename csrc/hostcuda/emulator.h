@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <source_location>
 #include <tuple>
 #include <type_traits>
@@ -62,6 +63,17 @@ void* shared_memory(size_t offset, size_t bytes);
 void warp_exchange(unsigned mask, const void* mine, void* theirs, size_t bytes, unsigned source, Site site);
 
 unsigned lane();
+
+// Bytes that kernels say they move, by array and direction, while `counting` is on.
+struct Moved {
+  int64_t loads = 0, stores = 0;
+};
+extern bool counting;
+extern std::map<const void*, Moved> moved;
+
+inline void count(const void* array, size_t bytes, bool store) {
+  if (counting) (store ? moved[array].stores : moved[array].loads) += static_cast<int64_t>(bytes);
+}
 
 template <class T>
 T exchange(unsigned mask, T value, unsigned source, Site site) {

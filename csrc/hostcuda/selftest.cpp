@@ -112,9 +112,28 @@ Tensor block_order(const Tensor& like, int64_t blocks) {
   return out;
 }
 
+void count(bool on) {
+  hostcuda::counting = on;
+  hostcuda::moved.clear();
+}
+
+// {bytes loaded, bytes stored} since counting began, of one contiguous tensor or, without one, of everything.
+std::vector<int64_t> counted(std::optional<Tensor> t) {
+  hostcuda::Moved sum;
+  for (const auto& [array, moved] : hostcuda::moved) {
+    // Launches for further groups are given pointers into the masks.
+    const auto* first = t ? static_cast<const char*>(t->const_data_ptr()) : nullptr;
+    if (t && (array < first || array >= first + t->numel() * t->element_size())) continue;
+    sum.loads += moved.loads, sum.stores += moved.stores;
+  }
+  return {sum.loads, sum.stores};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fastft_hostcuda, m) {
+  m.def("count(bool on) -> ()");
+  m.def("counted(Tensor? t) -> int[]");
   m.def("reverse(Tensor x, bool barrier) -> Tensor");
   m.def("warp(Tensor x) -> Tensor");
   m.def("misuse(Tensor x, int kind) -> ()");
@@ -126,6 +145,12 @@ STABLE_TORCH_LIBRARY_IMPL(fastft_hostcuda, CPU, m) {
   m.impl("warp", TORCH_BOX(&warp));
   m.impl("misuse", TORCH_BOX(&misuse));
   m.impl("block_order", TORCH_BOX(&block_order));
+}
+
+// These two may have no tensor to choose a backend by.
+STABLE_TORCH_LIBRARY_IMPL(fastft_hostcuda, CompositeExplicitAutograd, m) {
+  m.impl("count", TORCH_BOX(&count));
+  m.impl("counted", TORCH_BOX(&counted));
 }
 
 }  // namespace fastft

@@ -36,12 +36,15 @@ def test_more_groups_than_one_launch_takes(backend):
     wide = {name: t.double() if t.is_floating_point() else t for name, t in v.items()}
     mask = matrix.mask_of(v, 0.5)
     assert torch.equal(got[1], mask)
-    torch.testing.assert_close(got[0].double(), lora._shrink_reference(wide["x"], wide["a"], ranks, 0.5, v["seed"])[0])
     ds, da, dx = got[3].double(), got[5], got[6]
-    torch.testing.assert_close(da.double(), lora._grad_a_reference(ds, wide["x"], wide["a"], ranks, mask, 0.5))
     want = wide["x"].clone()
     lora._grad_x_reference(want, ds, wide["a"], ranks, mask, 0.5)
-    torch.testing.assert_close(dx.double(), want, rtol=1e-5, atol=1e-4)
+    for g, w in (
+        (got[0], lora._shrink_reference(wide["x"], wide["a"], ranks, 0.5, v["seed"])[0]),
+        (da, lora._grad_a_reference(ds, wide["x"], wide["a"], ranks, mask, 0.5)),
+        (dx, want),
+    ):
+        torch.testing.assert_close(g, w.float(), rtol=1e-5, atol=1e-3)  # sums of terms up to 1000
 
 
 def test_no_groups(backend):

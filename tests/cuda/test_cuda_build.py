@@ -53,9 +53,11 @@ def test_resources_match_the_committed_table(usage):
 def test_inline_ptx_became_the_wanted_instruction(usage, architecture):
     """ptx::load_once is a 16-byte read-only load that L1 does not keep, in every kernel that streams activations."""
     streaming = {
-        k: code for k, code in resources.sass(architecture).items() if k.startswith(("shrink", "grad_sb", "grad_a"))
+        k: code
+        for k, code in resources.sass(architecture).items()
+        if k.startswith(("shrink", "grad_sb", "grad_a", "dora_grad_y"))
     }
-    assert len(streaming) == 27
+    assert len(streaming) == 30
     for kernel, code in streaming.items():
         assert "LDG.E.NA.128.CONSTANT" in code, kernel
         assert "LDL" not in code and "STL" not in code, f"{kernel} uses local memory"
