@@ -63,7 +63,8 @@ class _Expand(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, s, weight, bias, b, scale, base, hand_on):
-        y = F.linear(x, weight, bias) if base is None else base[0]
+        # .data: what autograd knows as a view can't be changed in place later on.
+        y = F.linear(x, weight, bias) if base is None else base[0].data
         lora_expand_(y, s, b, scale)
         ctx.scale, ctx.scope = scale, Scope.captured()
         ctx.set_materialize_grads(False)
