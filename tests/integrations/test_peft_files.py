@@ -30,6 +30,10 @@ OPTIONS = [  # in Llama's names
     {"target_modules": ["q_proj"], "layers_to_transform": [1], "init_lora_weights": "gaussian"},
     {"target_modules": ["q_proj"], "modules_to_save": ["norm", "mlp"]},
     {"target_modules": ["q_proj"], "modules_to_save": ["norm", "layernorm"], "bias": "all"},
+    {"target_modules": "all-linear", "use_dora": True, "r": 3, "lora_alpha": 5},
+    {"target_modules": ["q_proj", "down_proj"], "use_dora": True, "use_rslora": True, "bias": "lora_only"},
+    {"target_modules": "all-linear", "lora_bias": True},
+    {"target_modules": ["v_proj", "up_proj"], "lora_bias": True, "bias": "lora_only"},
 ]
 GPT2 = {"q_proj": "c_attn", "v_proj": "attn.c_proj", "down_proj": "mlp.c_proj", "up_proj": "c_fc", "norm": "ln_f"}
 GPT2["layernorm"] = "ln_1"
@@ -73,7 +77,7 @@ def check(one, two, plain):
     if one.dtype == torch.float32:
         assert error <= 1e-3 * (two - plain).norm()
     else:
-        assert error <= 2**-6 * two.float().norm()
+        assert error <= 2**-5 * two.float().norm()  # (PEFT's own error beside float32 reaches 2**-5.3, with a bias on B)
 
 
 @pytest.mark.parametrize(("make", "options"), CASES)
@@ -173,8 +177,6 @@ def test_what_peft_adds_for_resized_embeddings_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"use_dora": True}, "use_dora"),
-        ({"lora_bias": True}, "lora_bias"),
         ({"target_parameters": ["q_proj.weight"]}, "target_parameters"),
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"init_lora_weights": "olora"}, "olora"),

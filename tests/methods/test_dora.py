@@ -249,13 +249,3 @@ def test_a_row_of_zeros_stays_zero():
     assert all(p.grad.isfinite().all() for p in handle.parameters())
     handle.merge()
     assert torch.equal(model.a.weight[3], torch.zeros(12))
-
-
-def test_options():
-    with pytest.raises(ValueError, match="can't be combined"):
-        fastft.LoRA(use_dora=True, lora_bias=True)
-    with pytest.raises(ValueError, match="needs init_lora_weights True or False, not 'gaussian'"):
-        fastft.LoRA(lora_bias=True, init_lora_weights="gaussian")
-    for name in ("use_dora", "lora_bias"):
-        with pytest.raises(TypeError, match=f"{name}='yes'; it must be True or False"):
-            fastft.LoRA(**{name: "yes"})

@@ -168,6 +168,10 @@ def test_scale():
         ({"target_modules": "*.q_proj"}, "no regular expression"),
         ({"bias": "some"}, "bias is 'some'"),
         ({"init_lora_weights": "pissa"}, "'pissa' is not supported"),
+        ({"use_dora": True, "lora_bias": True}, "can't be combined"),
+        ({"lora_bias": True, "init_lora_weights": "gaussian"}, "needs init_lora_weights True or False, not 'gaussian'"),
+        ({"use_dora": "yes"}, "use_dora='yes'; it must be True or False"),
+        ({"lora_bias": 1}, "lora_bias=1; it must be True or False"),
         ({"init_lora_weights": "orthogonal", "r": 3}, "even"),
         ({"modules_to_save": "lm_head"}, "list of module names"),
         ({"target_modules": ["q_proj", 3]}, "list of module names"),
@@ -190,6 +194,18 @@ def test_patterns_that_match_nothing_warn():
         fastft.attach(
             llama(), fastft.LoRA(target_modules=["q_proj"], rank_pattern={"q_proj": 4}, exclude_modules=["k_proj"])
         )
+
+
+def test_options_that_do_nothing_or_are_ignored_warn():
+    with pytest.warns(UserWarning, match=r"lora_alpha is 0 for 'model.layers.0.self_attn.q_proj': .*never trained"):
+        fastft.attach(llama(num_hidden_layers=1), fastft.LoRA(target_modules=["q_proj"], lora_alpha=0))
+    with pytest.warns(UserWarning, match="lora_alpha is 0 for .*v_proj', .*v_proj': B A"):
+        fastft.attach(llama(), fastft.LoRA(target_modules=["q_proj", "v_proj"], alpha_pattern={"v_proj": 0}))
+    with pytest.warns(UserWarning, match="fan_in_fan_out=True is ignored"):
+        fastft.attach(llama(), fastft.LoRA(target_modules=["q_proj"], fan_in_fan_out=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastft.attach(gpt2(), fastft.LoRA(target_modules=["c_attn"], fan_in_fan_out=True))
 
 
 def test_default_targets_without_a_known_architecture():
