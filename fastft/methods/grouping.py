@@ -57,6 +57,9 @@ def make_groups(method, adapter, targets) -> list[ProjectionGroup]:
 
 
 def _pack(group) -> None:
+    if any(member._part("lora_bias", group.adapter.name) is not None for member in group.members):
+        group.unpacked = "lora_bias would have to be in the packed bias"
+        return
     others = {id(g.packed): g for m in group.members for g in m._groups.values() if g.packed is not None}
     for other in others.values():
         if other.packed.members != group.members:

@@ -129,8 +129,8 @@ class ProjectionGroup:
         if _may_run_again(circumstances, p):
             self._checkpointed = _steps
         opened = _Round(self, x, circumstances, factors, p)
-        if self.packed is not None and projection.lora_bias is None and self._own_weights_on():
-            opened.columns_have_bias = projection.magnitude is None
+        if self.packed is not None and self._own_weights_on():
+            opened.columns_have_bias = projection.magnitude is None  # DoRA multiplies before the bias is added
             opened.columns = self.packed.columns(opened.shared.x, opened.columns_have_bias)
         return opened
 
@@ -168,9 +168,8 @@ def _column(opened, i, member, weight, bias, projection):
     if opened.columns is None:
         return None
     column, opened.columns[i] = opened.columns[i], None
-    if projection.lora_bias is not None or opened.columns_have_bias != (projection.magnitude is None):
-        return None
-    return column if weight is member.weight and bias is member.bias else None
+    fits = opened.columns_have_bias == (projection.magnitude is None)
+    return column if fits and weight is member.weight and bias is member.bias else None
 
 
 def _circumstances(x, p):

@@ -1,4 +1,4 @@
-"""Which layers are grouped, and that grouped models train, switch, merge and save as ungrouped ones do."""
+"""Grouped models train, switch, merge and save as ungrouped ones do."""
 
 import copy
 
@@ -8,7 +8,6 @@ from torch import nn
 
 import fastft
 from fastft.methods import handles
-from fastft.methods.grouping import siblings
 from tests.ops.test_lora_linear import saved_bytes
 
 from .models import assert_same, llama, logits, randomize, snapshot, tokens, transformers
@@ -106,31 +105,6 @@ def test_models_compute_what_they_compute_ungrouped(kind, dtype):
     assert all(state.grouped for state in handle.groups)
 
 
-def test_only_targets_are_grouped():
-    def members(**options):
-        return [state.members for state in attach(llama(num_hidden_layers=1), **options).groups]
-
-    name = "model.layers.0.{}_proj".format
-    assert members(target_modules=["q_proj", "v_proj", "up_proj"]) == [(name("self_attn.q"), name("self_attn.v"))]
-    assert members(target_modules=["o_proj", "down_proj"]) == []
-    assert members(group_projections=False) == []
-
-
-def test_other_names_and_cross_attention():
-    def linears(*names, k=8):
-        return {name: nn.Linear(k, 4) for name in names}
-
-    bert = linears("a.self.query", "a.self.key", "a.self.value", "a.output.dense")
-    assert siblings(bert) == [["a.self.query", "a.self.key", "a.self.value"]]
-    assert siblings(linears("EncDecAttention.q", "EncDecAttention.k", "EncDecAttention.v")) == [
-        ["EncDecAttention.k", "EncDecAttention.v"]
-    ]
-    assert siblings(linears("b.encoder_attn.q_proj", "b.encoder_attn.k_proj", "c.k_proj")) == []
-    assert siblings({**linears("q_proj"), **linears("k_proj", "v_proj", k=6)}) == [["k_proj", "v_proj"]]
-    assert siblings(linears("ff.w1", "ff.w3", "ff.w2")) == [["ff.w1", "ff.w3"]]
-    assert siblings(linears("m.q_a_proj", "m.kv_a_proj_with_mqa", "m.q_b_proj")) == [["m.q_a_proj", "m.kv_a_proj_with_mqa"]]
-
-
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_an_encoder_and_decoder_with_cross_attention(reentrant):
@@ -153,23 +127,6 @@ def test_an_encoder_and_decoder_with_cross_attention(reentrant):
     assert_gradients(handle, apart)
     assert [len(state.members) for state in handle.groups if "encoder_attn" in state.members[0]] == [2, 2]
     assert all(state.grouped for state in handle.groups)
-
-
-def test_an_unfit_layer_is_told():
-    class Odd(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.q_proj, self.k_proj = nn.Linear(8, 8), nn.Linear(8, 8)
-
-        def forward(self, x):
-            return self.q_proj(x) + self.k_proj(x + 1)
-
-    model = Odd()
-    handle = fastft.attach(model, fastft.LoRA(target_modules=["q_proj", "k_proj"]))
-    assert handle.groups[0].grouped
-    model(torch.randn(2, 8))
-    (state,) = handle.groups
-    assert not state.grouped and state.reason == "k_proj did not follow q_proj with the same input"
 
 
 def test_memory_saved_for_backward():
@@ -329,10 +286,3 @@ def test_compiled_into_one_graph(pack):
     handle.model.zero_grad(), apart.model.zero_grad()
     torch.testing.assert_close(train(model), train(twin), rtol=1e-5, atol=1e-5)
     assert all(state.grouped for state in handle.groups)
-
-
-def test_wrong_options():
-    with pytest.raises(TypeError, match="group_projections='yes'"):
-        fastft.LoRA(group_projections="yes")
-    with pytest.raises(ValueError, match="needs group_projections=True"):
-        fastft.LoRA(group_projections=False, pack_weights=True)

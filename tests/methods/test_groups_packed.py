@@ -215,6 +215,16 @@ def test_trained_copies_compute_apart(monkeypatch):
     assert len(gemms(monkeypatch, lambda: logits(model))) == 15
 
 
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}])
+def test_dora_and_a_bias_on_b(options):
+    model, handle, twin, apart = pair(pack_weights=True, lora_dropout=0.2, **options)
+    for _ in range(2):
+        torch.testing.assert_close(train(model), train(twin), rtol=1e-5, atol=1e-5)
+    assert_gradients(handle, apart)
+    told = None if "use_dora" in options else "lora_bias would have to be in the packed bias"
+    assert states(handle) == {(told is None, told)} and all(state.grouped for state in handle.groups)
+
+
 def test_autocast(monkeypatch):
     model, _, twin, _ = pair(pack_weights=True)
     with torch.autocast("cpu", torch.bfloat16):
