@@ -66,7 +66,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int64_t col = int64_t(col_tile) * kCols + unit_col();
     ahead.load(x, row0, int64_t(col_tile) * kCols);
     if (!seeds) return;
-    const unsigned inside = x.cols - col < kUnit ? (1u << (x.cols - col)) - 1 : 0xffu;
+    const int64_t left = x.cols - col;
+    const unsigned inside = left >= kUnit ? 0xffu : left > 0 ? (1u << left) - 1 : 0u;
 #pragma unroll
     for (int i = 0; i < kUnits; ++i) keep[i] = 0;
 #pragma unroll 1
@@ -76,7 +77,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
       for (int i = 0; i < kUnits; ++i) {
         const int64_t row = row0 + unit_row(i);
-        if (row >= x.rows || col >= x.cols) continue;
+        if (row >= x.rows || left <= 0) continue;
         const unsigned bits = inside & philox::keep_byte(key, row, static_cast<uint32_t>(col / kUnit), threshold);
         // Of the rank tiles that a group spans, the one with its first slot writes the mask.
         if (copy > 0 || tile.slots[0].first)
