@@ -6,15 +6,173 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fastft
-from fastft.ops.lora_linear import lora_linear, lora_update
+from fastft.ops.dora import dora_norm, squared_row_norm
+from fastft.ops.lora_linear import SharedInput, lora_linear, lora_update
 from tests.ops.layers import BF16, F16, F32, F64, composition, grads, layer
 
 
+def tensors():
+    """Of a block that uses everything: x, A and B of three adapters, a dense middle, a magnitude, a bias on B."""
+    x, w, bias, a0, b0 = layer((4, 5))
+    _, w1, _, a1, b1 = layer(n=17, r=3, seed=1)
+    _, w2, bias2, a2, b2 = layer(n=8, r=2, seed=2)
+    own = {"m": torch.eye(4), "magnitude": 2 * w1.norm(dim=1), "extra": torch.ones(8)}
+    trained = [x, a0, b0, a1, b1, a2, b2, *(t.requires_grad_() for t in own.values())]
+    return trained, (w, bias, w1, w2, bias2)
+
+
+def block(frozen, p=0.0, plain=False):
+    """A function of the trained tensors: a layer with a middle, a DoRA layer and one with a bias on B, on one input."""
+    w, bias, w1, w2, bias2 = frozen
+
+    def ours(x, a0, b0, a1, b1, a2, b2, m, magnitude, extra):
+        shared = SharedInput(F.gelu(x), [a0, a1, a2], p)
+        norm = dora_norm(w1, squared_row_norm(w1), a1, b1, 0.5)
+        y0 = shared.project(0, w, bias, b0, 0.5, middle=lambda s: F.silu(s @ m))
+        y1 = shared.project(1, w1, None, b1, 0.5, magnitude=magnitude, weight_norm=norm)
+        return torch.cat([y0, y1, shared.project(2, w2, bias2, b2, 0.5, lora_bias=extra)], -1)
+
+    def composed(x, a0, b0, a1, b1, a2, b2, m, magnitude, extra):
+        x = F.gelu(x)
+        y0 = F.linear(x, w, bias) + 0.5 * F.silu(x @ a0.t() @ m) @ b0.t()
+        norm = (w1 + 0.5 * b1 @ a1).norm(dim=1).detach()
+        y1 = magnitude / norm * (F.linear(x, w1) + 0.5 * x @ a1.t() @ b1.t())
+        return torch.cat([y0, y1, F.linear(x, w2, bias2) + 0.5 * F.linear(x @ a2.t(), b2, extra)], -1)
+
+    return composed if plain else ours
+
+
+def assert_all_close(got, want):
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4)
+
+
 def test_second_derivative_is_refused():
-    x, w, bias, a, b = layer()
-    (g,) = torch.autograd.grad(lora_linear(x, w, bias, a, b).square().sum(), x, create_graph=True)
+    trained, frozen = tensors()
+    for f, inputs in ((block(frozen), trained), (lora_linear, layer())):
+        (g,) = torch.autograd.grad(f(*inputs).square().sum(), inputs[0], create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            g.sum().backward()
+    x, _, _, a, b = layer()
+    y = torch.zeros(6, 24, requires_grad=True)
+    (g,) = torch.autograd.grad(lora_update(y, x, a, b).square().sum(), b, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         g.sum().backward()
+
+
+def test_anomaly_mode_finds_nothing():
+    trained, frozen = tensors()
+    dy = torch.ones(4, 5, 49)
+    with torch.autograd.detect_anomaly(check_nan=True):
+        got = grads(block(frozen), trained, dy)
+    assert_all_close(got, grads(block(frozen, plain=True), trained, dy))
+
+
+def test_gradients_accumulate_and_are_clipped():
+    trained, frozen = tensors()
+    f, losses = block(frozen), []
+    for _ in range(3):
+        f(*trained).square().mean().backward()
+        losses.append([t.grad.clone() for t in trained])
+    assert_all_close(losses[2], [3 * t for t in losses[0]])
+    norm = torch.nn.utils.clip_grad_norm_(trained, 1e-3)
+    torch.testing.assert_close(norm, torch.stack([3 * t.norm() for t in losses[0]]).norm())
+    assert all((t.grad.norm() <= 1.1e-3) for t in trained)
+
+
+def test_one_group_used_twice_in_a_graph():
+    trained, frozen = tensors()
+    widen = torch.randn(49, 40, generator=torch.Generator().manual_seed(4)) / 7
+
+    def twice(f):
+        return lambda x, *rest: f(f(x, *rest) @ widen, *rest)
+
+    dy = torch.ones(4, 5, 49)
+    assert_all_close(grads(twice(block(frozen)), trained, dy), grads(twice(block(frozen, plain=True)), trained, dy))
+
+
+def test_a_failing_backward_leaves_nothing_behind():
+    trained, frozen = tensors()
+    dy = torch.randn(4, 5, 49)
+    want = grads(block(frozen), trained, dy)[1:]
+    with fastft.testing.use("reference"):
+        y = block(frozen)(*trained)
+
+    def fail(dx):
+        raise RuntimeError("stop here")
+
+    # Fails at several depths: at the outputs' sum, between the projections, at the input.
+    for tensor in (y, trained[5], trained[3], trained[0]):
+        handle = tensor.register_hook(fail)
+        with fastft.testing.record() as calls, pytest.raises(RuntimeError, match="stop here"):
+            torch.autograd.grad(y, trained, dy, retain_graph=True)
+        handle.remove()
+        assert not calls, "backward was recorded where forward was, not here"
+        with fastft.testing.record() as calls:
+            lora_linear(*layer())
+        assert {c.backend for c in calls} == {"cpu"}, "the forced backend of the failed backward is gone"
+        assert_all_close(torch.autograd.grad(y, trained, dy, retain_graph=True), want)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_gradient_checkpointing_of_a_group(use_reentrant, p):
+    trained, frozen = tensors()
+
+    def run(wrap):
+        torch.manual_seed(5)
+        return grads(lambda *i: wrap(block(frozen, p), i), trained, torch.ones(4, 5, 49))
+
+    plain = run(lambda f, i: f(*i))
+    again = run(lambda f, i: checkpoint(f, *i, use_reentrant=use_reentrant))
+    assert all(torch.equal(g, e) for g, e in zip(again, plain, strict=True))
+
+
+@pytest.mark.parametrize("backend,p", [("aot_eager", 0.0), ("inductor", 0.0), ("inductor", 0.2)])
+def test_a_group_compiles_into_one_graph(backend, p):
+    trained, frozen = tensors()
+    torch._dynamo.reset()
+    compiled = torch.compile(block(frozen, p), fullgraph=True, backend=backend)
+    dy = torch.ones(4, 5, 49)
+    got = grads(compiled, trained, dy)
+    assert all(torch.isfinite(g).all() for g in got)
+    if p == 0:  # under compile the seed comes from another stream of the generator
+        assert_all_close(got, grads(block(frozen, plain=True), trained, dy))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_autocast_of_a_group(inside):
+    """Backward inside of autocast too, which PyTorch advises against but many loops do."""
+    trained, frozen = tensors()
+    dy = torch.randn(4, 5, 49, generator=torch.Generator().manual_seed(2))
+    exact = grads(
+        block([t.double() for t in frozen], plain=True), [t.detach().double().requires_grad_() for t in trained], dy
+    )
+
+    def run(f):
+        inputs = [t.detach().clone().requires_grad_() for t in trained]
+        with torch.autocast("cpu", BF16):
+            y = f(*inputs)
+            if inside:
+                y.backward(dy.to(y.dtype))
+        if not inside:
+            y.backward(dy.to(y.dtype))
+        return [y.detach(), *(t.grad for t in inputs)]
+
+    rows = zip(run(block(frozen)), run(block(frozen, plain=True)), exact, strict=True)
+    for got, plain, want in rows:
+        assert got.dtype in (F32, BF16)
+        assert (got - want).norm() <= 1.5 * (plain - want).norm()
+
+
+def test_backward_under_autocast_of_a_forward_without():
+    trained, frozen = tensors()
+    y = block(frozen)(*trained)
+    want = torch.autograd.grad(y.sum(), trained, retain_graph=True)
+    with torch.autocast("cpu", BF16):
+        got = torch.autograd.grad(y.sum(), trained)
+    for g, w in zip(got, want, strict=True):
+        assert g.dtype == F32 and (g - w).norm() <= 2e-2 * w.norm()
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -50,8 +208,7 @@ def test_one_layer_used_twice_accumulates():
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2])
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiles_into_one_graph(backend, p):
+def test_compiles_into_one_graph(p):
     x, w, bias, a, b = layer((4, 5))
 
     def loss(x, a, b):
@@ -59,7 +216,7 @@ def test_compiles_into_one_graph(backend, p):
         return lora_update(y, x, a, b, 0.5, p).square().mean()
 
     torch._dynamo.reset()
-    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     got = grads(lambda *i: compiled(*i), (x, a, b), None)
     assert all(torch.isfinite(g).all() for g in got)
     if p == 0:  # under compile the seed comes from another stream of the generator
