@@ -37,6 +37,8 @@ class TrainConfig:
     alpha: float = _option("The update's scale is alpha / r.", 16.0)
     dropout: float = _option("Dropout before A.", 0.0)
     rslora: bool = _option("Scale by alpha / sqrt(r).", False)
+    use_dora: bool = _option("DoRA: train the magnitude of each output apart from its direction.", False)
+    lora_bias: bool = _option("Train a bias on B.", False)
     target_modules: str = _option("all-linear, names with commas (q_proj,v_proj), or a regular expression.", "all-linear")
     epochs: float = _option("Passes over the data.", 1.0)
     max_steps: int | None = _option("Optimizer steps; overrides epochs.", None)

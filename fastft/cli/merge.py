@@ -47,10 +47,9 @@ def run(model: str, adapter: str, out: str, dtype: str = "auto", overwrite: bool
     tokenizer = load("AutoTokenizer", model)
     base = load("AutoModelForCausalLM", model, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
     try:
-        handle = fastft.load(base, Path(adapter).expanduser())
+        merged = fastft.load(base, Path(adapter).expanduser()).merge_and_unload()
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"adapter {adapter}: {error}") from error
-    merged = handle.merge_and_unload()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         new = Path(folder) / "new"

@@ -165,6 +165,8 @@ def attach(config: TrainConfig, model: Any) -> Any:
                 lora_alpha=config.alpha,
                 lora_dropout=config.dropout,
                 use_rslora=config.rslora,
+                use_dora=config.use_dora,
+                lora_bias=config.lora_bias,
                 target_modules=config.targets(),
             ),
         )

@@ -278,3 +278,16 @@ def test_without_the_extra_it_says_what_to_install():
     )
     result = run_python(code)
     assert result.returncode == 1 and "typer, transformers not installed; run: pip install 'fastft[train]'" in result.stderr
+
+
+def test_dora_and_a_bias_on_b(tiny_model, text_data, tmp_path, fastft_command):
+    run = ["train", "--model", tiny_model, "--data", text_data, *SMALL, "--max-steps", "2"]
+    for option, part in (("use_dora", "lora_magnitude_vector"), ("lora_bias", "lora_B.bias")):
+        out = tmp_path / option
+        assert fastft_command(*run, "--out", out, "--" + option.replace("_", "-")).exit_code == 0
+        assert yaml.safe_load((out / "config.yaml").read_text())[option] is True
+        assert sum(key.endswith(part) for key in adapter(out)) == 14
+    merge = ["merge", "--model", tiny_model, "--out", tmp_path / "merged", "--adapter"]
+    assert fastft_command(*merge, tmp_path / "use_dora" / "adapter").exit_code == 0
+    refused = fastft_command(*merge, tmp_path / "lora_bias" / "adapter", "--overwrite")
+    assert refused.exit_code != 0 and "no bias that its lora_bias could be added to" in refused.output.replace("\n", " ")

@@ -15,10 +15,11 @@ transformers = pytest.importorskip("transformers")
 ROWS = [{"input_ids": ids, "labels": ids} for i in range(10) for ids in [random.Random(i).choices(range(50), k=4 + i)]]
 
 
-def make_model():
+def make_model(**lora):
     model = llama(pad_token_id=0)
     torch.manual_seed(1)
-    return model, fastft.attach(model, fastft.LoRA(r=4, lora_alpha=8, lora_dropout=0.2, target_modules="all-linear"))
+    options = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.2, "target_modules": "all-linear", **lora}
+    return model, fastft.attach(model, fastft.LoRA(**options))
 
 
 class StopAt(transformers.TrainerCallback):
@@ -29,8 +30,8 @@ class StopAt(transformers.TrainerCallback):
         control.should_training_stop = state.global_step == self.step
 
 
-def make(out, eval_rows=(), callbacks=(), **options):
-    model, handle = make_model()
+def make(out, eval_rows=(), callbacks=(), lora=None, **options):
+    model, handle = make_model(**(lora or {}))
     arguments = transformers.TrainingArguments(
         **{
             "output_dir": str(out),
@@ -51,15 +52,16 @@ def make(out, eval_rows=(), callbacks=(), **options):
     return handle, make_trainer(model, handle, arguments, ROWS, eval_rows, callbacks=callbacks)
 
 
-@pytest.mark.parametrize("stop", [2, 3, 4])  # 10 rows in batches of 4: an epoch is 3 steps
-def test_resume_is_bit_for_bit(tmp_path, stop):
-    handle, trainer = make(tmp_path / "straight")
+# 10 rows in batches of 4: an epoch is 3 steps
+@pytest.mark.parametrize(("stop", "lora"), [(2, {}), (3, {}), (4, {}), (2, {"use_dora": True}), (2, {"lora_bias": True})])
+def test_resume_is_bit_for_bit(tmp_path, stop, lora):
+    handle, trainer = make(tmp_path / "straight", lora=lora)
     trainer.train()
     handle.save(tmp_path / "expected")
-    _, trainer = make(tmp_path / "stopped", callbacks=[StopAt(stop)])
+    _, trainer = make(tmp_path / "stopped", callbacks=[StopAt(stop)], lora=lora)
     trainer.train()
     assert trainer.state.global_step == stop
-    handle, trainer = make(tmp_path / "stopped")
+    handle, trainer = make(tmp_path / "stopped", lora=lora)
     random.seed(5), torch.manual_seed(5)  # a new process has other generators
     trainer.train(resume_from_checkpoint=str(last_checkpoint(tmp_path / "stopped")))
     assert trainer.state.global_step == 6
@@ -111,10 +113,11 @@ def test_evaluation_is_the_mean_over_tokens(tmp_path):
 def test_every_launch_is_counted(tmp_path):
     _, trainer = make(tmp_path, max_steps=2)
     trainer.train()
-    linears = 2 * 7  # layers x linears in each; a step is one forward and one backward
+    linears, inputs = 2 * 7, 2 * 4  # layers x linears in each (q, k, v share an input, gate and up another)
     ops = {op for op, _ in trainer.backends}
     assert {"lora_shrink", "lora_expand_", "lora_grad_sb", "lora_grad_a"} <= ops
-    assert sum(n for (op, _), n in trainer.backends.items() if op == "lora_shrink") == 2 * linears
+    for op, launches in (("lora_shrink", 2 * inputs), ("lora_grad_sb", 2 * linears)):  # a step is a forward and a backward
+        assert sum(n for (name, _), n in trainer.backends.items() if name == op) == launches
 
 
 def test_gradient_checkpointing_gives_the_same_adapter(tmp_path):
