@@ -227,6 +227,29 @@ def test_under_autocast_a_middle_stays_float32():
     torch.testing.assert_close(y.double(), exact, rtol=2e-2, atol=0.3)
 
 
+@pytest.mark.parametrize("name", [*MIDDLES, "base", "conv1d", "offset"])
+def test_compiles_into_one_graph(name):
+    """`test_autograd` has the rest, and Inductor."""
+    middle, m, x, w, bias, a, b = case(name if name in MIDDLES else "dense")
+
+    def f(m, x, a, b):
+        if name == "base":
+            shared = SharedInput(x, [a, m @ a])
+            wide = F.linear(shared.x.detach(), torch.cat([w, w]))
+            y = shared.project(0, w, None, b, base=wide[:, :24])
+            return y + shared.project(1, w, None, b, base=wide[:, 24:])
+        if name == "conv1d":
+            return lora_linear(x, w.t(), bias, a, b, fan_in_fan_out=True) + m.sum()
+        if name == "offset":
+            return lora_linear(x, w, bias, torch.cat([a, m @ a.detach()]), torch.cat([b, -b.detach()], 1))
+        return lora_linear(x, w, bias, a, b, middle=lambda s: middle(s, m))
+
+    torch._dynamo.reset()
+    got = grads(torch.compile(f, fullgraph=True, backend="aot_eager"), (m, x, a, b), torch.ones(2, 3, 24))
+    for g, w_ in zip(got, grads(f, (m, x, a, b), torch.ones(2, 3, 24)), strict=True):
+        torch.testing.assert_close(g, w_, rtol=1e-5, atol=1e-4)
+
+
 def test_wrong_options_are_refused():
     x, w, bias, a, b = layer()
     m = torch.ones(24)
