@@ -6,27 +6,39 @@ import torch
 from torch import nn
 
 from ..ops.lora_linear import lora_linear
+from .norms import RowNorms, factor
+
+_PARTS = ("lora_A", "lora_B", "lora_bias", "lora_magnitude")
 
 
 class LoRALinear(nn.Linear):
     """``y = x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ`` with W and bias frozen (LoRA, Hu et al. 2021, arXiv:2106.09685).
+
+    With `use_dora` ``y = g ∘ (x Wᵀ + scaling · dropout(x) Aᵀ Bᵀ) + bias``, g = lora_magnitude / ‖W + scaling · B A‖ by rows,
+    the norm a constant in backward (DoRA, Liu et al. 2024, arXiv:2402.09353).
 
     Positionally an `nn.Linear`; an `nn.Linear` is turned into one by `from_linear`.
 
     Args:
         in_features, out_features, bias, device, dtype: as in `nn.Linear`.
         r: rank R >= 0; 0 is the frozen linear alone.
-        lora_alpha: scaling is lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora` (Kalajdzievski 2023).
+        lora_alpha: scaling is lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora` (Kalajdzievski 2023,
+            arXiv:2312.03732).
         lora_dropout: probability in [0, 1] with which an element of x is dropped from the low-rank term in training.
+        use_dora: train the magnitude of each output apart from its direction; see `fastft.LoRA` for dropout's part in it.
+        lora_bias: train a bias on B, which adds scaling · lora_bias; not with `use_dora`.
 
     Attributes:
         weight [N, K], bias [N]: frozen parameters, named as in `nn.Linear`.
         lora_A [R, K], lora_B [N, R]: trained parameters in `dtype`; casting them to float32 (``layer.lora_A.data.float()``
             or PEFT's habit) is supported at the speed of the cast's extra bytes. A starts Kaiming-uniform, B at zero.
-        merged: whether `weight` holds the low-rank term.
+        lora_magnitude [N]: trained, at least float32, or None; ‖W‖ by rows at the start, and when a plain Linear's state
+            dict is loaded. Whoever fills `weight` otherwise calls `reset_lora_parameters`.
+        lora_bias [N]: trained, or None; zero at the start.
+        merged: whether `weight` (and `bias`) hold the low-rank term.
 
     Raises:
-        ValueError: r < 0, or a dropout outside [0, 1].
+        ValueError: r < 0, a dropout outside [0, 1], or both `use_dora` and `lora_bias`.
     """
 
     def __init__(
@@ -41,7 +53,11 @@ class LoRALinear(nn.Linear):
         lora_alpha=8,
         lora_dropout=0.0,
         use_rslora=False,
+        use_dora=False,
+        lora_bias=False,
     ):
+        if use_dora and lora_bias:
+            raise ValueError("lora_bias and use_dora can't be combined, as in PEFT: DoRA multiplies weights, not biases")
         if not (isinstance(r, int) and r >= 0):
             raise ValueError(f"r is {r!r}; the rank must be an integer >= 0")
         if not 0.0 <= lora_dropout <= 1.0:
@@ -51,14 +67,23 @@ class LoRALinear(nn.Linear):
         if self.bias is not None:
             self.bias.requires_grad_(False)
         self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = r, lora_alpha, lora_dropout, use_rslora
+        self.use_dora = use_dora
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r) if r else 0.0
         self.lora_A = nn.Parameter(torch.empty(r, in_features, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.empty(out_features, r, device=device, dtype=dtype))
+        magnitude_dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        for name, wanted, kind in (("lora_bias", lora_bias, dtype), ("lora_magnitude", use_dora, magnitude_dtype)):
+            value = nn.Parameter(torch.empty(out_features, device=device, dtype=kind)) if wanted else None
+            self.register_parameter(name, value)
         self.register_buffer("_pristine", None, persistent=False)  # weight's own bits while merged
+        self.register_buffer("_pristine_bias", None, persistent=False)  # and bias's, if lora_bias is merged into it
+        self._norms = RowNorms()
         self.reset_lora_parameters()
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, *, r=8, lora_alpha=8, lora_dropout=0.0, use_rslora=False):
+    def from_linear(
+        cls, linear: nn.Linear, *, r=8, lora_alpha=8, lora_dropout=0.0, use_rslora=False, use_dora=False, lora_bias=False
+    ):
         """Wrap a linear layer; its weight and bias Parameters are shared, not copied, and become frozen.
 
         Raises:
@@ -80,11 +105,13 @@ class LoRALinear(nn.Linear):
             lora_alpha=lora_alpha,
             lora_dropout=lora_dropout,
             use_rslora=use_rslora,
+            use_dora=use_dora,
+            lora_bias=lora_bias,
         )
         layer.weight, layer.bias = linear.weight.requires_grad_(False), linear.bias
         if layer.bias is not None:
             layer.bias.requires_grad_(False)
-        for name in ("lora_A", "lora_B"):
+        for name in layer._own_parts():
             setattr(layer, name, nn.Parameter(torch.empty_like(getattr(layer, name), device=linear.weight.device)))
         layer.reset_lora_parameters()
         return layer.train(linear.training)
@@ -95,17 +122,43 @@ class LoRALinear(nn.Linear):
             self.reset_lora_parameters()
 
     def reset_lora_parameters(self):
-        """A Kaiming-uniform as an `nn.Linear`'s weight, B zero: the layer computes the base's output."""
+        """A Kaiming-uniform as an `nn.Linear`'s weight, B and its bias zero, m ‖W‖: the layer computes the base's output."""
         if self.r:
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
             nn.init.zeros_(self.lora_B)
+        if self.lora_bias is not None:
+            nn.init.zeros_(self.lora_bias)
+        self._reset_magnitude()
+
+    @torch.no_grad()
+    def _reset_magnitude(self):
+        if self.use_dora and not (self.weight.is_meta or self.lora_magnitude.is_meta):
+            self.lora_magnitude.copy_(self._norm())
+
+    def _norm(self):
+        return self._norms(self.weight, self.lora_A, self.lora_B, self.scaling)
+
+    def _own_parts(self):
+        return [name for name in _PARTS if getattr(self, name) is not None]
 
     def forward(self, x):
         """x [..., K] to [..., N]."""
         if self.merged:
             return super().forward(x)
         p = self.lora_dropout if self.training else 0.0
-        return lora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, p)
+        norm = self._norm() if self.use_dora else None
+        return lora_linear(
+            x,
+            self.weight,
+            self.bias,
+            self.lora_A,
+            self.lora_B,
+            self.scaling,
+            p,
+            lora_bias=self.lora_bias,
+            magnitude=self.lora_magnitude,
+            weight_norm=norm,
+        )
 
     @property
     def merged(self) -> bool:
@@ -113,32 +166,43 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def merge(self):
-        """Fold the low-rank term into `weight`: formed in float32 and rounded once. Merging twice does nothing.
+        """Fold the low-rank term into `weight` (and `bias`): formed in float32, rounded once. Merging twice does nothing.
 
         Raises:
-            ValueError: the adapter is not finite.
+            ValueError: the adapter is not finite, or `lora_bias` has no `bias` to go into.
         """
         if self.merged:
             return
-        if not (self.lora_A.isfinite().all() and self.lora_B.isfinite().all()):
+        if not all(getattr(self, name).isfinite().all() for name in self._own_parts()):
             raise ValueError("the adapter holds NaN or infinity; nothing was merged")
+        if self.lora_bias is not None and self.bias is None:
+            raise ValueError("there is no bias that lora_bias could be added to; nothing was merged")
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         total = self.weight.to(dtype, copy=True)
         total.addmm_(self.lora_B.to(dtype), self.lora_A.to(dtype), alpha=self.scaling)
+        if self.use_dora:
+            total.mul_(factor(self.lora_magnitude, self._norm())[:, None])
         self._pristine = self.weight.detach().clone()
         self.weight.copy_(total)
+        if self.lora_bias is not None:
+            self._pristine_bias = self.bias.detach().clone()
+            self.bias.copy_(self.bias.to(dtype) + self.scaling * self.lora_bias.to(dtype))
 
     @torch.no_grad()
     def unmerge(self):
-        """Give `weight` back the bits it had before `merge` (a copy, since subtracting would not be exact)."""
+        """Give `weight` and `bias` back the bits from before `merge` (copies, since subtracting would not be exact)."""
         if self.merged:
             self.weight.copy_(self._pristine)
-            self._pristine = None
+            if self._pristine_bias is not None:
+                self.bias.copy_(self._pristine_bias)
+            self._pristine = self._pristine_bias = None
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:  # a file must never hold the term twice
             destination[prefix + "weight"] = self._pristine
+            if self._pristine_bias is not None:
+                destination[prefix + "bias"] = self._pristine_bias
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         if self.merged:
@@ -146,13 +210,18 @@ class LoRALinear(nn.Linear):
             return
         before = len(missing)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-        if not any(prefix + name in state_dict for name in ("lora_A", "lora_B")):
-            # A plain Linear's state dict: the adapter keeps its values.
-            missing[before:] = [key for key in missing[before:] if key not in (prefix + "lora_A", prefix + "lora_B")]
+        own = [prefix + name for name in _PARTS]
+        if not any(key in state_dict for key in own):
+            # A plain Linear's state dict: the adapter keeps its values, but magnitudes are those of the new weight.
+            missing[before:] = [key for key in missing[before:] if key not in own]
+            if prefix + "weight" in state_dict:
+                self._reset_magnitude()
 
     def extra_repr(self):
         return (
             f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
             + (", use_rslora=True" if self.use_rslora else "")
+            + (", use_dora=True" if self.use_dora else "")
+            + (", lora_bias=True" if self.lora_bias is not None else "")
             + (", merged" if self.merged else "")
         )

@@ -1,6 +1,7 @@
 """`fastft.LoRALinear`: an nn.Linear to the outside, frozen base, exact merge and unmerge, honest state dicts."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -49,7 +50,13 @@ def test_scaling():
 
 
 @pytest.mark.parametrize(
-    "options,message", [({"r": -1}, "r is -1"), ({"r": 2.0}, "r is 2.0"), ({"lora_dropout": 2}, "lora_dropout is 2")]
+    "options,message",
+    [
+        ({"r": -1}, "r is -1"),
+        ({"r": 2.0}, "r is 2.0"),
+        ({"lora_dropout": 2}, "lora_dropout is 2"),
+        ({"use_dora": True, "lora_bias": True}, "can't be combined"),
+    ],
 )
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
@@ -184,7 +191,102 @@ def test_meta_device_and_to_empty():
     assert layer(torch.randn(2, 8)).isfinite().all() and not layer.lora_B.any()
 
 
-def test_compiles_as_a_module():
-    layer, x = trained(), torch.randn(4, 24)
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}])
+def test_compiles_as_a_module(options, backend):
+    layer, x = trained(**options), torch.randn(4, 24)
+    parameters = [p for p in layer.parameters() if p.requires_grad]
     torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    for _ in range(2):
+        got, want = compiled(x), layer(x)
+        torch.testing.assert_close(got, want)
+        for one, two in zip(torch.autograd.grad(got.sum(), parameters), torch.autograd.grad(want.sum(), parameters)):
+            torch.testing.assert_close(one, two)
+        with torch.no_grad():  # no value is baked into the graph
+            for tensor in layer.parameters():
+                tensor.mul_(1.5)
+
+
+def adapted_weight(layer):
+    v = layer.weight.detach().double() + layer.scaling * layer.lora_B.detach().double() @ layer.lora_A.detach().double()
+    return v * (layer.lora_magnitude.detach().double() / v.norm(dim=1))[:, None]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dora(dtype):
+    start, x = fastft.LoRALinear(24, 16, dtype=dtype, use_dora=True), torch.randn(5, 24, dtype=dtype)
+    assert start.lora_magnitude.dtype == torch.float32 and "use_dora=True" in repr(start)
+    tolerance = {"rtol": 8 * torch.finfo(dtype).eps, "atol": 32 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(start(x), nn.functional.linear(x, start.weight, start.bias), **tolerance)
+    layer = trained(dtype, use_dora=True)
+    with torch.no_grad():
+        layer.lora_magnitude.mul_(torch.rand(16) + 0.5)
+    want, bits = adapted_weight(layer), layer.weight.detach().clone()
+    y = layer(x)
+    torch.testing.assert_close(y.double(), x.double() @ want.t() + layer.bias.double(), **tolerance)
+    y.sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in (layer.lora_A, layer.lora_B, layer.lora_magnitude))
+    layer.merge()
+    assert ((layer.weight.double() - want).abs() <= 0.5 * torch.finfo(dtype).eps * want.abs() + 4e-6).all()
+    torch.testing.assert_close(layer(x), y, **tolerance)
+    assert torch.equal(layer.state_dict()["weight"], bits)
+    layer.unmerge()
+    assert torch.equal(layer.weight, bits) and torch.equal(layer(x), y)
+
+
+def test_dora_of_rank_0_trains_magnitudes():
+    layer, x = fastft.LoRALinear(24, 16, r=0, use_dora=True), torch.randn(5, 24)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    layer(x).sum().backward()
+    assert layer.lora_magnitude.grad.all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_bias_on_b(dtype):
+    layer, x = trained(dtype, lora_bias=True), torch.randn(5, 24, dtype=dtype)
+    assert not layer.lora_bias.any() and "lora_bias=True" in repr(layer)
+    without = layer(x)
+    nn.init.normal_(layer.lora_bias)
+    y, bias = layer(x), layer.bias.detach().clone()
+    tolerance = {"rtol": 8 * torch.finfo(dtype).eps, "atol": 32 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(y, without + 2.0 * layer.lora_bias, **tolerance)
+    y.sum().backward()
+    torch.testing.assert_close(layer.lora_bias.grad, torch.full_like(bias, 2.0 * 5))
+    layer.merge()
+    torch.testing.assert_close(layer.bias, bias + 2.0 * layer.lora_bias.detach(), **tolerance)
+    torch.testing.assert_close(layer(x), y, **tolerance)
+    assert torch.equal(layer.state_dict()["bias"], bias)
+    layer.unmerge()
+    assert torch.equal(layer.bias, bias) and torch.equal(layer(x), y)
+    bare = fastft.LoRALinear(24, 16, bias=False, lora_bias=True)
+    bits = bare.weight.detach().clone()
+    with pytest.raises(ValueError, match="no bias that lora_bias could be added to; nothing was merged"):
+        bare.merge()
+    assert not bare.merged and torch.equal(bare.weight, bits)
+
+
+@pytest.mark.parametrize("option", ["use_dora", "lora_bias"])
+def test_making_and_loading_with_what_else_is_trained(option):
+    linear, x = nn.Linear(24, 16), torch.randn(3, 24)
+    want, part = linear(x), "lora_magnitude" if option == "use_dora" else "lora_bias"
+    wrapped = fastft.LoRALinear.from_linear(linear, **{option: True})
+    made = fastft.LoRALinear(24, 16, **{option: True})
+    assert not torch.allclose(made(x), want)
+    made.load_state_dict(linear.state_dict())
+    moved = fastft.LoRALinear(24, 16, device="meta", **{option: True}).to_empty(device="cpu")
+    moved.reset_parameters()
+    moved.load_state_dict(linear.state_dict())
+    for layer in (wrapped, made, moved, copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert [n for n, p in layer.named_parameters() if p.requires_grad] == ["lora_A", "lora_B", part]
+        torch.testing.assert_close(layer(x), want)
+    nn.init.ones_(getattr(made, part))
+    wrapped.load_state_dict(made.state_dict())
+    assert torch.equal(wrapped(x), made(x)) and not torch.allclose(made(x), want)
+    half = made.state_dict()
+    del half[part]
+    with pytest.raises(RuntimeError, match=f"Missing key.*{part}"):
+        made.load_state_dict(half)
+    assigned = fastft.LoRALinear(24, 16, device="meta", **{option: True})
+    assigned.load_state_dict(linear.state_dict(), assign=True)
+    assert torch.equal(assigned.weight, linear.weight) and getattr(assigned, part).is_meta
