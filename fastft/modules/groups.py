@@ -28,12 +28,12 @@ from ..ops.registry import Scope
 from .packed import PackedWeights
 
 _slot = threading.local()  # .round: the round that waits in this thread. One, so that at most one x is kept by mistake
-_steps = 0  # of any optimizer
+_steps = 0  # of any optimizer, without those that are made within a backward
 
 
 def _count_step(optimizer, args, kwargs) -> None:
     global _steps
-    _steps += 1
+    _steps += torch._C._current_graph_task_id() == -1
 
 
 register_optimizer_step_post_hook(_count_step)

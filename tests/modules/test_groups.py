@@ -108,6 +108,17 @@ def test_members_that_do_not_fit_together_run_alone():
     assert nothing_waits()
 
 
+def test_with_one_member_merged_all_run_alone():
+    block, handle, twin, apart = pair()
+    for m, own in ((block, handle), (twin, apart)):
+        m.q_proj.set_merged(own._adapter, True)
+    x = some_x()
+    for _ in range(2):
+        assert_equal([block(x)], [twin(x)])
+    block.q_proj.set_merged(handle._adapter, False)
+    assert handle.groups[0].grouped and shrinks(lambda: block(x)) == 1
+
+
 def test_an_exception_in_the_middle():
     block, handle, twin, apart = pair()
     x = some_x()

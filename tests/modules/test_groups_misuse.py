@@ -134,6 +134,23 @@ def test_checkpointing_of_a_wrong_guess(reentrant, p):
         assert_equal(run(block, handle, x), run(twin, apart, x))
 
 
+def test_an_optimizer_that_steps_within_backward():
+    """Forwards still wait to be run again then."""
+    block, handle, twin, apart = pair(MISUSES["other x"])
+    optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1)
+
+    def forward(x):
+        y = checkpoint(block, x, use_reentrant=False)
+        y.register_hook(lambda _: optimizer.step())
+        return y
+
+    x = some_x()
+    for _ in range(2):
+        assert_equal(run(block, handle, x, forward), run(twin, apart, x))
+    optimizer.step()
+    assert not handle.groups[0].grouped and shrinks(lambda: block(x)) == 3
+
+
 def test_members_that_are_checkpointed_one_by_one():
     """What one region saves, another can't recompute."""
     block, handle, twin, apart = pair(
