@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from ..checkpoint.files import AdapterFileError, read_adapter
-from ..modules.adapted_linear import Adapter, adapt
+from ..modules.adapted_linear import adapt
+from ..modules.adapter import Adapter
 from ..modules.merging import pristine
 from .grouping import check_packable
 from .handle import Handle, handles

@@ -19,7 +19,8 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..checkpoint.files import AdapterFileError, read_adapter, write_adapter
-from ..modules.adapted_linear import Adapted, Adapter
+from ..modules.adapted_linear import Adapted
+from ..modules.adapter import Adapter
 from ..modules.groups import GroupState
 from .grouping import make_groups
 from .targets import Matched, tied_names

@@ -12,57 +12,22 @@ Everything lives on the module, so ``deepcopy``, ``.to()`` and ``state_dict`` ne
 """
 
 import functools
-import threading
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from ..ops.lora_linear import SharedInput
+from .adapter import Adapter
 from .merging import Mergeable, pristine
 from .norms import RowNorms, factor
 from .packed import unshare
+from .projection import Projection, project
 
 # class (by module and name, so that transformers is not imported) -> is its weight stored [K, N] (fan_in_fan_out)?
 LINEAR_CLASSES = {
     ("torch.nn.modules.linear", "Linear"): False,
     ("transformers.pytorch_utils", "Conv1D"): True,
 }
-
-# A plain threading.local because torch.compile guards on its attributes, which it can't on a ContextVar.
-_disabled = threading.local()
-
-
-@dataclass(eq=False)
-class Adapter:
-    """One attached adapter, shared by the handle and all its modules."""
-
-    name: str
-    active: bool = True
-
-    def on(self) -> bool:
-        """Does the running forward use this adapter?
-
-        A forward that runs inside a backward is the recomputation of a checkpointed one; it follows `active` alone,
-        since the forward it repeats was most likely not run under `disabled` (and on CUDA it runs in another thread).
-        """
-        disabled = getattr(_disabled, "adapters", ())
-        if not disabled or not self.active:
-            return self.active
-        recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        return recomputing or self not in disabled
-
-    @contextmanager
-    def disabled(self):
-        """This thread's forwards run without the adapter inside the block. No module is touched."""
-        before = getattr(_disabled, "adapters", ())
-        _disabled.adapters = (*before, self)
-        try:
-            yield
-        finally:
-            _disabled.adapters = before
 
 
 @dataclass(frozen=True)
@@ -71,23 +36,6 @@ class LoRASettings:
 
     scale: float
     dropout: float
-
-
-class Projection(NamedTuple):
-    """What one adapter adds to a forward of one module; tensors and numbers as in `ops.lora_linear.lora_linear`."""
-
-    name: str
-    lora_A: torch.Tensor
-    lora_B: torch.Tensor
-    scale: float
-    dropout: float  # of this forward: 0 in evaluation
-    lora_bias: torch.Tensor | None = None
-    magnitude: torch.Tensor | None = None
-    weight_norm: torch.Tensor | None = None
-
-    def options(self) -> dict[str, torch.Tensor | None]:
-        """The keyword arguments of `SharedInput.project`."""
-        return {"lora_bias": self.lora_bias, "magnitude": self.magnitude, "weight_norm": self.weight_norm}
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -315,33 +263,4 @@ class AdaptedLinear(Adapted):
             y = None if group is None else group.project(self, input, weight, bias, projections[0])
             if y is not None:
                 return y
-        y = None
-        for projection, (shared, i) in zip(projections, _share(input, projections)):
-            b, scale = projection.lora_B, projection.scale
-            if y is None:
-                y = shared.project(i, weight, bias, b, scale, **projection.options())
-            elif projection.magnitude is None:
-                y = shared.update(i, y, b, scale, lora_bias=projection.lora_bias)
-            else:
-                y = _multiply(shared.update(i, y if bias is None else (y - bias).to(y.dtype), b, scale), projection, bias)
-            if projection.lora_bias is not None:  # no part of what a later magnitude multiplies
-                extra = projection.scale * projection.lora_bias
-                bias = extra if bias is None else bias + extra
-        return y
-
-
-def _multiply(u, projection, bias):
-    y = factor(projection.magnitude, projection.weight_norm) * u
-    return (y if bias is None else y + bias).to(u.dtype)
-
-
-def _share(input, projections):
-    """(SharedInput, index in it) for every projection: those of equal dropout and dtype share one read of the input."""
-    alike: dict[tuple, list[Projection]] = {}
-    for projection in projections:
-        alike.setdefault((projection.dropout, projection.lora_A.dtype), []).append(projection)
-    places = {}
-    for (dropout, _), group in alike.items():
-        shared = SharedInput(input, [projection.lora_A for projection in group], dropout)
-        places.update({projection.name: (shared, i) for i, projection in enumerate(group)})
-    return [places[projection.name] for projection in projections]
+        return project(input, weight, bias, projections)
