@@ -107,7 +107,7 @@ class ProjectionGroup:
             if waiting is None:
                 return None
         waiting.left.discard(i)
-        base = _column(waiting, i, member, weight, bias, projection)
+        base = self._column(waiting, i, weight, bias, projection)
         y = waiting.shared.project(i, weight, bias, projection.lora_B, projection.scale, base=base, **projection.options())
         if waiting.left:
             _slot.round = waiting
@@ -152,6 +152,14 @@ class ProjectionGroup:
             factors.append(a)
         return factors
 
+    def _column(self, opened, i, weight, bias, projection):
+        """The member's part of the packed GEMM, if that is what the member would compute."""
+        if opened.columns is None or self.packed is None:
+            return None
+        column, opened.columns[i] = opened.columns[i], None
+        fits = opened.columns_have_bias == (projection.magnitude is None) and self.packed.holds(i, weight, bias)
+        return column if fits else None
+
     def _own_weights_on(self) -> bool:
         """Do all members use their own weight and bias, no trained copies?"""
         return not any(m._copies([a for a in m._adapters.values() if a.on()]) for m in self.members)
@@ -161,15 +169,6 @@ class ProjectionGroup:
             missing = ", ".join(self.names[i] for i in sorted(left_over.left))
             taken = ", ".join(name for i, name in enumerate(self.names) if i not in left_over.left)
             self.reason = f"{missing} did not follow {taken} with the same input"
-
-
-def _column(opened, i, member, weight, bias, projection):
-    """The member's part of the packed GEMM, if that is what the member would compute."""
-    if opened.columns is None:
-        return None
-    column, opened.columns[i] = opened.columns[i], None
-    fits = opened.columns_have_bias == (projection.magnitude is None)
-    return column if fits and weight is member.weight and bias is member.bias else None
 
 
 def _circumstances(x, p):

@@ -48,6 +48,15 @@ class PackedWeights:
         biases = [member.bias for member in self.members]
         return all(b is None for b in biases) if self.bias is None else _are_slices(biases, self.bias)
 
+    def holds(self, i, weight, bias) -> bool:
+        """Are these tensors the i-th slices of the buffer?"""
+        rows = sum(self.sizes[:i])
+        return all(
+            (own is None) == (whole is None)
+            and (own is None or own.data_ptr() == whole.data_ptr() + rows * whole.stride(0) * whole.element_size())
+            for own, whole in ((weight, self.weight), (bias, self.bias))
+        )
+
     def unpack(self) -> None:
         """Give every Parameter memory of its own again."""
         for member in self.members:

@@ -184,6 +184,16 @@ def test_obstacles_are_told():
     same(None)
 
 
+def test_a_weight_that_a_hook_replaces_is_used():
+    model, handle, twin, _ = pair(pack_weights=True)
+    for m in (model, twin):
+        attention = m.model.layers[0].self_attn
+        ones = nn.Parameter(torch.ones_like(attention.k_proj.weight), requires_grad=False)
+        attention.k_proj.register_forward_pre_hook(lambda module, _, ones=ones: setattr(module, "weight", ones))
+    torch.testing.assert_close(logits(model), logits(twin), rtol=1e-5, atol=1e-5)
+    assert handle.groups[0].grouped
+
+
 def test_conv1d_stays_as_it_is():
     class Block(nn.Module):
         def __init__(self):
@@ -216,12 +226,13 @@ def test_trained_copies_compute_apart(monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}])
-def test_dora_and_a_bias_on_b(options):
+def test_dora_and_a_bias_on_b(options, monkeypatch):
     model, handle, twin, apart = pair(pack_weights=True, lora_dropout=0.2, **options)
     for _ in range(2):
         torch.testing.assert_close(train(model), train(twin), rtol=1e-5, atol=1e-5)
     assert_gradients(handle, apart)
     told = None if "use_dora" in options else "lora_bias would have to be in the packed bias"
+    assert len(gemms(monkeypatch, lambda: logits(model))) == (9 if told is None else 15)
     assert states(handle) == {(told is None, told)} and all(state.grouped for state in handle.groups)
 
 
