@@ -164,6 +164,9 @@ class Handle:
         """Add the delta (computed in float32, rounded once) to the weights. Copies trained in full stay beside them.
 
         A merged adapter gets no gradients; `unmerge` before training on.
+
+        Raises:
+            ValueError: a weight is shared, or an adapter's `lora_bias` has no bias to go into. Nothing was merged.
         """
         self._attached()
         self._refuse_merging("merge", [])

@@ -46,7 +46,8 @@ class LoRA(Method):
             float32. Dropout acts on what A reads and nothing else: y = g ∘ (W x + scale · B A drop(x)) + bias. PEFT's
             differs for lora_dropout > 0: it drops the input of the correction (g - 1) ∘ W x too, which takes a second
             product with W in forward and in backward and adds noise to a term that has nothing to regularise but m. Without
-            dropout, and in evaluation, the two are equal. Of several active adapters, DoRA multiplies those before it.
+            dropout, and in evaluation, the two are equal. Of several active adapters, DoRA multiplies those before it. The
+            norm takes a pass over W in every forward, also of one token: merge before generating.
         lora_bias: a trained bias on B, whatever the layer's own does; not with use_dora. Merging needs a layer with a bias.
         rank_pattern, alpha_pattern: {name or regular expression: value} overriding r and lora_alpha for modules whose
             name is, or ends with a dot and, a match.

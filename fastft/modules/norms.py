@@ -12,7 +12,7 @@ class RowNorms:
 
     Nothing that depends on A or B is kept: fused optimizers, and writes through ``.data``, change a tensor without
     counting its version. Writes through ``weight.data`` to the frozen weight itself are not seen for the same reason.
-    Copies and pickles start empty.
+    Copies and pickles start empty, and a compiled graph, which can't ask whether the weight changed, computes all each time.
     """
 
     def __init__(self):

@@ -237,6 +237,22 @@ def test_compiles_in_one_graph(backend, options):
     torch.testing.assert_close(compiled(x), model(x))
 
 
+def test_two_adapters_compile_in_one_graph():
+    model, one = adapted()
+    model, two = adapted(seed=5, model=model, name="two", use_dora=True, lora_dropout=0.3)
+    x = torch.randn(3, 12)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert not torch.allclose(compiled(x), compiled(x))  # dropout
+    model.eval()
+    for handle in (one, two):
+        torch.testing.assert_close(compiled(x), model(x))
+        with handle.disabled():
+            torch.testing.assert_close(compiled(x), model(x))
+        handle.merge()
+        torch.testing.assert_close(compiled(x), model(x))
+
+
 def test_a_row_of_zeros_stays_zero():
     model = Layers()
     with torch.no_grad():

@@ -108,3 +108,46 @@ def test_a_second_adapter_starts_from_the_weight_without_adapters():
     assert not torch.equal(model.a.weight, pristine)
     fastft.attach(model, fastft.LoRA(target_modules=NAMES, use_dora=True, bias="lora_only"), "two")
     torch.testing.assert_close(model.a.lora_magnitude["two"].data, pristine.norm(dim=1))
+
+
+def test_copies_start_from_and_become_the_weight_without_adapters():
+    model, one = adapted(target_modules=["a", "c"], lora_bias=True)
+    pristine = {key: value.clone() for key, value in model.state_dict().items()}
+    one.merge()
+    two = fastft.attach(model, fastft.LoRA(target_modules=["b"], modules_to_save=["a"]), "two")
+    copies = model.a.modules_to_save["two"]
+    assert torch.equal(copies.weight, pristine["a.weight"]) and torch.equal(copies.bias, pristine["a.bias"])
+    with torch.no_grad():
+        copies.weight.mul_(2)
+        copies.bias.mul_(2)
+    x = torch.randn(3, 12)
+    y = model(x)
+    two.merge_and_unload()
+    torch.testing.assert_close(model(x), y)
+    one.unmerge()
+    assert torch.equal(model.a.weight, 2 * pristine["a.weight"]) and torch.equal(model.a.bias, 2 * pristine["a.bias"])
+    torch.testing.assert_close(model(x), y)
+    one.detach()
+    assert torch.equal(model.c.weight, pristine["c.weight"])
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}])
+def test_restoring_while_merged(options, tmp_path):
+    model, handle = adapted(target_modules=["a", "c"], **options)
+    x = torch.randn(3, 12)
+    y = model(x)
+    handle.save(tmp_path)
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.mul_(1.5)
+    handle.merge()
+    assert not torch.allclose(model(x), y)
+    handle.restore(tmp_path)
+    torch.testing.assert_close(model(x), y)
+    handle.unmerge()
+    assert torch.equal(model(x), y)
+    other = fastft.attach(Layers(), fastft.LoRA(target_modules=["a", "c"], r=4, lora_alpha=6))
+    with pytest.raises(
+        fastft.methods.AdapterFileError, match="lora_magnitude_vector" if "use_dora" in options else "B.bias"
+    ):
+        other.restore(tmp_path)
