@@ -33,7 +33,7 @@ std::map<const void*, Moved> moved;
 
 namespace {
 
-constexpr size_t stack_bytes = 128 << 10, redzone = 64, warp_size = 32, exchange_bytes = 8;
+constexpr size_t stack_bytes = 128 << 10, redzone = 64, warp_size = 32, exchange_bytes = 8, gather_bytes = 32;
 
 enum class State { ready, block_wait, warp_wait, done };
 
@@ -47,6 +47,9 @@ struct Fiber {
   unsigned mask = 0;  // of the warp barrier it waits at
   Site site;
   alignas(8) char offered[exchange_bytes];
+  // By turns, so that one barrier is enough: nobody fills a buffer again before all have left the barrier in between.
+  alignas(8) char brought[2][gather_bytes];
+  unsigned turn = 0;
 };
 
 struct Scheduler {
@@ -112,7 +115,8 @@ void wait(State state, unsigned mask, Site site) {
 }
 
 bool same_site(const Site& a, const Site& b) {
-  return a.line() == b.line() && a.column() == b.column() && std::strcmp(a.file_name(), b.file_name()) == 0;
+  return a.line() == b.line() && a.column() == b.column() &&
+         (a.file_name() == b.file_name() || std::strcmp(a.file_name(), b.file_name()) == 0);
 }
 
 [[noreturn]] void divergent(const char* what) {
@@ -172,6 +176,7 @@ void start(Fiber& fiber, unsigned index, dim3 block) {
   fiber.index = index;
   fiber.thread = {index % block.x, index / block.x % block.y, index / (block.x * block.y)};
   fiber.state = State::ready;
+  fiber.turn = 0;
   // A fiber abandoned after an error leaves its frames poisoned.
   ASAN_UNPOISON_MEMORY_REGION(fiber.stack.get(), stack_bytes);
   getcontext(&fiber.context);
@@ -252,6 +257,19 @@ void warp_exchange(unsigned mask, const void* mine, void* theirs, size_t bytes, 
   else
     std::memset(theirs, 0xff, bytes);
   warp_barrier(mask, site);
+}
+
+void gather(const void* mine, size_t bytes, Site site) {
+  if (bytes > gather_bytes) throw std::runtime_error("a lane brings more bytes than it may");
+  Fiber& self = *scheduler.running;
+  self.turn ^= 1;
+  std::memcpy(self.brought[self.turn], mine, bytes);
+  warp_barrier(0xffffffffu, site);
+}
+
+const void* gathered(unsigned source) {
+  const Fiber& self = *scheduler.running;
+  return scheduler.fibers[self.index - lane() + source]->brought[self.turn];
 }
 
 void* shared_memory(size_t offset, size_t bytes) {

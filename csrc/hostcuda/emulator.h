@@ -64,6 +64,10 @@ void warp_exchange(unsigned mask, const void* mine, void* theirs, size_t bytes, 
 
 unsigned lane();
 
+// All 32 lanes bring up to 32 bytes; `gathered` is what a lane brought, until the next but one gather of the warp.
+void gather(const void* mine, size_t bytes, Site site);
+const void* gathered(unsigned lane);
+
 // Bytes that kernels say they move, by array and direction, while `counting` is on.
 struct Moved {
   int64_t loads = 0, stores = 0;

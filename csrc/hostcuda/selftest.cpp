@@ -4,7 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "../cuda/launch.cuh"
+#include "../cuda/mma.cuh"
 
 namespace fastft {
 namespace {
@@ -51,6 +51,60 @@ Tensor warp(const Tensor& in) {
   return out;
 }
 
+// out = a b for 16 x 16 matrices, read from shared memory as they are or as their transposes.
+template <class T, bool kTransposedA, bool kTransposedB>
+__global__ void mma_kernel(const T* a, const T* b, float* out) {
+  constexpr int pitch = 24;
+  SharedMemory shared;
+  T* tile_a = shared.take<T>(16 * pitch);
+  T* tile_b = shared.take<T>(16 * pitch);
+  const int lane = threadIdx.x % 32;
+  for (int i = lane; i < 256; i += 32) {
+    tile_a[i / 16 * pitch + i % 16] = a[kTransposedA ? i % 16 * 16 + i / 16 : i];
+    tile_b[i / 16 * pitch + i % 16] = b[kTransposedB ? i % 16 * 16 + i / 16 : i];
+  }
+  __syncthreads();
+  uint32_t left[4], right[4];
+  load_block<kTransposedA, kTransposedA>(left, tile_a, pitch);
+  load_block<!kTransposedB, kTransposedB>(right, tile_b, pitch);
+  for (int n = 0; n < 2; ++n) {
+    float c[4] = {};
+    mma<T>(c, left, right[2 * n], right[2 * n + 1]);
+    for (int i = 0; i < 4; ++i) out[(lane / 4 + i / 2 * 8) * 16 + 8 * n + lane % 4 * 2 + i % 2] = c[i];
+  }
+}
+
+template <class T>
+void launch_mma(const Tensor& a, const Tensor& b, bool transposed_a, bool transposed_b, const Tensor& out) {
+  auto* kernel = transposed_a   ? transposed_b ? mma_kernel<T, true, true> : mma_kernel<T, true, false>
+                 : transposed_b ? mma_kernel<T, false, true>
+                                : mma_kernel<T, false, false>;
+  launch(kernel, dim3(1), dim3(64), 2 * SharedMemory::bytes<T>(16 * 24), Stream{}, static_cast<const T*>(a.const_data_ptr()),
+         static_cast<const T*>(b.const_data_ptr()), floats(out));
+}
+
+// a [16, 16] b [16, 16], bfloat16 or float16; two warps compute the same.
+Tensor mma_product(const Tensor& a, const Tensor& b, bool transposed_a, bool transposed_b) {
+  Tensor out = torch::stable::new_empty(a, {16, 16}, torch::headeronly::ScalarType::Float);
+  (a.scalar_type() == torch::headeronly::ScalarType::Half
+       ? launch_mma<c10::Half>
+       : launch_mma<c10::BFloat16>)(a, b, transposed_a, transposed_b, out);
+  return out;
+}
+
+// The three bfloat16 of each float32, as float32.
+__global__ void split_kernel(const float* in, float* out) {
+  c10::BFloat16 parts[3];
+  split(in[threadIdx.x], parts);
+  for (int i = 0; i < 3; ++i) out[i * blockDim.x + threadIdx.x] = static_cast<float>(parts[i]);
+}
+
+Tensor split_parts(const Tensor& in) {
+  Tensor out = torch::stable::new_empty(in, {3, in.numel()});
+  launch(split_kernel, dim3(1), dim3(unsigned(in.numel())), 0, Stream{}, floats(in), floats(out));
+  return out;
+}
+
 __global__ void misuse_kernel(int kind, float* data, int64_t size) {
   SharedMemory shared;
   float* first = shared.take<float>(8);
@@ -88,6 +142,24 @@ __global__ void misuse_kernel(int kind, float* data, int64_t size) {
       for (int i = 0; i < int(size) + 5; ++i) local[i] = data[0];
       __syncthreads();
       data[0] = local[threadIdx.x % 4];
+      return;
+    }
+    case 9: {  // half of a warp multiplies
+      float c[4] = {};
+      if (!odd) mma<c10::Half>(c, {}, 0, 0);
+      return;
+    }
+    case 10: {  // two products in two branches
+      float c[4] = {};
+      if (odd)
+        mma<c10::Half>(c, {}, 0, 0);
+      else
+        mma<c10::Half>(c, {}, 0, 0);
+      return;
+    }
+    case 11: {  // a row off its boundary
+      uint32_t m[4];
+      load_matrices<false>(m, first + 1);
       return;
     }
     default:  // shared memory read before it is written
@@ -136,6 +208,8 @@ STABLE_TORCH_LIBRARY(fastft_hostcuda, m) {
   m.def("counted(Tensor? t) -> int[]");
   m.def("reverse(Tensor x, bool barrier) -> Tensor");
   m.def("warp(Tensor x) -> Tensor");
+  m.def("mma(Tensor a, Tensor b, bool transposed_a, bool transposed_b) -> Tensor");
+  m.def("split(Tensor x) -> Tensor");
   m.def("misuse(Tensor x, int kind) -> ()");
   m.def("block_order(Tensor like, int blocks) -> Tensor");
 }
@@ -143,6 +217,8 @@ STABLE_TORCH_LIBRARY(fastft_hostcuda, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastft_hostcuda, CPU, m) {
   m.impl("reverse", TORCH_BOX(&reverse));
   m.impl("warp", TORCH_BOX(&warp));
+  m.impl("mma", TORCH_BOX(&mma_product));
+  m.impl("split", TORCH_BOX(&split_parts));
   m.impl("misuse", TORCH_BOX(&misuse));
   m.impl("block_order", TORCH_BOX(&block_order));
 }

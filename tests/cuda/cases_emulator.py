@@ -56,6 +56,9 @@ def test_warp_functions(monkeypatch):
         (2, "divergent barrier.* has exited"),
         (3, "does not name it"),
         (4, "bytes of shared memory"),
+        (9, "divergent barrier.* has exited"),
+        (10, "divergent barrier.*selftest.cpp:.*selftest.cpp:"),
+        (11, "not 16-byte aligned"),
     ],
 )
 def test_misuse_is_reported_and_the_emulator_survives(kind, message, monkeypatch):
@@ -79,3 +82,33 @@ def test_seeds_shuffle_blocks(monkeypatch):
     seeded(monkeypatch, 1)
     shuffled = ops.block_order(torch.empty(0), 50)
     assert not torch.equal(shuffled, torch.arange(50.0)) and torch.equal(shuffled.sort().values, torch.arange(50.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("transposed", [(False, False), (False, True), (True, False), (True, True)])
+def test_fragments_of_a_product(dtype, transposed, monkeypatch):
+    """Every element of a product of 16 x 16 matrices: integers, so that any wrong place shows and nothing is rounded."""
+    a, b = torch.randint(-8, 9, (2, 16, 16), generator=torch.Generator().manual_seed(0)).to(dtype)
+    for seed in range(3):
+        seeded(monkeypatch, seed)
+        assert torch.equal(ops.mma(a, b, *transposed), a.float() @ b.float())
+    one = torch.zeros(16, 16, dtype=dtype)
+    one[3, 12] = 1.0
+    assert torch.equal(ops.mma(one, b, *transposed)[3], b[12].float())
+
+
+def test_sums_of_tensor_cores_are_cut_off():
+    a, b = torch.zeros(16, 16, dtype=torch.bfloat16), torch.ones(16, 16, dtype=torch.bfloat16)
+    a[:, 0], a[:, 1] = torch.tensor([1.0, -1.0]).repeat(8), torch.tensor([1.0, -1.0]).repeat(8) * 1.5 * 2.0**-23
+    exact = a.double().sum(1)
+    assert torch.equal(ops.mma(a, b, False, False)[:, 0].double(), exact.sign() * (1 + 2.0**-23))
+
+
+def test_three_parts_hold_a_float32():
+    x = torch.randn(500) * 2.0 ** torch.randint(-100, 100, (500,)).float()
+    x = torch.cat([x, torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1 + 2.0**-23, 2 - 2.0**-23])])
+    parts = ops.split(x)
+    assert torch.equal(parts.nan_to_num(7.0), parts.bfloat16().float().nan_to_num(7.0))
+    finite = x.isfinite()
+    assert torch.equal(parts.double().sum(0)[finite], x[finite].double())
+    assert torch.equal(parts[0][~finite].nan_to_num(7.0), x[~finite].nan_to_num(7.0)) and not parts[1:, ~finite].any()
