@@ -76,11 +76,15 @@ def load_keep(p_mask, group, o_m, i_k, T, K, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def rank_product(p_s, p_w, o_m, o_n, T, N, first, end, s_row, w_rank, w_col, BLOCK_R: tl.constexpr):
-    """float32 [BLOCK_M, BLOCK_N]: s[o_m, first:end] @ w[first:end, o_n], in w's dtype.
+    """float32 [BLOCK_M, BLOCK_N]: s[o_m, first:end] @ w[first:end, o_n]; s is float32.
+
+    A 16-bit w is multiplied on tensor cores with s as a sum of numbers of its dtype (three bfloat16 or two float16 have a
+    float32's mantissa): rounding s to one of them would be a rounding that the ops do not have.
 
     Element (t, r) of s [T, R] is at t * s_row + r, element (r, n) of w [R, N] at r * w_rank + n * w_col: either adapter
     matrix, A [R, K] or B [N, R], is such a w. o_m and o_n are int64.
     """
+    dtype: tl.constexpr = p_w.dtype.element_ty
     b_sum = tl.zeros([o_m.shape[0], o_n.shape[0]], tl.float32)
     for i_r in range(tl.cdiv(end - first, BLOCK_R)):
         o_r = first + i_r * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
@@ -88,7 +92,12 @@ def rank_product(p_s, p_w, o_m, o_n, T, N, first, end, s_row, w_rank, w_col, BLO
         m_w = (o_r < end)[:, None] & (o_n < N)[None, :]
         b_s = tl.load(p_s + o_m[:, None] * s_row + o_r[None, :], mask=m_s, other=0.0)
         b_w = tl.load(p_w + o_r[:, None] * w_rank + o_n[None, :] * w_col, mask=m_w, other=0.0)
-        b_sum = dot(b_s, b_w, b_sum, p_w.dtype.element_ty)
+        parts: tl.constexpr = 1 if dtype == tl.float32 else 2 if dtype == tl.float16 else 3
+        for _ in tl.static_range(parts - 1):
+            b_sum = dot(b_s, b_w, b_sum, dtype)
+            b_s -= cast(cast(b_s, dtype), tl.float32)
+            b_s = tl.where(tl.abs(b_s) < float("inf"), b_s, 0.0)  # of an s beyond the dtype's range: inf - inf
+        b_sum = dot(b_s, b_w, b_sum, dtype)
     return b_sum
 
 

@@ -1,8 +1,8 @@
 """The LoRA family in Triton. The maths, shapes and rounding are in ``fastft/ops/lora.py``, the definition of these ops.
 
-T tokens, K in-features, N out-features, R rank. Every launcher has the name and arguments of its op. Operands of a
-product have the adapter's dtype: float32 adapters get float32 arithmetic, 16-bit adapters get tensor cores with float32
-accumulation.
+T tokens, K in-features, N out-features, R rank. Every launcher has the name and arguments of its op. float32 adapters get
+float32 arithmetic, 16-bit adapters get tensor cores with float32 accumulation: S and dS keep float32's precision where
+they make activations (`_lang.rank_product`) and are rounded to the adapter's dtype where they make its gradients.
 
 Groups: a program holds one tile of x and makes each group's product from it, with that group's mask and its own rank
 tiles, so that x crosses the memory bus once and no rank is computed for another group's mask. Kernels get `ranks` as a
