@@ -4,7 +4,8 @@ The model calls them one after the other, so sharing is lazy. The member that is
 a `SharedInput` of x and every member's A. It takes its own part and leaves the rest in this thread's slot, where the
 others find theirs if they are called with the same tensor in the same circumstances (`_circumstances`). Each member
 computes in its own call: hooks, replaced weights and the order of calls stay as they are. Who finds nothing in the slot
-opens a round, so what a wrong guess of `grouping` costs is memory and a little time, never a wrong result.
+opens a round, so what a wrong guess of `grouping` costs is memory and a little time, never a wrong result. The slot has
+place for one round, so that at most one is kept by mistake.
 
 A round that another one replaces before all members have taken their part was such a guess (or a failure in the middle):
 its group dissolves, and each member runs alone from then on. Not at once if a forward may be run again by gradient
@@ -27,7 +28,7 @@ from ..ops.lora_linear import SharedInput
 from ..ops.registry import Scope
 from .packed import PackedWeights
 
-_slot = threading.local()  # .round: the round that waits in this thread. One, so that at most one x is kept by mistake
+_slot = threading.local()  # .round: weak reference to the round that waits in this thread; .thread: a `_Thread`
 _steps = 0  # of any optimizer, without those that are made within a backward
 
 
@@ -70,6 +71,31 @@ class _Round:
         )
 
 
+class _Thread:
+    """Lives as long as the thread whose slot it is in."""
+
+
+def _take() -> _Round | None:
+    """The round that waits in this thread. Nothing waits any more."""
+    reference, _slot.round = getattr(_slot, "round", None), None
+    waiting = None if reference is None else reference()
+    if waiting is not None:
+        waiting.group._waiting.pop(_slot.thread, None)
+    return waiting
+
+
+def _leave(waiting) -> None:
+    """Let a round wait in this thread.
+
+    Its group owns it: after a failure in the middle it holds x and all that autograd saved for x until the thread's next
+    round, but not for longer than the model lives.
+    """
+    if not hasattr(_slot, "thread"):
+        _slot.thread = _Thread()
+    waiting.group._waiting[_slot.thread] = waiting
+    _slot.round = weakref.ref(waiting)
+
+
 class ProjectionGroup:
     """The members' side of one adapter; every member's `_groups` holds it under the adapter's name.
 
@@ -82,7 +108,14 @@ class ProjectionGroup:
         self.reason: str | None = None  # why it dissolved
         self.packed: PackedWeights | None = None
         self.unpacked: str | None = None  # why `packed` is None though it was asked for
+        self._waiting: weakref.WeakKeyDictionary[_Thread, _Round] = weakref.WeakKeyDictionary()
         self._checkpointed = -1  # optimizer steps before the last round that checkpointing may run again
+
+    def __getstate__(self):  # no forward runs in a copy
+        return {name: value for name, value in self.__dict__.items() if name != "_waiting"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, _waiting=weakref.WeakKeyDictionary())
 
     def state(self) -> GroupState:
         packed, unpacked = self.packed is not None and self.packed.intact(), self.unpacked
@@ -98,7 +131,7 @@ class ProjectionGroup:
         if circumstances is None:
             return None
         # Out of the slot until the part is computed, so that an exception in between leaves nothing there.
-        waiting, _slot.round = getattr(_slot, "round", None), None
+        waiting = _take()
         if waiting is not None and not waiting.has_part(self, i, x, circumstances, projection.lora_A):
             waiting.group._dissolve(waiting)
             waiting = None
@@ -110,11 +143,12 @@ class ProjectionGroup:
         base = self._column(waiting, i, weight, bias, projection)
         y = waiting.shared.project(i, weight, bias, projection.lora_B, projection.scale, base=base, **projection.options())
         if waiting.left:
-            _slot.round = waiting
+            _leave(waiting)
         return y
 
     def release(self) -> None:
         """The adapter is taken off: weights get their own memory back, unless another group still packs them."""
+        self._waiting.clear()
         packed, self.packed = self.packed, None
         if packed is not None and not any(g.packed is packed for m in self.members for g in m._groups.values()):
             packed.unpack()

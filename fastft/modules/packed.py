@@ -59,10 +59,11 @@ class PackedWeights:
 
     def unpack(self) -> None:
         """Give every Parameter memory of its own again."""
-        for member in self.members:
-            for parameter in (member.weight, member.bias):
-                if isinstance(parameter, nn.Parameter) and shares_memory(parameter):
-                    parameter.data = parameter.data.clone()
+        with torch.inference_mode(False):
+            for member in self.members:
+                for parameter in (member.weight, member.bias):
+                    if isinstance(parameter, nn.Parameter) and shares_memory(parameter):
+                        parameter.data = parameter.data.clone()
         self.weight = self.bias = None
 
     def _pack(self) -> bool:
@@ -83,11 +84,12 @@ class PackedWeights:
         return packed
 
 
-@torch.no_grad()
 def _into_one(parameters):
-    packed = torch.cat([parameter.detach() for parameter in parameters])
-    for parameter, part in zip(parameters, packed.split([p.shape[0] for p in parameters])):
-        parameter.data = part
+    # In inference mode Parameters would become inference tensors, which can't be trained through ever after.
+    with torch.inference_mode(False), torch.no_grad():
+        packed = torch.cat([parameter.detach() for parameter in parameters])
+        for parameter, part in zip(parameters, packed.split([p.shape[0] for p in parameters])):
+            parameter.data = part
     return packed
 
 

@@ -1,13 +1,19 @@
 """Groups that were guessed wrong: they dissolve, change nothing, and gradient checkpointing sees the same twice."""
 
+import copy
+import gc
+import pickle
+import weakref
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
 import fastft
+from fastft.modules import groups
 from fastft.ops.registry import Scope
 
-from .blocks import assert_equal, nothing_waits, pair, run, shrinks, some_x
+from .blocks import Block, assert_equal, nothing_waits, pair, run, shrinks, some_x
 
 
 def in_place(m, x):
@@ -170,3 +176,41 @@ def test_saved_tensors_on_the_cpu_keep_a_round():
 
     assert_equal(run(block, handle, some_x(), offloaded), run(twin, apart, some_x()))
     assert handle.groups[0].grouped
+
+
+@pytest.mark.parametrize("taken_off", [False, True])
+def test_weights_that_inference_mode_moved_can_be_trained_through(taken_off):
+    block, x = Block(), some_x()
+    handle = fastft.attach(block, fastft.LoRA(target_modules=["q_proj", "k_proj", "v_proj"], pack_weights=True))
+    block.double().float()  # the next forward packs again
+    with torch.inference_mode():
+        block(x.detach())
+        if taken_off:
+            handle.detach()
+    assert not any(parameter.is_inference() for parameter in block.parameters())
+    block(x).sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("taken_off", [False, True])
+def test_a_failure_in_the_middle_keeps_nothing_alive(taken_off):
+    def fail(m, x):
+        m.q_proj(x)
+        raise ZeroDivisionError
+
+    block, handle, _, _ = pair(fail)
+    x, kept = some_x(), weakref.ref(block.q_proj)
+    with pytest.raises(ZeroDivisionError):
+        block(x * 1)
+    for copied in (copy.deepcopy(block), pickle.loads(pickle.dumps(block.q_proj))):
+        assert not any(group._waiting for m in copied.modules() for group in getattr(m, "_groups", {}).values())
+    if taken_off:
+        handle.detach()
+        assert groups._slot.round() is None
+    else:
+        assert groups._slot.round() is not None
+    del block, handle, copied, fail
+    gc.collect()
+    assert kept() is None
+    assert groups._slot.round() is None
+    assert groups._take() is None and nothing_waits()
