@@ -54,7 +54,7 @@ class AugmentedLoRA(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, a, b, scale, big, wide_x, wide_dy, filled):
+    def forward(ctx, x, bias, a, b, scale, big, wide_x, wide_dy, filled):
         k, n = x.shape[1], b.shape[0]
         big[:n, k:] = scale * b
         big[n:, :k] = a
@@ -64,7 +64,7 @@ class AugmentedLoRA(torch.autograd.Function):
         wide_x[:, k:] = s
         ctx.save_for_backward(x, a, b, s)
         ctx.rest = scale, big, wide_dy, filled
-        return wide_x @ big[:n].t()
+        return nn.functional.linear(wide_x, big[:n], bias)
 
     @staticmethod
     def backward(ctx, dy):
@@ -76,7 +76,7 @@ class AugmentedLoRA(torch.autograd.Function):
             wide_dy[:, :n] = dy
         wide_dy[:, n:] = ds
         da, db = ds.t() @ x, (dy.t() @ s).mul_(scale)
-        return wide_dy @ big[:, : x.shape[1]], da.to(a.dtype), db.to(b.dtype), *(None,) * 5
+        return wide_dy @ big[:, : x.shape[1]], None, da.to(a.dtype), db.to(b.dtype), *(None,) * 5
 
 
 def augmented(d, filled=False):
@@ -87,7 +87,7 @@ def augmented(d, filled=False):
     wide_x[:, :k], wide_dy[:, :n] = d.x.detach(), d.dy
 
     def layer(x):
-        return AugmentedLoRA.apply(x, d.a, d.b, d.scale, big, wide_x, wide_dy, filled)
+        return AugmentedLoRA.apply(x, d.bias, d.a, d.b, d.scale, big, wide_x, wide_dy, filled)
 
     return layer
 

@@ -189,7 +189,10 @@ def _filled(d: Inputs, found):
 
 
 def checker(d: Inputs, factor: float = 2.0):
-    """The gate, without dropout: each arm's loss and gradients of the first step against the formula in float64."""
+    """The gate: without dropout each arm's gradients of the first step equal those of the formula in float64.
+
+    With dropout the loss must change; another p or another mask in backward is for the gate of one layer (`ops/lora.py`).
+    """
     still = replace(d, p=0.0)
     wide = {name: {k: v.double() for k, v in getattr(d, name).items()} for name in ("a", "b")}
     golden = _gradients(training(plain)(replace(still, model=copy.deepcopy(d.model).double(), **wide))())

@@ -74,7 +74,7 @@ def dora_norm(weight, squared_norm, lora_A, lora_B, scale, fan_in_fan_out=False)
     Args:
         weight: [N, K] contiguous; [K, N] with `fan_in_fan_out`.
         squared_norm: [N], of `squared_row_norm`.
-        lora_A: [R, K], lora_B: [N, R], both of weight's dtype or float32.
+        lora_A: [R, K], lora_B: [N, R], both of weight's dtype or float32, any strides.
 
     Returns:
         [N] float32 (float64 of a float64 weight), no gradient. Its square errs by some eps · (‖W‖ + ‖scale · B A‖)², so
@@ -87,7 +87,7 @@ def dora_norm(weight, squared_norm, lora_A, lora_B, scale, fan_in_fan_out=False)
         no_mask = torch.empty(0, dtype=torch.uint8, device=weight.device)
         wa = lora_grad_a(a.t().contiguous(), weight, like, rank, no_mask, 0.0).t()
     else:
-        wa = lora_shrink(weight, lora_A, rank, 0.0, None)[0]
+        wa = lora_shrink(weight, lora_A.contiguous(), rank, 0.0, None)[0]
     with without_autocast(weight.device.type):  # layers call this inside autocast, which would round the products
         linear, quadratic = (b * wa).sum(1), ((b @ (a @ a.t())) * b).sum(1)
     square = squared_norm + 2 * scale * linear + scale**2 * quadratic

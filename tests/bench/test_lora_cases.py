@@ -27,6 +27,8 @@ def test_ours_and_the_peers_pass_the_gate(dtype, p, bias):
     arms = {"fastft": lora.ours, "addmm": peers.addmm}
     if peers.peft_missing() is None:
         arms["peft"] = peers.peft
+    if p == 0 and "+" not in dtype:  # its GEMM has one dtype, which rounds float32 adapters
+        arms |= {name: peers.LORA[name][0] for name in peers.WITHOUT_DROPOUT}
     for make in arms.values():
         check(lora.adapted(make))
 

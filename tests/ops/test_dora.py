@@ -275,3 +275,15 @@ def test_row_norm_of_a_zero_row_without_an_update_is_zero():
     w[3], b[3] = 0, 0
     norm = dora.dora_norm(w, dora.squared_row_norm(w), a, b, 0.7)
     assert norm[3] == 0 and (norm > 0).sum() == 23
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+def test_row_norm_takes_factors_of_any_strides(fan_in_fan_out):
+    w, a, b = weights(24, 40, 4, F32, F32)
+    if fan_in_fan_out:
+        w = w.t().contiguous()
+    squared = dora.squared_row_norm(w, fan_in_fan_out)
+    want = dora.dora_norm(w, squared, a, b, 0.7, fan_in_fan_out)
+    strided = [t.t().contiguous().t() for t in (a, b)]
+    assert not strided[0].is_contiguous()
+    torch.testing.assert_close(dora.dora_norm(w, squared, *strided, 0.7, fan_in_fan_out), want)
