@@ -102,7 +102,7 @@ def _update(name, T, N, launches, mask, act, adapter, product, bias=None):
     moved.loads |= {product[0]: (4 * T * R, n_n), product[1]: (R * N * adapter, n_m)}
     if mask:  # a group without ranks changes nothing
         moved.loads["mask"] = mask * sum(r > 0 for ranks in launches for r in ranks), 1
-    if bias is not None:  # DoRA. The 16 rows of threads of a block share what they read of g and bias through its L1
+    if bias is not None:  # DoRA. The threads of a block share what they read of g and bias through its L1
         moved.loads["g"] = 4 * N, n_m
         moved.stores["y"] = T * N * act, 1
         if bias:

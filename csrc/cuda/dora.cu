@@ -6,29 +6,37 @@ namespace fastft {
 namespace {
 
 // -- U += scale S Bt and Y = g U + bias, from the same float32 sums. Grid: update_grid.
-template <class T>
+template <class T, int kParts>
 __global__ void __launch_bounds__(kThreads, 2)
-    dora_expand_kernel(Matrix<T> u, Matrix<const float> s, Weights<T> b, Matrix<const float> g, Matrix<const T> bias,
-                       float scale, Matrix<T> y) {
+    dora_expand_kernel(Matrix<T> u, Matrix<const float> s, Matrix<const typename Arithmetic<T, kParts>::Adapter> b,
+                       Matrix<const float> g, Matrix<const T> bias, float scale, Matrix<T> y) {
+  using Tile = UpdateTile<T, kParts, true>;
   SharedMemory shared;
-  const UpdateTile<T, true> tile(shared, u);
+  const Tile tile(shared, u);
+  Unit<T> ahead[kUpdateUnits];
+  if constexpr (Tile::kFetchAhead) tile.fetch(ahead, u);
   float sum[kUpdateUnits][kUnit] = {};
   tile.add(sum, s, b, 0, static_cast<int>(s.cols));
-  const Unit<float> factor = load_unit<false, float>(g, 0, tile.col);
-  const Unit<T> shift = load_unit<false, T>(bias, 0, tile.col);  // zeros without a bias, which has no rows then
+  if constexpr (!Tile::kFetchAhead) tile.fetch(ahead, u);
 #pragma unroll
-  for (int i = 0; i < kUpdateUnits; ++i) {
-    const int64_t row = tile.row0 + unit_row(i);
-    if (row >= u.rows || tile.col >= u.cols) continue;
-    Unit<T> unit = load_unit<false, T>(u, row, tile.col), scaled;
+  for (int group = 0; group < Tile::kGroups; ++group) {
+    const int64_t col = tile.col(group);
+    const Unit<float> factor = load_unit<false, float>(g, 0, col);
+    const Unit<T> shift = load_unit<false, T>(bias, 0, col);  // zeros without a bias, which has no rows then
 #pragma unroll
-    for (int j = 0; j < kUnit; ++j) {
-      const float total = fmaf(scale, sum[i][j], static_cast<float>(unit.v[j]));
-      unit.v[j] = T(total);
-      scaled.v[j] = T(fmaf(factor.v[j], total, static_cast<float>(shift.v[j])));
+    for (int i = group * Tile::kGroupUnits; i < (group + 1) * Tile::kGroupUnits; ++i) {
+      const int64_t row = tile.row(i);
+      if (row >= u.rows || col >= u.cols) continue;
+      Unit<T> unit = ahead[i], scaled;
+#pragma unroll
+      for (int j = 0; j < kUnit; ++j) {
+        const float total = fmaf(scale, sum[i][j], static_cast<float>(unit.v[j]));
+        unit.v[j] = T(total);
+        scaled.v[j] = T(fmaf(factor.v[j], total, static_cast<float>(shift.v[j])));
+      }
+      store_unit(u, row, col, unit);
+      store_unit(y, row, col, scaled);
     }
-    store_unit(u, row, tile.col, unit);
-    store_unit(y, row, tile.col, scaled);
   }
 }
 
@@ -100,11 +108,12 @@ Tensor dora_expand_(const Tensor& u, const Tensor& s, const Tensor& b, const Ten
   DeviceScope device(u);
   Tensor y = empty_on(u, {tokens, features}, u.scalar_type());
   if (u.numel() == 0) return y;
-  dispatch_dtype(u.scalar_type(), [&](auto type) {
-    using T = typename decltype(type)::type;
-    launch(dora_expand_kernel<T>, update_grid(tokens, features), dim3(kThreads), kUpdateBytes, device.stream, output<T>(u),
-           rank_input(s), weights<T>(b), row<float>(g), bias ? row<T>(*bias) : Matrix<const T>{}, static_cast<float>(scale),
-           output<T>(y));
+  dispatch_arithmetic(u.scalar_type(), b.scalar_type(), [&](auto arithmetic) {
+    using P = decltype(arithmetic);
+    using T = typename P::T;
+    launch(dora_expand_kernel<T, P::kParts>, update_grid(tokens, features), dim3(kThreads),
+           UpdateTile<T, P::kParts, true>::kBytes, device.stream, output<T>(u), rank_input(s), input<typename P::Adapter>(b),
+           row<float>(g), bias ? row<T>(*bias) : Matrix<const T>{}, static_cast<float>(scale), output<T>(y));
   });
   return y;
 }

@@ -7,20 +7,11 @@
 namespace fastft {
 namespace {
 
-template <int kRanks>
-constexpr size_t kGradSbBytes = tile_bytes(kRows) + tile_bytes(kRanks) + tokens_bytes(kRows, kRanks) +
-                                SharedMemory::bytes<float>(RowDot<kRanks>::kBuffer);
-
-template <int kRanks>
-constexpr size_t shrink_bytes(int groups) {
-  return tile_bytes(kRanks) + tile_bytes(max_copies<kRanks>(groups) * kRows);
-}
-
-template <int kRanks>
-constexpr size_t grad_a_bytes(int groups) {
-  return tokens_bytes(kRows, kRanks) + tile_bytes(std::max(max_copies<kRanks>(groups) * kRows, kRanks));
-}
-static_assert(std::max({kGradSbBytes<64>, shrink_bytes<64>(4), grad_a_bytes<64>(4)}) <= kMostShared);
+// With the most groups that a rank tile may span.
+template <class T, int kParts>
+constexpr size_t kMostBytes =
+    std::max({GradSb<T, 64, kParts>::kBytes, Shrink<T, 64, kParts>::bytes(4), GradA<T, 64, kParts>::bytes(4)});
+static_assert(std::max({kMostBytes<float, 0>, kMostBytes<c10::Half, 1>, kMostBytes<c10::BFloat16, 3>}) <= kMostShared);
 
 void check_ranks(const char* op, const std::vector<int64_t>& ranks, int64_t total) {
   const bool signs = std::all_of(ranks.begin(), ranks.end(), [](int64_t r) { return r >= 0; });
@@ -62,8 +53,9 @@ std::tuple<Tensor, Tensor> lora_shrink(const Tensor& x, const Tensor& a, std::ve
   Tensor mask = p > 0 ? empty_on(x, {groups, tokens, bytes}, ScalarType::Byte) : empty_on(x, {0}, ScalarType::Byte);
   const int64_t* seeds = p > 0 ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr;
   const int64_t slots = total_slots(ranks, p > 0), row_tiles = ceil_div(tokens, kRows);
-  dispatch_dtype(x.scalar_type(), [&](auto type) {
-    using T = typename decltype(type)::type;
+  dispatch_arithmetic(x.scalar_type(), a.scalar_type(), [&](auto arithmetic) {
+    using P = decltype(arithmetic);
+    using T = typename P::T;
     dispatch_ranks(slots, [&](auto tile) {
       constexpr int kRanks = decltype(tile)::value, kSlots = kRanks / kWarpRanks;
       const Split parts = split(ceil_div(features, kCols), row_tiles * ceil_div(slots, kSlots), 4);
@@ -71,9 +63,10 @@ std::tuple<Tensor, Tensor> lora_shrink(const Tensor& x, const Tensor& a, std::ve
       each_launch(ranks, p > 0, [&](const Groups& some, int64_t first) {
         const dim3 grid(unsigned(row_tiles), unsigned(ceil_div(count_slots(some), kSlots)), unsigned(parts.count));
         if (row_tiles * parts.count > 0 && (rank > 0 || p > 0))
-          launch(shrink_kernel<T, kRanks>, grid, dim3(kThreads), shrink_bytes<kRanks>(some.count), device.stream,
-                 input<T>(x), weights<T>(a), some, seeds ? seeds + first : nullptr, philox::threshold(p),
-                 static_cast<uint8_t*>(mask.mutable_data_ptr()) + first * tokens * bytes, floats(partial), int(parts.size));
+          launch(shrink_kernel<T, kRanks, P::kParts>, grid, dim3(kThreads), Shrink<T, kRanks, P::kParts>::bytes(some.count),
+                 device.stream, input<T>(x), input<typename P::Adapter>(a), some, seeds ? seeds + first : nullptr,
+                 philox::threshold(p), static_cast<uint8_t*>(mask.mutable_data_ptr()) + first * tokens * bytes,
+                 floats(partial), int(parts.size));
       });
       reduce_into(s, partial, parts.count, philox::inverse_keep(p), device.stream);
     });
@@ -90,10 +83,12 @@ void lora_expand_(const Tensor& y, const Tensor& s, const Tensor& b, double scal
   check_same_device(op, y, {&s, &b});
   if (y.numel() == 0 || s.size(1) == 0) return;
   DeviceScope device(y);
-  dispatch_dtype(y.scalar_type(), [&](auto type) {
-    using T = typename decltype(type)::type;
-    launch(expand_kernel<T>, update_grid(y.size(0), y.size(1)), dim3(kThreads), kUpdateBytes, device.stream, output<T>(y),
-           rank_input(s), weights<T>(b), static_cast<float>(scale));
+  dispatch_arithmetic(y.scalar_type(), b.scalar_type(), [&](auto arithmetic) {
+    using P = decltype(arithmetic);
+    using T = typename P::T;
+    launch(expand_kernel<T, P::kParts>, update_grid(y.size(0), y.size(1)), dim3(kThreads),
+           UpdateTile<T, P::kParts, true>::kBytes, device.stream, output<T>(y), rank_input(s), input<typename P::Adapter>(b),
+           static_cast<float>(scale));
   });
 }
 
@@ -107,8 +102,9 @@ std::tuple<Tensor, Tensor> lora_grad_sb(const Tensor& dy, const Tensor& s, const
   check_same_device(op, dy, {&s, &b});
   DeviceScope device(dy);
   Tensor ds = empty_on(dy, {tokens, ranks}, ScalarType::Float), db = empty_on(dy, {features, ranks}, b.scalar_type());
-  dispatch_dtype(dy.scalar_type(), [&](auto type) {
-    using T = typename decltype(type)::type;
+  dispatch_arithmetic(dy.scalar_type(), b.scalar_type(), [&](auto arithmetic) {
+    using P = decltype(arithmetic);
+    using T = typename P::T;
     dispatch_ranks(ceil_div(ranks, kWarpRanks), [&](auto tile) {
       constexpr int kRanks = decltype(tile)::value;
       const int64_t col_tiles = ceil_div(features, kCols), rank_tiles = ceil_div(ranks, kRanks);
@@ -119,9 +115,9 @@ std::tuple<Tensor, Tensor> lora_grad_sb(const Tensor& dy, const Tensor& s, const
       Tensor ds_partial = empty_on(dy, {chunks, tokens, ranks}, ScalarType::Float);
       Tensor db_partial = empty_on(dy, {parts.count, features, ranks}, ScalarType::Float);
       if (chunks * rank_tiles * parts.count > 0)
-        launch(grad_sb_kernel<T, kRanks>, dim3(unsigned(chunks), unsigned(rank_tiles), unsigned(parts.count)),
-               dim3(kThreads), kGradSbBytes<kRanks>, device.stream, input<T>(dy), rank_input(s), weights<T>(b),
-               floats(ds_partial), floats(db_partial), int(tiles_per_chunk), int(parts.size));
+        launch(grad_sb_kernel<T, kRanks, P::kParts>, dim3(unsigned(chunks), unsigned(rank_tiles), unsigned(parts.count)),
+               dim3(kThreads), GradSb<T, kRanks, P::kParts>::kBytes, device.stream, input<T>(dy), rank_input(s),
+               input<typename P::Adapter>(b), floats(ds_partial), floats(db_partial), int(tiles_per_chunk), int(parts.size));
       reduce_into(ds, ds_partial, chunks, scale, device.stream);
       reduce_into(db, db_partial, parts.count, scale, device.stream);
     });
@@ -143,8 +139,9 @@ Tensor lora_grad_a(const Tensor& ds, const Tensor& x, const Tensor& a, std::vect
   DeviceScope device(x);
   Tensor da = empty_on(x, {rank, features}, a.scalar_type());
   const int64_t slots = total_slots(ranks, p > 0), col_tiles = ceil_div(features, kCols);
-  dispatch_dtype(x.scalar_type(), [&](auto type) {
-    using T = typename decltype(type)::type;
+  dispatch_arithmetic(x.scalar_type(), a.scalar_type(), [&](auto arithmetic) {
+    using P = decltype(arithmetic);
+    using T = typename P::T;
     dispatch_ranks(slots, [&](auto tile) {
       constexpr int kRanks = decltype(tile)::value, kSlots = kRanks / kWarpRanks;
       const Split parts = split(ceil_div(tokens, kRows), col_tiles * ceil_div(slots, kSlots), 4);
@@ -152,9 +149,9 @@ Tensor lora_grad_a(const Tensor& ds, const Tensor& x, const Tensor& a, std::vect
       each_launch(ranks, p > 0, [&](const Groups& some, int64_t first) {
         const dim3 grid(unsigned(col_tiles), unsigned(ceil_div(count_slots(some), kSlots)), unsigned(parts.count));
         if (col_tiles * parts.count * rank > 0)
-          launch(grad_a_kernel<T, kRanks>, grid, dim3(kThreads), grad_a_bytes<kRanks>(some.count), device.stream,
-                 input<T>(x), rank_input(ds), some, masks ? masks + first * tokens * mask.size(2) : nullptr, floats(partial),
-                 int(parts.size));
+          launch(grad_a_kernel<T, kRanks, P::kParts>, grid, dim3(kThreads), GradA<T, kRanks, P::kParts>::bytes(some.count),
+                 device.stream, input<T>(x), rank_input(ds), some, masks ? masks + first * tokens * mask.size(2) : nullptr,
+                 floats(partial), int(parts.size));
       });
       reduce_into(da, partial, parts.count, philox::inverse_keep(p), device.stream);
     });
@@ -176,11 +173,13 @@ void lora_grad_x_(const Tensor& dx, const Tensor& ds, const Tensor& a, std::vect
   check_same_device(op, dx, {&ds, &a, &mask});
   if (dx.numel() == 0 || rank == 0) return;
   DeviceScope device(dx);
-  dispatch_dtype(dx.scalar_type(), [&](auto type) {
-    using T = typename decltype(type)::type;
+  dispatch_arithmetic(dx.scalar_type(), a.scalar_type(), [&](auto arithmetic) {
+    using P = decltype(arithmetic);
+    using T = typename P::T;
     each_launch(ranks, p > 0, [&](const Groups& some, int64_t first) {
-      launch(grad_x_kernel<T>, update_grid(tokens, features), dim3(kThreads), kUpdateBytes, device.stream, output<T>(dx),
-             rank_input(ds), weights<T>(a), some, masks ? masks + first * tokens * mask.size(2) : nullptr,
+      launch(grad_x_kernel<T, P::kParts>, update_grid(tokens, features), dim3(kThreads),
+             UpdateTile<T, P::kParts, false>::kBytes, device.stream, output<T>(dx), rank_input(ds),
+             input<typename P::Adapter>(a), some, masks ? masks + first * tokens * mask.size(2) : nullptr,
              philox::inverse_keep(p));
     });
   });

@@ -1,9 +1,10 @@
 // The kernels of the LoRA family. Maths, shapes and the definition of the mask: fastft/ops/lora.py. T tokens, K in-features,
 // N out-features, R rank. Rank tiles of 16, 32 or 64; a larger R takes several tiles, each of which reads the activations
-// again.
+// again. kParts: see Arithmetic.
 #pragma once
 
 #include "../common/philox.h"
+#include "products.cuh"
 #include "update.cuh"
 
 namespace fastft {
@@ -32,30 +33,45 @@ struct RankTile {
   Slots slots;
   int first_group, copies;
 
-  // The slots go to the padding of `rows`, whose last 4 floats of `pitch` nobody uses.
-  __device__ __forceinline__ RankTile(const Groups& groups, float* rows, int pitch) : slots{rows + pitch - 4, pitch} {
+  // The slots go to the padding of `rows`, whose last 16 bytes of `pitch` nobody uses.
+  template <class E>
+  __device__ __forceinline__ RankTile(const Groups& groups, E* rows, int pitch)
+      : slots{reinterpret_cast<float*>(rows + pitch) - 4, pitch * int(sizeof(E)) / 4} {
     if (threadIdx.x < kSlots) slots[threadIdx.x] = find_slot(groups, blockIdx.y * kSlots + threadIdx.x);
     __syncthreads();
     first_group = slots[0].group;
     copies = slots[kSlots - 1].group - first_group + 1;
   }
 
-  // Where this warp's copy of the activation tile starts, in floats.
-  __device__ __forceinline__ int copy_of_warp() const {
-    return (slots[threadIdx.x / 32 % kSlots].group - first_group) * kRows * kPitch;
-  }
+  // This warp's copy of the activation tile.
+  __device__ __forceinline__ int copy_of_warp() const { return slots[threadIdx.x / 32 % kSlots].group - first_group; }
 };
 
 // -- S = drop(X) At and the packed masks: one pass over X. Grid: token tiles, rank tiles, parts of K.
-template <class T, int kRanks>
+template <class T, int kRanks, int kParts>
+struct Shrink : Arithmetic<T, kParts> {
+  using E = typename Shrink::Element;
+  using Dot = RowDot<T, kRanks, kParts, false>;
+  static constexpr int kTileSize = kRows * pitch_of<E>(kCols), kWeights = Shrink::kTiles * Dot::kTile;
+  __host__ __device__ static constexpr int act_size(int groups) {
+    const int tiles = max_copies<kRanks>(groups) * kTileSize, buffer = Dot::kBuffer * int(sizeof(float) / sizeof(E));
+    return tiles > buffer ? tiles : buffer;
+  }
+  static constexpr size_t bytes(int groups) {
+    return SharedMemory::bytes<E>(kWeights) + SharedMemory::bytes<E>(act_size(groups));
+  }
+};
+
+template <class T, int kRanks, int kParts>
 __global__ void __launch_bounds__(kThreads, 2)
-    shrink_kernel(Matrix<const T> x, Weights<T> a, Groups groups, const int64_t* seeds, uint32_t threshold, uint8_t* masks,
-                  float* partial, int tiles_per_part) {
+    shrink_kernel(Matrix<const T> x, Matrix<const typename Arithmetic<T, kParts>::Adapter> a, Groups groups,
+                  const int64_t* seeds, uint32_t threshold, uint8_t* masks, float* partial, int tiles_per_part) {
+  using P = Shrink<T, kRanks, kParts>;
+  using E = typename P::E;
   SharedMemory shared;
-  float* weights = shared.take<float>(kRanks * kPitch);
-  const RankTile<kRanks> tile(groups, weights, kPitch);
-  float* act = shared.take<float>(max_copies<kRanks>(groups.count) * kRows * kPitch);
-  static_assert(RowDot<kRanks>::kBuffer <= kRows * kPitch);
+  E* weights = shared.take<E>(P::kWeights);
+  const RankTile<kRanks> tile(groups, weights, pitch_of<E>(kCols));
+  E* act = shared.take<E>(P::act_size(groups.count));
   const int64_t row0 = int64_t(blockIdx.x) * kRows;
   const int begin = blockIdx.z * tiles_per_part;
   const int end = min_int(begin + tiles_per_part, static_cast<int>(ceil_div(x.cols, kCols)));
@@ -87,55 +103,62 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   };
 
-  RowDot<kRanks> dot;
+  typename P::Dot dot;
   fetch(begin);
   for (int col_tile = begin; col_tile < end; ++col_tile) {
     if (!seeds) ahead.store(act);
 #pragma unroll 1
-    for (int copy = 0; seeds && copy < tile.copies; ++copy) ahead.store_kept(act + copy * kRows * kPitch, keep, copy);
-    a.template load<kRanks>(weights, tile.slots, int64_t(col_tile) * kCols);
+    for (int copy = 0; seeds && copy < tile.copies; ++copy) ahead.store_kept(act + copy * P::kTileSize, keep, copy);
+    load_rows<kRanks, P::kTiles>(weights, a, tile.slots, int64_t(col_tile) * kCols);
     __syncthreads();
     if (col_tile + 1 < end) fetch(col_tile + 1);
-    dot.add(act + tile.copy_of_warp(), weights);
+    dot.add(act + tile.copy_of_warp() * P::kTileSize, weights);
     __syncthreads();
   }
-  dot.publish(act);
+  float* buffer = reinterpret_cast<float*>(act);
+  dot.publish(buffer);
   __syncthreads();
 #pragma unroll 1
   for (int i = threadIdx.x; i < kRows * kRanks; i += kThreads) {
     const int64_t row = row0 + i / kRanks;
     const Slot& slot = tile.slots[i % kRanks / kWarpRanks];
     const int rank = slot.rank + i % kWarpRanks;
-    if (row < x.rows && rank < slot.end)
-      put(partial, (blockIdx.z * x.rows + row) * a.rows + rank, RowDot<kRanks>::total(act, i));
+    if (row < x.rows && rank < slot.end) put(partial, (blockIdx.z * x.rows + row) * a.rows + rank, P::Dot::total(buffer, i));
   }
 }
 
 // -- Y += scale S Bt. Grid: update_grid.
-template <class T>
-__global__ void __launch_bounds__(kThreads, 2) expand_kernel(Matrix<T> y, Matrix<const float> s, Weights<T> b, float scale) {
+template <class T, int kParts>
+__global__ void __launch_bounds__(kThreads, 2)
+    expand_kernel(Matrix<T> y, Matrix<const float> s, Matrix<const typename Arithmetic<T, kParts>::Adapter> b, float scale) {
+  using Tile = UpdateTile<T, kParts, true>;
   SharedMemory shared;
-  const UpdateTile<T, true> tile(shared, y);
+  const Tile tile(shared, y);
+  Unit<T> ahead[kUpdateUnits];
+  if constexpr (Tile::kFetchAhead) tile.fetch(ahead, y);
   float sum[kUpdateUnits][kUnit] = {};
   tile.add(sum, s, b, 0, static_cast<int>(s.cols));
+  if constexpr (!Tile::kFetchAhead) tile.fetch(ahead, y);
 #pragma unroll
   for (int i = 0; i < kUpdateUnits; ++i) {
-    const int64_t row = tile.row0 + unit_row(i);
-    if (row >= y.rows || tile.col >= y.cols) continue;
-    Unit<T> unit = load_unit<false, T>(y, row, tile.col);
+    const int64_t row = tile.row(i), col = tile.col(i / Tile::kGroupUnits);
+    if (row >= y.rows || col >= y.cols) continue;
+    Unit<T>& unit = ahead[i];
 #pragma unroll
     for (int j = 0; j < kUnit; ++j) unit.v[j] = T(fmaf(scale, sum[i][j], static_cast<float>(unit.v[j])));
-    store_unit(y, row, tile.col, unit);
+    store_unit(y, row, col, unit);
   }
 }
 
 // -- dX += scale (dS A), for each group where its mask keeps the element; what all drop stays as it is, bit for bit.
 // One pass over dX, float32 sums over all groups. Grid: update_grid.
-template <class T>
+template <class T, int kParts>
 __global__ void __launch_bounds__(kThreads, 2)
-    grad_x_kernel(Matrix<T> dx, Matrix<const float> ds, Weights<T> a, Groups groups, const uint8_t* masks, float scale) {
+    grad_x_kernel(Matrix<T> dx, Matrix<const float> ds, Matrix<const typename Arithmetic<T, kParts>::Adapter> a,
+                  Groups groups, const uint8_t* masks, float scale) {
+  using Tile = UpdateTile<T, kParts, false>;
   SharedMemory shared;
-  const UpdateTile<T, false> tile(shared, dx);
+  const Tile tile(shared, dx);
   static_assert(kUpdateUnits * kUnit == 32, "a bit of `changed` per element");
   float sum[kUpdateUnits][kUnit] = {};
   unsigned changed = 0;
@@ -148,9 +171,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     begin = end;
 #pragma unroll
     for (int i = 0; i < kUpdateUnits; ++i) {
-      const int64_t row = tile.row0 + unit_row(i);
-      if (row >= dx.rows || tile.col >= dx.cols) continue;
-      const unsigned bits = masks ? get(masks, (g * dx.rows + row) * ceil_div(dx.cols, kUnit) + tile.col / kUnit) : 0xffu;
+      const int64_t row = tile.row(i), col = tile.col(i / Tile::kGroupUnits);
+      if (row >= dx.rows || col >= dx.cols) continue;
+      const unsigned bits = masks ? get(masks, (g * dx.rows + row) * ceil_div(dx.cols, kUnit) + col / kUnit) : 0xffu;
       changed |= bits << kUnit * i;
 #pragma unroll
       for (int j = 0; j < kUnit; ++j)
@@ -159,46 +182,72 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 #pragma unroll
   for (int i = 0; i < kUpdateUnits; ++i) {
-    const int64_t row = tile.row0 + unit_row(i);
-    if (row >= dx.rows || tile.col >= dx.cols) continue;
-    Unit<T> unit = load_unit<false, T>(dx, row, tile.col);
+    const int64_t row = tile.row(i), col = tile.col(i / Tile::kGroupUnits);
+    if (row >= dx.rows || col >= dx.cols) continue;
+    Unit<T> unit = load_unit<false, T>(dx, row, col);
 #pragma unroll
     for (int j = 0; j < kUnit; ++j)
       if (changed >> (kUnit * i + j) & 1) unit.v[j] = T(fmaf(scale, sum[i][j], static_cast<float>(unit.v[j])));
-    store_unit(dx, row, tile.col, unit);
+    store_unit(dx, row, col, unit);
   }
 }
 
 // -- dS = dY B and dBt = St dY: one pass over dY. Grid: chunks of column tiles, rank tiles, parts of T.
 // A block walks its tokens once per column tile and keeps that tile's dB in registers. Its dS goes to a workspace slice
 // that no other block touches, first stored and then added to, always by the same thread.
-template <class T, int kRanks>
+template <class T, int kRanks, int kParts>
+struct GradSb : Arithmetic<T, kParts> {
+  using E = typename GradSb::Element;
+  using Dot = RowDot<T, kRanks, kParts, true>;
+  using Sum = TokenSum<T, kRanks, kParts>;
+  static constexpr int kAct = kRows * pitch_of<E>(kCols), kTokens = GradSb::kTiles * kRows * pitch_of<E>(kRanks);
+  static constexpr int kWeights = GradSb::kTiles * Dot::kTile;  // and scratch
+  static_assert(Sum::kScratch <= kWeights);
+  // Tensor cores leave registers to hold the next tile in, except at 64 ranks.
+  static constexpr bool kFetchAhead = kParts > 0 && kRanks < 64;
+  static constexpr size_t kBytes = SharedMemory::bytes<E>(kAct) + SharedMemory::bytes<E>(kWeights) +
+                                   SharedMemory::bytes<E>(kTokens) + SharedMemory::bytes<float>(Dot::kBuffer);
+};
+
+template <class T, int kRanks, int kParts>
 __global__ void __launch_bounds__(kThreads, kGradSbBlocks)
-    grad_sb_kernel(Matrix<const T> dy, Matrix<const float> s, Weights<T> b, float* ds_partial, float* db_partial,
-                   int col_tiles_per_chunk, int row_tiles_per_part) {
+    grad_sb_kernel(Matrix<const T> dy, Matrix<const float> s, Matrix<const typename Arithmetic<T, kParts>::Adapter> b,
+                   float* ds_partial, float* db_partial, int col_tiles_per_chunk, int row_tiles_per_part) {
+  using P = GradSb<T, kRanks, kParts>;
+  using E = typename P::E;
   SharedMemory shared;
-  float* act = shared.take<float>(kRows * kPitch);
-  float* weights = shared.take<float>(kRanks * kPitch);
-  float* tokens = shared.take<float>(kRows * (kRanks + 4));
-  float* buffer = shared.take<float>(RowDot<kRanks>::kBuffer);
-  const int rank0 = blockIdx.y * kRanks, first_col = blockIdx.x * col_tiles_per_chunk,
-            begin = blockIdx.z * row_tiles_per_part;
+  E* act = shared.take<E>(P::kAct);
+  E* weights = shared.take<E>(P::kWeights);
+  E* tokens = shared.take<E>(P::kTokens);
+  float* buffer = shared.take<float>(P::Dot::kBuffer);
+  const int rank0 = blockIdx.y * kRanks;
+  const int begin = blockIdx.z * row_tiles_per_part;
+  const int first_col = blockIdx.x * col_tiles_per_chunk;
   const int end_col = min_int(first_col + col_tiles_per_chunk, static_cast<int>(ceil_div(dy.cols, kCols)));
   const int end = min_int(begin + row_tiles_per_part, static_cast<int>(ceil_div(dy.rows, kRows)));
   const Consecutive slots{rank0, static_cast<int>(s.cols)};
 
   for (int col_tile = first_col; col_tile < end_col; ++col_tile) {
     const int64_t col0 = int64_t(col_tile) * kCols;
-    b.template load_transposed<kRanks>(weights, col0, rank0);
-    TokenSum<kRanks> sum;
+    if constexpr (kParts > 0)
+      load_columns<kRanks, P::kTiles>(weights, b, col0, rank0);
+    else
+      load_transposed<kRanks>(weights, b, col0, rank0);
+    typename P::Sum sum;
+    TileRegisters<T> ahead;
+    if constexpr (P::kFetchAhead) ahead.load(dy, int64_t(begin) * kRows, col0);
     for (int row_tile = begin; row_tile < end; ++row_tile) {
       const int64_t row0 = int64_t(row_tile) * kRows;
-      load_tile(act, dy, row0, col0);
-      load_ranks<kRows, kRanks>(tokens, s, row0, slots);
+      if constexpr (P::kFetchAhead)
+        ahead.store(act);
+      else
+        load_tile(act, dy, row0, col0);
+      load_ranks<kRows, kRanks, P::kTiles>(tokens, s, row0, slots);
       __syncthreads();
+      if (P::kFetchAhead && row_tile + 1 < end) ahead.load(dy, row0 + kRows, col0);
       sum.add(act, tokens);
-      RowDot<kRanks> dot;
-      dot.add(act, weights);
+      typename P::Dot dot;
+      dot.multiply(act, weights);
       dot.publish(buffer);
       __syncthreads();
 #pragma unroll 1
@@ -207,32 +256,42 @@ __global__ void __launch_bounds__(kThreads, kGradSbBlocks)
         const int rank = rank0 + i % kRanks;
         if (row >= dy.rows || rank >= s.cols) continue;
         const int64_t target = (blockIdx.x * dy.rows + row) * s.cols + rank;
-        const float part = RowDot<kRanks>::total(buffer, i);
+        const float part = P::Dot::total(buffer, i);
         put(ds_partial, target, col_tile == first_col ? part : get(ds_partial, target) + part);
       }
     }
-    sum.combine(weights);
-#pragma unroll 1
-    for (int i = threadIdx.x; i < kCols * kRanks; i += kThreads) {
-      const int64_t col = col0 + i / kRanks;
-      const int rank = rank0 + i % kRanks;
-      if (col < dy.cols && rank < s.cols)
-        put(db_partial, (blockIdx.z * dy.cols + col) * s.cols + rank, weights[i % kRanks * kPitch + i / kRanks]);
-    }
-    __syncthreads();  // before the next column tile's weights; a thread overwrites what it read itself, but only as yet
+    sum.template each<true>(reinterpret_cast<float*>(weights), [&](int r, int c, float value) {
+      const int64_t rank = rank0 + r, col = col0 + c;
+      if (col < dy.cols && rank < s.cols) put(db_partial, (blockIdx.z * dy.cols + col) * s.cols + rank, value);
+    });
   }
 }
 
 // -- dA = dSt drop(X), group by group. One pass over X. Grid: column tiles, rank tiles, parts of T.
-template <class T, int kRanks>
+template <class T, int kRanks, int kParts>
+struct GradA : Arithmetic<T, kParts> {
+  using E = typename GradA::Element;
+  using Sum = TokenSum<T, kRanks, kParts>;
+  static constexpr int kTileSize = kRows * pitch_of<E>(kCols), kTokens = GradA::kTiles * kRows * pitch_of<E>(kRanks);
+  __host__ __device__ static constexpr int act_size(int groups) {
+    const int tiles = max_copies<kRanks>(groups) * kTileSize;
+    return tiles > Sum::kScratch ? tiles : Sum::kScratch;
+  }
+  static constexpr size_t bytes(int groups) {
+    return SharedMemory::bytes<E>(kTokens) + SharedMemory::bytes<E>(act_size(groups));
+  }
+};
+
+template <class T, int kRanks, int kParts>
 __global__ void __launch_bounds__(kThreads, kGradABlocks)
     grad_a_kernel(Matrix<const T> x, Matrix<const float> ds, Groups groups, const uint8_t* masks, float* partial,
                   int row_tiles_per_part) {
+  using P = GradA<T, kRanks, kParts>;
+  using E = typename P::E;
   SharedMemory shared;
-  float* tokens = shared.take<float>(kRows * (kRanks + 4));
-  const RankTile<kRanks> tile(groups, tokens, kRanks + 4);
-  const int act_rows = max_copies<kRanks>(groups.count) * kRows;
-  float* act = shared.take<float>((act_rows > kRanks ? act_rows : kRanks) * kPitch);
+  E* tokens = shared.take<E>(P::kTokens);
+  const RankTile<kRanks> tile(groups, tokens, pitch_of<E>(kRanks));
+  E* act = shared.take<E>(P::act_size(groups.count));
   const int64_t col0 = int64_t(blockIdx.x) * kCols, col = col0 + unit_col();
   const int begin = blockIdx.z * row_tiles_per_part;
   const int end = min_int(begin + row_tiles_per_part, static_cast<int>(ceil_div(x.rows, kRows)));
@@ -255,27 +314,24 @@ __global__ void __launch_bounds__(kThreads, kGradABlocks)
     }
   };
 
-  TokenSum<kRanks> sum;
+  typename P::Sum sum;
   fetch(begin);
   for (int row_tile = begin; row_tile < end; ++row_tile) {
     if (!masks) ahead.store(act);
 #pragma unroll 1
-    for (int copy = 0; masks && copy < tile.copies; ++copy) ahead.store_kept(act + copy * kRows * kPitch, keep, copy);
-    load_ranks<kRows, kRanks>(tokens, ds, int64_t(row_tile) * kRows, tile.slots);
+    for (int copy = 0; masks && copy < tile.copies; ++copy) ahead.store_kept(act + copy * P::kTileSize, keep, copy);
+    load_ranks<kRows, kRanks, P::kTiles>(tokens, ds, int64_t(row_tile) * kRows, tile.slots);
     __syncthreads();
     if (row_tile + 1 < end) fetch(row_tile + 1);
-    sum.add(act + tile.copy_of_warp(), tokens);
+    sum.add(act + tile.copy_of_warp() * P::kTileSize, tokens);
     __syncthreads();
   }
-  sum.combine(act);
-#pragma unroll 1
-  for (int i = threadIdx.x; i < kCols * kRanks; i += kThreads) {
-    const Slot& slot = tile.slots[i / kCols / kWarpRanks];
-    const int rank = slot.rank + i / kCols % kWarpRanks;
-    const int64_t target_col = col0 + i % kCols;
-    if (rank < slot.end && target_col < x.cols)
-      put(partial, (int64_t(blockIdx.z) * ds.cols + rank) * x.cols + target_col, act[i / kCols * kPitch + i % kCols]);
-  }
+  sum.template each<false>(reinterpret_cast<float*>(act), [&](int r, int c, float value) {
+    const Slot& slot = tile.slots[r / kWarpRanks];
+    const int rank = slot.rank + r % kWarpRanks;
+    if (rank < slot.end && col0 + c < x.cols)
+      put(partial, (int64_t(blockIdx.z) * ds.cols + rank) * x.cols + col0 + c, value);
+  });
 }
 
 }  // namespace fastft

@@ -10,12 +10,6 @@ namespace fastft {
 const std::initializer_list<ScalarType> kActivations = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
 
 template <class T>
-Weights<T> weights(const Tensor& w) {
-  auto vectors = matrix(static_cast<const char*>(w.const_data_ptr()), w.size(0), w.size(1), 0).vectors;
-  return {w.const_data_ptr(), w.size(0), w.size(1), vectors, w.scalar_type() == ScalarType::Float};
-}
-
-template <class T>
 Matrix<const T> input(const Tensor& t) {
   return matrix(static_cast<const T*>(t.const_data_ptr()), t.size(0), t.size(1), t.stride(0));
 }
@@ -44,8 +38,16 @@ void dispatch_ranks(int64_t slots, F&& f) {
   return f(Ranks<64>{});
 }
 
-constexpr size_t tile_bytes(int rows) { return SharedMemory::bytes<float>(rows * kPitch); }
-constexpr size_t tokens_bytes(int rows, int ranks) { return SharedMemory::bytes<float>(rows * (ranks + 4)); }
+// Calls f with the Arithmetic of two dtypes; entry points have checked that the adapter's is the activations' or float32.
+template <class F>
+void dispatch_arithmetic(ScalarType activations, ScalarType adapter, F&& f) {
+  const bool wide = adapter == ScalarType::Float;
+  switch (activations) {
+    case ScalarType::Float: return f(Arithmetic<float, 0>{});
+    case ScalarType::BFloat16: return wide ? f(Arithmetic<c10::BFloat16, 3>{}) : f(Arithmetic<c10::BFloat16, 1>{});
+    default: return wide ? f(Arithmetic<c10::Half, 0>{}) : f(Arithmetic<c10::Half, 1>{});
+  }
+}
 
 constexpr size_t kMostShared = 99 * 1024;  // that a block may have on compute capability 8.6 and 8.9
 

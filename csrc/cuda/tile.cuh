@@ -3,25 +3,44 @@
 //   RowDot    partial[t, r] = sum_c act[t, c] w[r, c]      (S = X At, dS = dY B)
 //   TokenSum  partial[r, c] = sum_t s[t, r] act[t, c]      (dA = dSt X, dBt = St dY)
 //
-// A block of 256 threads reads each activation once: 8 consecutive elements (a unit) per thread and load, widened to
-// float32 in shared memory, from where both products take it. Rank tiles are 16, 32 or 64 wide; a warp always works on
-// 16 ranks (a slot, groups.cuh), and the warps left over split the inner dimension. Their sums are combined in a fixed
-// order at the end. fmaf is written out where it matters: nvcc would contract a product and a sum, the host build would not.
+// A block of 256 threads reads each activation once: 8 consecutive elements (a unit) per thread and load, into shared
+// memory, from where both products take it. Rank tiles are 16, 32 or 64 wide; a warp always works on 16 ranks (a slot,
+// groups.cuh), and the warps left over split the inner dimension of RowDot and the columns of TokenSum (without tensor
+// cores: the tokens). Sums are combined in a fixed order at the end. fmaf is written out where it matters: nvcc would
+// contract a product and a sum, the host build would not.
 #pragma once
 
 #include "groups.cuh"
 #include "launch.cuh"
+#include "mma.cuh"
 #include "ptx.cuh"
-
-#include <cmath>
 
 namespace fastft {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kRows = 32, kCols = 128;
-constexpr int kPitch = kCols + 4;  // floats; 16 bytes of padding spread rows over the banks
+constexpr int kPitch = kCols + 4;  // floats, see pitch_of
 constexpr int kUnit = 8, kUnits = kRows * kCols / kUnit / kThreads;
 constexpr int kUnitsPerRow = kCols / kUnit;
+
+// Elements from row to row in shared memory: 16 bytes of padding spread rows over the banks.
+template <class E>
+__host__ __device__ constexpr int pitch_of(int cols) {
+  return cols + 16 / int(sizeof(E));
+}
+
+// How products with activations T are formed.
+//   kParts = 0  float32 on both sides, fmaf: float32 activations, and float16 with float32 adapters, which may lie outside
+//               the range of float16.
+//   kParts = 1  tensor cores; adapters have the activations' dtype, to which S and dS are rounded.
+//   kParts = 3  tensor cores; bfloat16 activations, exact as they are, times float32 in three parts.
+template <class T_, int kParts_>
+struct Arithmetic {
+  using T = T_;
+  static constexpr int kParts = kParts_, kTiles = kParts > 0 ? kParts : 1;  // tiles that hold a float32 operand
+  using Element = std::conditional_t<kParts == 0, float, T>;                // of operands in shared memory
+  using Adapter = std::conditional_t<kParts == 1, T, float>;
+};
 
 // A matrix whose rows are contiguous and lie `stride` elements apart. `vectors`: every row starts on a 16-byte boundary and
 // no unit crosses a row's end.
@@ -84,11 +103,36 @@ __device__ __forceinline__ void store_unit(const Matrix<T>& m, int64_t row, int6
 __device__ __forceinline__ int unit_row(int i) { return (threadIdx.x + i * kThreads) / kUnitsPerRow; }
 __device__ __forceinline__ int unit_col() { return threadIdx.x % kUnitsPerRow * kUnit; }
 
-template <class T>
-__device__ __forceinline__ void widen(float* target, const Unit<T>& unit) {
-  float4* out = reinterpret_cast<float4*>(target);
-  out[0] = make_float4(unit.v[0], unit.v[1], unit.v[2], unit.v[3]);
-  out[1] = make_float4(unit.v[4], unit.v[5], unit.v[6], unit.v[7]);
+// Into shared memory; 16-bit elements as they are or widened.
+template <class T, class E>
+__device__ __forceinline__ void put_unit(E* target, const Unit<T>& unit) {
+  if constexpr (sizeof(E) == 2) {
+    static_assert(std::is_same_v<E, T>);
+    *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(&unit);
+  } else {
+    float4* out = reinterpret_cast<float4*>(target);
+    out[0] = make_float4(unit.v[0], unit.v[1], unit.v[2], unit.v[3]);
+    out[1] = make_float4(unit.v[4], unit.v[5], unit.v[6], unit.v[7]);
+  }
+}
+
+// The unit in kTiles parts (mma.cuh), `apart` elements apart; a single one takes it as it is.
+template <int kTiles, class W, class E>
+__device__ __forceinline__ void put_parts(E* target, int apart, const Unit<W>& unit) {
+  if constexpr (kTiles == 1) {
+    put_unit(target, unit);
+  } else {
+    Unit<E> parts[kTiles];
+#pragma unroll
+    for (int j = 0; j < kUnit; ++j) {
+      E of[kTiles];
+      split(unit.v[j], of);
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) parts[i].v[j] = of[i];
+    }
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) put_unit(target + i * apart, parts[i]);
+  }
 }
 
 // The part of an activation tile that this thread holds between its load from global and its store to shared memory.
@@ -101,13 +145,15 @@ struct TileRegisters {
     for (int i = 0; i < kUnits; ++i) units[i] = load_unit<true, T>(m, row0 + unit_row(i), col0 + unit_col());
   }
 
-  __device__ __forceinline__ void store(float* tile) const {
+  template <class E>
+  __device__ __forceinline__ void store(E* tile) const {
 #pragma unroll
-    for (int i = 0; i < kUnits; ++i) widen(tile + unit_row(i) * kPitch + unit_col(), units[i]);
+    for (int i = 0; i < kUnits; ++i) put_unit(tile + unit_row(i) * pitch_of<E>(kCols) + unit_col(), units[i]);
   }
 
   // The same as one group sees it: elements whose bit in byte `copy` of keep[i] is 0 are 0, also where they are NaN.
-  __device__ __forceinline__ void store_kept(float* tile, const unsigned (&keep)[kUnits], int copy) const {
+  template <class E>
+  __device__ __forceinline__ void store_kept(E* tile, const unsigned (&keep)[kUnits], int copy) const {
 #pragma unroll
     for (int i = 0; i < kUnits; ++i) {
       const unsigned bits = keep[i] >> 8 * copy;
@@ -115,14 +161,14 @@ struct TileRegisters {
 #pragma unroll
       for (int j = 0; j < kUnit; ++j)
         if (!(bits >> j & 1)) unit.v[j] = T(0.0f);
-      widen(tile + unit_row(i) * kPitch + unit_col(), unit);
+      put_unit(tile + unit_row(i) * pitch_of<E>(kCols) + unit_col(), unit);
     }
   }
 };
 
 // A whole tile straight into shared memory, for kernels whose sums leave no registers to hold the next tile in.
-template <class T>
-__device__ __forceinline__ void load_tile(float* tile, const Matrix<const T>& m, int64_t row0, int64_t col0) {
+template <class T, class E>
+__device__ __forceinline__ void load_tile(E* tile, const Matrix<const T>& m, int64_t row0, int64_t col0) {
   if (m.vectors) {
     TileRegisters<T> held;
     held.load({m.data, m.rows, m.cols, m.stride, true}, row0, col0);
@@ -131,54 +177,53 @@ __device__ __forceinline__ void load_tile(float* tile, const Matrix<const T>& m,
     // Unit by unit: the element-wise loads of two units at once spilled 16 bytes in grad_sb_kernel.
 #pragma unroll 1
     for (int i = 0; i < kUnits; ++i)
-      widen(tile + unit_row(i) * kPitch + unit_col(), load_unit<true, T>(m, row0 + unit_row(i), col0 + unit_col()));
+      put_unit(tile + unit_row(i) * pitch_of<E>(kCols) + unit_col(),
+               load_unit<true, T>(m, row0 + unit_row(i), col0 + unit_col()));
   }
 }
 
-// An adapter matrix, in the activations' dtype or in float32: small, read from cache, so the branch costs little.
-template <class T>
-struct Weights {
-  const void* data;
-  int64_t rows, cols;
-  bool vectors, wide;
-
-  __device__ __forceinline__ float at(int64_t row, int64_t col) const {
-    if (row >= rows || col >= cols) return 0.0f;
-    int64_t i = row * cols + col;
-    note_load(data, wide ? sizeof(float) : sizeof(T));
-    return wide ? static_cast<const float*>(data)[i] : static_cast<float>(static_cast<const T*>(data)[i]);
-  }
-
-  // tile[16 i + r][c] = this[slots[i].rank + r, col0 + c] for kRanks rows of kCols columns, 0 beyond a slot's ranks.
-  template <int kRanks, class S>
-  __device__ __forceinline__ void load(float* tile, const S& slots, int64_t col0) const {
-    static_assert(kThreads / kUnitsPerRow == kWarpRanks, "the i-th units of all threads are slot i");
+// Adapters are small and read from cache.
+//
+// tile[16 i + r][c] = a[slots[i].rank + r, col0 + c] for kRanks rows of kCols columns, 0 beyond a slot's ranks.
+template <int kRanks, int kTiles, class W, class E, class S>
+__device__ __forceinline__ void load_rows(E* tile, const Matrix<const W>& a, const S& slots, int64_t col0) {
+  static_assert(kThreads / kUnitsPerRow == kWarpRanks, "the i-th units of all threads are slot i");
 #pragma unroll
-    for (int i = 0; i < kRanks / kWarpRanks; ++i) {
-      const int64_t row = slots[i].rank + unit_row(0), end = slots[i].end, col = col0 + unit_col();
-      float* target = tile + unit_row(i) * kPitch + unit_col();
-      if (wide)
-        widen(target, load_unit<false, float>(Matrix<const float>{static_cast<const float*>(data), end, cols, cols, vectors},
-                                              row, col));
-      else
-        widen(target, load_unit<false, T>(Matrix<const T>{static_cast<const T*>(data), end, cols, cols, vectors}, row, col));
-    }
+  for (int i = 0; i < kRanks / kWarpRanks; ++i) {
+    const Matrix<const W> slot{a.data, slots[i].end, a.cols, a.stride, a.vectors};
+    put_parts<kTiles>(tile + unit_row(i) * pitch_of<E>(kCols) + unit_col(), kRanks * pitch_of<E>(kCols),
+                      load_unit<false, W>(slot, slots[i].rank + unit_row(0), col0 + unit_col()));
   }
+}
 
-  // tile[r][c] = this[row0 + c, col0 + r]: the transpose, for kTileRows ranks.
-  template <int kTileRows>
-  __device__ __forceinline__ void load_transposed(float* tile, int64_t row0, int64_t col0) const {
-#pragma unroll 4
-    for (int i = threadIdx.x; i < kTileRows * kCols; i += kThreads)
-      tile[i % kTileRows * kPitch + i / kTileRows] = at(row0 + i / kTileRows, col0 + i % kTileRows);
+// tile[c][r] = b[col0 + c, rank0 + r] for kCols rows of kRanks ranks.
+template <int kRanks, int kTiles, class W, class E>
+__device__ __forceinline__ void load_columns(E* tile, const Matrix<const W>& b, int64_t col0, int64_t rank0) {
+  constexpr int units = kRanks / kUnit;
+#pragma unroll 1  // two units at once spilled in grad_sb_kernel
+  for (int k = 0; k < kCols * units / kThreads; ++k) {
+    const int i = threadIdx.x + k * kThreads, rank = i % units * kUnit;
+    put_parts<kTiles>(tile + i / units * pitch_of<E>(kRanks) + rank, kCols * pitch_of<E>(kRanks),
+                      load_unit<false, W>(b, col0 + i / units, rank0 + rank));
   }
-};
+}
+
+// The transpose, tile[r][c] = b[col0 + c, rank0 + r].
+template <int kRanks, class W>
+__device__ __forceinline__ void load_transposed(float* tile, const Matrix<const W>& b, int64_t col0, int64_t rank0) {
+#pragma unroll 4
+  for (int i = threadIdx.x; i < kRanks * kCols; i += kThreads) {
+    const int64_t col = col0 + i / kRanks, rank = rank0 + i % kRanks;
+    tile[i % kRanks * kPitch + i / kRanks] =
+        col < b.rows && rank < b.cols ? static_cast<float>(get(b.data, col * b.stride + rank)) : 0.0f;
+  }
+}
 
 // tile[t][16 i + r] = s[row0 + t, slots[i].rank + r] of the float32 matrix s for kTileRows rows, 0 beyond a slot's ranks;
-// rows lie kRanks + 4 apart. Here s.vectors says that every row of s starts on a 16-byte boundary.
-template <int kTileRows, int kRanks, class S>
-__device__ __forceinline__ void load_ranks(float* tile, const Matrix<const float>& s, int64_t row0, const S& slots) {
-  constexpr int quads = kRanks / 4;
+// in kTiles parts. Here s.vectors says that every row of s starts on a 16-byte boundary.
+template <int kTileRows, int kRanks, int kTiles, class E, class S>
+__device__ __forceinline__ void load_ranks(E* tile, const Matrix<const float>& s, int64_t row0, const S& slots) {
+  constexpr int quads = kRanks / 4, pitch = pitch_of<E>(kRanks);
 #pragma unroll 1
   for (int i = threadIdx.x; i < kTileRows * quads; i += kThreads) {
     const int64_t row = row0 + i / quads;
@@ -193,99 +238,20 @@ __device__ __forceinline__ void load_ranks(float* tile, const Matrix<const float
       for (int j = 0; j < 4; ++j)
         if (rank + j < end) v[j] = source[j];
     }
-    *reinterpret_cast<float4*>(tile + i / quads * (kRanks + 4) + i % quads * 4) = make_float4(v[0], v[1], v[2], v[3]);
+    struct alignas(4 * sizeof(E)) Quad {
+      E v[4];
+    } parts[kTiles];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      E of[kTiles];
+      split(v[j], of);
+#pragma unroll
+      for (int k = 0; k < kTiles; ++k) parts[k].v[j] = of[k];
+    }
+    E* target = tile + i / quads * pitch + i % quads * 4;
+#pragma unroll
+    for (int k = 0; k < kTiles; ++k) *reinterpret_cast<Quad*>(target + k * kTileRows * pitch) = parts[k];
   }
 }
-
-template <int kRanks>
-struct RowDot {
-  static constexpr int kSlots = kRanks / kWarpRanks, kSlices = kWarps / kSlots, kSliceCols = kCols / kSlices;
-  static constexpr int kBuffer = kSlices * kRows * kRanks;  // floats of shared memory for `publish`
-
-  float acc[4][4] = {};  // tokens lane / 4 + 8 i, ranks lane % 4 + 4 j of the warp's 16
-
-  __device__ __forceinline__ void add(const float* act, const float* w) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    act += lane / 4 * kPitch + warp / kSlots * kSliceCols;
-    w += (warp % kSlots * kWarpRanks + lane % 4) * kPitch + warp / kSlots * kSliceCols;
-#pragma unroll 1
-    for (int c = 0; c < kSliceCols; c += 4) {
-      float4 a[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) a[i] = *reinterpret_cast<const float4*>(act + i * 8 * kPitch + c);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float4 b = *reinterpret_cast<const float4*>(w + j * 4 * kPitch + c);
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          acc[i][j] = fmaf(a[i].w, b.w, fmaf(a[i].z, b.z, fmaf(a[i].y, b.y, fmaf(a[i].x, b.x, acc[i][j]))));
-      }
-    }
-  }
-
-  // Each warp's sums into `buffer`; after a barrier `total` adds them up.
-  __device__ __forceinline__ void publish(float* buffer) const {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    buffer += (warp / kSlots * kRows + lane / 4) * kRanks + warp % kSlots * kWarpRanks + lane % 4;
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-#pragma unroll
-      for (int j = 0; j < 4; ++j) buffer[i * 8 * kRanks + 4 * j] = acc[i][j];
-  }
-
-  // Element `i` = t * kRanks + r of the block's 32 x kRanks sums, the warps' parts in ascending order.
-  __device__ __forceinline__ static float total(const float* buffer, int i) {
-    float sum = buffer[i];
-#pragma unroll
-    for (int slice = 1; slice < kSlices; ++slice) sum += buffer[slice * kRows * kRanks + i];
-    return sum;
-  }
-};
-
-template <int kRanks>
-struct TokenSum {
-  static constexpr int kSlots = kRanks / kWarpRanks, kSlices = kWarps / kSlots, kSliceRows = kRows / kSlices;
-
-  float acc[kWarpRanks][4] = {};  // the warp's 16 ranks, columns 4 lane + j
-
-  __device__ __forceinline__ void add(const float* act, const float* s) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    act += warp / kSlots * kSliceRows * kPitch + 4 * lane;
-    s += warp / kSlots * kSliceRows * (kRanks + 4) + warp % kSlots * kWarpRanks;
-#pragma unroll 1
-    for (int t = 0; t < kSliceRows; ++t) {
-      float4 a = *reinterpret_cast<const float4*>(act + t * kPitch);
-#pragma unroll
-      for (int r = 0; r < kWarpRanks; r += 4) {
-        float4 b = *reinterpret_cast<const float4*>(s + t * (kRanks + 4) + r);
-        const float ranks[4] = {b.x, b.y, b.z, b.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          acc[r + i][0] = fmaf(ranks[i], a.x, acc[r + i][0]);
-          acc[r + i][1] = fmaf(ranks[i], a.y, acc[r + i][1]);
-          acc[r + i][2] = fmaf(ranks[i], a.z, acc[r + i][2]);
-          acc[r + i][3] = fmaf(ranks[i], a.w, acc[r + i][3]);
-        }
-      }
-    }
-  }
-
-  // buffer[r][c], rows kPitch apart: the block's sums, the warps' parts added in ascending order. Ends with a barrier.
-  __device__ __forceinline__ void combine(float* buffer) const {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    buffer += warp % kSlots * kWarpRanks * kPitch + 4 * lane;
-    for (int slice = 0; slice < kSlices; ++slice) {
-      if (warp / kSlots == slice) {
-#pragma unroll
-        for (int r = 0; r < kWarpRanks; ++r) {
-          float4* target = reinterpret_cast<float4*>(buffer + r * kPitch);
-          float4 sum = slice ? *target : make_float4(0, 0, 0, 0);
-          *target = make_float4(sum.x + acc[r][0], sum.y + acc[r][1], sum.z + acc[r][2], sum.w + acc[r][3]);
-        }
-      }
-      __syncthreads();
-    }
-  }
-};
 
 }  // namespace fastft

@@ -57,10 +57,26 @@ def test_inline_ptx_became_the_wanted_instruction(usage, architecture):
         for k, code in resources.sass(architecture).items()
         if k.startswith(("shrink", "grad_sb", "grad_a", "dora_grad_y"))
     }
-    assert len(streaming) == 30
+    assert len(streaming) == 48
     for kernel, code in streaming.items():
         assert "LDG.E.NA.128.CONSTANT" in code, kernel
         assert "LDL" not in code and "STL" not in code, f"{kernel} uses local memory"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_products_of_16_bit_operands_run_on_tensor_cores(usage, architecture):
+    """Kernels named <type, ..., parts> (`Arithmetic` in tile.cuh): 0 parts are float32 arithmetic, 1 and 3 tensor cores."""
+    products = {
+        k: code
+        for k, code in resources.sass(architecture).items()
+        if k.startswith(("shrink", "expand", "grad", "dora_expand"))
+    }
+    assert len(products) == 60
+    for kernel, code in products.items():
+        instruction = "HMMA.16816.F32.BF16" if "BFloat16" in kernel else "HMMA.16816.F32"
+        tensor_cores = not kernel.endswith(", 0>")
+        assert tensor_cores or "BFloat16" not in kernel, kernel
+        assert ("HMMA" in code) == (instruction in code) == ("LDSM" in code) == tensor_cores, kernel
 
 
 def test_library_loads_and_registers_all_ops(tmp_path):
