@@ -20,6 +20,7 @@ from ..modules.adapted_linear import LoRASettings, features, is_transposed
 from ..modules.merging import pristine
 from ..modules.norms import RowNorms
 from .base import Method
+from .grouping import siblings
 from .targets import check_pattern
 
 INITIALISATIONS = (True, False, "gaussian", "orthogonal")
@@ -181,6 +182,8 @@ class LoRA(Method):
             warnings.warn(f"lora_alpha is 0 for {_some(idle)}: B A is multiplied by 0 there and never trained", stacklevel=4)
         if self.fan_in_fan_out and not any(is_transposed(module) for module in matched.values()):
             warnings.warn("fan_in_fan_out=True is ignored: the weights of nn.Linear are stored [out, in]", stacklevel=4)
+        if self.pack_weights and not siblings(matched):
+            warnings.warn("pack_weights is ignored: no two adapted layers are known to read one input", stacklevel=4)
         bare = [name for name, module in matched.items() if self.lora_bias and module.bias is None]
         if bare:
             warnings.warn(f"lora_bias: {_some(bare)} have no bias, so that the adapter can't be merged", stacklevel=4)

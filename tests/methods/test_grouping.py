@@ -58,3 +58,11 @@ def test_wrong_options():
         fastft.LoRA(group_projections="yes")
     with pytest.raises(ValueError, match="needs group_projections=True"):
         fastft.LoRA(group_projections=False, pack_weights=True)
+
+
+def test_packing_without_a_group_warns():
+    with pytest.warns(UserWarning, match="pack_weights is ignored"):
+        handle = fastft.attach(
+            nn.ModuleDict({"q_proj": nn.Linear(4, 4)}), fastft.LoRA(pack_weights=True, target_modules=["q_proj"])
+        )
+    assert handle.groups == []
