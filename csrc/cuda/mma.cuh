@@ -17,6 +17,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <cmath>
+#include <cstring>
 #include <type_traits>
 
 #include "launch.cuh"
@@ -122,15 +123,24 @@ __device__ __forceinline__ void load_block(uint32_t (&m)[4], const T* block, int
   load_matrices<kTransposed>(m, block + row * pitch + col FASTFT_SAME_SITE);
 }
 
-// value = parts[0] + parts[1] + ... as far as they reach: three bfloat16 hold 24 bits, all of a float32. Infinity and NaN
-// are in the first part alone.
+// One part: the value rounded to E. Three bfloat16 together are the value: each takes the next 8 of its 24 bits, cut off,
+// which costs half the instructions of rounding them. Infinity is in the first part alone.
 template <int kParts, class E>
 __device__ __forceinline__ void split(float value, E (&parts)[kParts]) {
+  if constexpr (kParts == 1) {
+    parts[0] = E(value);
+  } else {
+    static_assert(kParts == 3 && std::is_same_v<E, c10::BFloat16>);
 #pragma unroll
-  for (int i = 0; i < kParts; ++i) {
-    parts[i] = E(value);
-    const float rest = value - static_cast<float>(parts[i]);
-    value = fabsf(static_cast<float>(parts[i])) < INFINITY ? rest : 0.0f;
+    for (int i = 0; i < kParts; ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, &value, sizeof(bits));
+      parts[i] = E(static_cast<uint16_t>(bits >> 16), E::from_bits());
+      bits &= 0xffff0000u;
+      float part;
+      std::memcpy(&part, &bits, sizeof(part));
+      value = i == 0 && fabsf(value) == INFINITY ? 0.0f : value - part;
+    }
   }
 }
 

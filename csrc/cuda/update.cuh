@@ -125,7 +125,7 @@ class UpdateTile {
         float* upper = &sum[pair / 2 * 2][4 * (pair % 2) + 2 * j];
         float* lower = &sum[pair / 2 * 2 + 1][4 * (pair % 2) + 2 * j];
         float c[4] = {upper[0], upper[1], lower[0], lower[1]};
-        // Of two float32, the products of parts that reach 24 bits; the smallest ones first.
+        // Of two float32 all but the three smallest products of parts, below 2^-21 of the whole; the smallest ones first.
 #pragma unroll
         for (int order = kTiles - 1; order >= 0; --order)
 #pragma unroll
