@@ -79,16 +79,23 @@ def adapter_seconds(model: shapes.Model, gpu: Gpu, backend: str, dtype: str, ran
     for op, features, ranks, operations in calls(model, rank):
         dtypes = f"{8 * size}/{8 * adapter}"
         moved = BACKENDS[backend](op, T=tokens, features=features, ranks=ranks, p=p, dtypes=dtypes)
-        rate = SKINNY * gpu.gemm / tensor_products(backend, dtype) if tensor_products(backend, dtype) else gpu.fma
+        products = tensor_products(backend, dtype, op)
+        rate = SKINNY * gpu.gemm / products if products else gpu.fma
         total += max(moved.once() / gpu.memory, moved.total() / gpu.l2, operations / rate)
     for k, outs in groups(model):
         total -= 2 * size * tokens * k * (len(outs) - 1) / gpu.memory  # read and written by a sum, now read by the GEMM
     return total
 
 
-def tensor_products(backend: str, dtype: str) -> int:
-    """Tensor-core products per product of a kernel; 0: float32 FMA."""
-    return {("triton", "bf16"): 1}.get((backend, dtype), 0)
+def tensor_products(backend: str, dtype: str, op: str) -> int:
+    """Tensor-core products that a kernel makes for one, of operands split into 16-bit parts; 0: float32 FMA.
+
+    Operations are those of the rank itself; tiles pad it to 16, 32 or 64.
+    """
+    makes_activation = op in ("lora_expand_", "lora_grad_x_")
+    if dtype == "bf16":  # Triton splits the float32 S, CUDA C++ rounds it as PEFT does
+        return 3 if backend == "triton" and makes_activation else 1
+    return 0 if backend == "triton" else 6 if makes_activation else 3
 
 
 def rows(name: str = MODEL, rank: int = shapes.RANK) -> list[dict[str, str]]:

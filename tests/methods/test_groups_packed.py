@@ -17,6 +17,12 @@ from .models import assert_same, llama, logits, snapshot, tokens, transformers
 from .test_groups import MODELS, assert_gradients, attach, made, pair, train
 
 
+@pytest.fixture(autouse=True)
+def one_gemm_on_cpus(monkeypatch):
+    """CPUs compute the layers of a packed group apart, which is faster there; these tests are about the one GEMM."""
+    monkeypatch.setattr(packed, "ONE_GEMM_DEVICES", {"cpu", "cuda"})
+
+
 def states(handle):
     return {(state.packed, state.unpacked) for state in handle.groups}
 
@@ -296,3 +302,10 @@ def test_tied_weights_are_refused():
     options = {"target_modules": ["q_proj", "k_proj", "lm_head"], "allow_tied_weights": True}
     assert states(fastft.attach(tied, fastft.LoRA(pack_weights=True, **options))) == {(True, None)}
     tied(tokens())
+
+
+def test_cpus_compute_apart_what_is_packed(monkeypatch):
+    monkeypatch.undo()
+    model, handle, *_ = pair(pack_weights=True)
+    assert states(handle) == {(True, None)}
+    assert len(gemms(monkeypatch, lambda: logits(model))) == 2 * 7 + 1
