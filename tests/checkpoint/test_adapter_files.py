@@ -58,8 +58,8 @@ def test_round_trip_and_restore(folder):
     change(folder, lora_alpha=3)
     with pytest.raises(AdapterFileError, match=r"the scale of 'model.layers.0.self_attn.q_proj' is 0.75"):
         handle.restore(folder)
-    change(folder, use_dora=True)
-    with pytest.raises(AdapterFileError, match="use_dora"):
+    change(folder, use_qalora=True)
+    with pytest.raises(AdapterFileError, match="use_qalora"):
         handle.restore(folder)
 
 
@@ -112,8 +112,9 @@ def test_tensors_that_do_not_fit(folder, tmp_path):
 def test_configs_that_are_not_supported(folder):
     good = (folder / CONFIG).read_text()
     for config, match in (
-        ({"use_dora": True}, r"not supported: {'use_dora': True}; supported: alpha_pattern, bias, .*rank_pattern"),
-        ({"lora_bias": True}, "lora_bias"),
+        ({"use_qalora": True}, r"not supported: {'use_qalora': True}; supported: alpha_pattern, bias, .*rank_pattern"),
+        ({"use_dora": True}, r"4 tensors are missing: .*\.lora_magnitude_vector"),
+        ({"lora_bias": True}, r"4 tensors are missing: .*\.lora_B\.bias"),
         ({"target_parameters": ["mlp.experts"]}, "target_parameters"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
