@@ -1,8 +1,9 @@
 """A whole training step of a small Llama: forward, loss, backward, AdamW, with LoRA on every linear but the head.
 
-The floor is the same model, batch and optimizer with only layer 0's q_proj trained, so that backward runs through every layer
-as with adapters; of its own it has that layer's dW, 0.7 % of the operations of llama-6l, and fewer parameters to update. The
-adapters' products alone take 3/2 · R (1/K + 1/N) of a linear's operations. Packed weights are measured against the same floor.
+The floor is the same model, batch and optimizer with only layer 0's q_proj trained, so that backward runs through every
+layer as with adapters; of its own it has that layer's dW, 0.7 % of the operations of llama-6l, and fewer parameters to
+update. The adapters' products alone take 3/2 · R (1/K + 1/N) of a linear's operations. Packed weights are measured against
+the same floor.
 """
 
 import copy
