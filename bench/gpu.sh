@@ -12,7 +12,7 @@ Stages, in order (default: all):
   build     a virtual environment OUT/venv over this python3's packages, with fastft built and installed in it
   info      fastft info: versions, and which backend each op has here
   test      tests/ops on every backend; writes OUT/proof.json
-  bench     fastft bench lora on the GPU; rows in OUT/results/<device>.csv
+  bench     fastft bench lora, dora and step on the GPU; rows in OUT/results/<device>.csv
   sanitize  compute-sanitizer memcheck, racecheck, synccheck on the tests marked "sanitize"
   graph     a LoRA layer captured in a CUDA graph and replayed: fresh dropout masks, eager's results
   collect   OUT/summary.json from what the stages left
@@ -111,7 +111,9 @@ stage_test() {
 }
 
 stage_bench() {
-    run "$PY" -m fastft.bench.run lora --device cuda --resume --out "$OUT/results"
+    for family in lora dora step; do
+        run "$PY" -m fastft.bench.run "$family" --device cuda --resume --out "$OUT/results"
+    done
 }
 
 stage_sanitize() {
