@@ -59,7 +59,9 @@ def test_a_finished_stage_is_skipped_and_a_failed_one_repeated(tmp_path, fake):
         "info.done",
         "test.failed",
     ]
-    assert [line.split()[0] for line in calls(tmp_path)] == ["python", "fastft", "python", "python"]
+    assert [line.split()[0] for line in calls(tmp_path)] == ["python", "fastft", "python", *["python"] * 3]
+    measured = [line.split("fastft.bench.run ")[1].split()[0] for line in calls(tmp_path) if "fastft.bench.run" in line]
+    assert measured == ["lora", "dora", "step"]
 
     (tmp_path / "bad").write_text("nothing")
     (tmp_path / "calls").unlink()
