@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..ops.lora_linear import SharedInput
+from ..ops.lora_linear import SharedInput, lora_linear
 from .norms import factor
 
 
@@ -30,6 +30,9 @@ def project(input, weight, bias, projections):
 
     Each turns the weight before it into W + scale · B A, and with a magnitude multiplies that by magnitude / weight_norm.
     """
+    if len(projections) == 1:
+        (one,) = projections
+        return lora_linear(input, weight, bias, one.lora_A, one.lora_B, one.scale, one.dropout, **one.options())
     y = None
     for projection, (shared, i) in zip(projections, _share(input, projections)):
         b, scale = projection.lora_B, projection.scale
