@@ -130,7 +130,8 @@ def _figure(cases, title):
     panels = list(dict.fromkeys(shape for _, shape, _ in cases))
     across = min(2, len(panels))
     down = -(-len(panels) // across)
-    figure = Figure(figsize=(6 * across + 1, 3.4 * down + 1.2), layout="constrained")
+    # Wide enough for the title and the legend of a single panel.
+    figure = Figure(figsize=(max(6 * across + 1, 12), 3.4 * down + 1.2), layout="constrained")
     width = 0.8 / len(names)
     ours = sum(name.startswith("fastft") for name in names)
     colours = [OURS[i % len(OURS)] if i < ours else PEERS[(i - ours) % len(PEERS)] for i in range(len(names))]
