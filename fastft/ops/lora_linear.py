@@ -332,7 +332,7 @@ def lora_linear(
         ValueError: shapes that do not fit, or p outside [0, 1]. TypeError: dtypes. RuntimeError: devices.
     """
     weight = weight.t() if fan_in_fan_out else weight
-    if lora_bias is None and middle is None and magnitude is None:
+    if lora_bias is None and middle is None and magnitude is None and weight_norm is None:
         y = _plain_linear(x, weight, bias, lora_A, lora_B, scale, p)
         if y is not None:
             return y
