@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from fastft.kernels import _traffic
 
-from . import results, shapes, traffic_cuda
+from . import plot, results, shapes, traffic_cuda
 
 BEGIN, END = "<!-- modelled:begin -->", "<!-- modelled:end -->"
 FOLDER = results.ROOT / "bench" / "results" / "modelled"
@@ -150,11 +150,6 @@ def markdown(found: list[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def with_table(text: str, table: str) -> str:
-    head, rest = text.split(BEGIN)
-    return f"{head}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
-
-
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastft.bench.model", description=__doc__.split("\n")[0])
     parser.add_argument("--write", action="store_true", help="keep the rows and rewrite README's table")
@@ -173,7 +168,7 @@ def main(argv=None) -> int:
             writer.writeheader()
             writer.writerows(found)
         readme = results.ROOT / "README.md"
-        readme.write_text(with_table(readme.read_text(), markdown(found)))
+        readme.write_text(plot.with_table(readme.read_text(), markdown(found), BEGIN, END))
         print(f"wrote {FOLDER / f'{MODEL}.csv'} and {readme}")
     return 0
 

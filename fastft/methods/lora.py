@@ -59,8 +59,8 @@ class LoRA(Method):
             halves the adapter's memory and traffic.
         group_projections: q, k and v of an attention, and gate and up of an MLP, share one read of their input, in
             backward too. `handle.groups` says which do.
-        pack_weights: the base weights of such a group moreover lie in one buffer, so that one GEMM computes all. The
-            outputs are then columns of one matrix, freed together.
+        pack_weights: the base weights of such a group moreover lie in one buffer, so that on GPUs one GEMM computes all.
+            The outputs are then columns of one matrix, freed together. CPUs, where that was slower, compute them apart.
     """
 
     peft_type: ClassVar[str] = "LORA"

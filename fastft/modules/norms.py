@@ -4,7 +4,7 @@ import weakref
 
 import torch
 
-from ..ops.dora import dora_norm, squared_row_norm
+from ..ops.dora import dora_norm, inverse_norm, squared_row_norm
 
 
 class RowNorms:
@@ -49,5 +49,4 @@ def _keeps_count(weight) -> bool:
 
 def factor(magnitude, norm):
     """DoRA's factor of each row, magnitude / norm, differentiable in magnitude; a row of zeros has 0."""
-    inverse = torch.where(norm > 0, norm.clamp_min(torch.finfo(norm.dtype).tiny).reciprocal(), 0.0)
-    return magnitude.to(norm.dtype) * inverse
+    return magnitude.to(norm.dtype) * inverse_norm(norm)

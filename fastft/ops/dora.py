@@ -92,3 +92,8 @@ def dora_norm(weight, squared_norm, lora_A, lora_B, scale, fan_in_fan_out=False)
         linear, quadratic = (b * wa).sum(1), ((b @ (a @ a.t())) * b).sum(1)
     square = squared_norm + 2 * scale * linear + scale**2 * quadratic
     return torch.maximum(square, torch.finfo(wide).eps * squared_norm).sqrt_()
+
+
+def inverse_norm(norm):
+    """1 / norm of each row; 0 for a row of zeros, which stays 0 whatever its magnitude, where m / 0 · 0 would be NaN."""
+    return torch.where(norm > 0, norm.clamp_min(torch.finfo(norm.dtype).tiny).reciprocal(), 0.0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastft
-from fastft.bench import model, shapes
+from fastft.bench import model, plot, shapes
 from fastft.bench.e2e import step
 
 
@@ -42,5 +42,7 @@ def test_readme_and_the_kept_rows_are_what_the_code_gives():
     with open(model.FOLDER / f"{model.MODEL}.csv", newline="") as file:
         assert list(csv.DictReader(file)) == found, "python -m fastft.bench.model --write"
     readme = (model.results.ROOT / "README.md").read_text()
-    assert model.with_table(readme, model.markdown(found)) == readme, "python -m fastft.bench.model --write"
+    assert plot.with_table(readme, model.markdown(found), model.BEGIN, model.END) == readme, (
+        "python -m fastft.bench.model --write"
+    )
     assert all(row["status"] == "modelled" for row in found)
