@@ -1,0 +1,272 @@
+"""A linear of whose weight a part trains: what forward keeps and what backward computes follow from the part alone.
+
+    partial_linear(x, weight, bias, parts, trained)    the trained values stand in `weight`; forward is F.linear
+    delta_linear(x, weight, bias, parts, deltas)       they stand beside it: y = x (W + delta)ᵀ + bias, W untouched
+    delta_update(y, x, part, delta)                    the same on the output of a layer that computes itself
+
+The kernels are in `partial`; the table of what each part costs is in its docstring.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from .lora_linear import _autocast, _rows
+from .partial import gather_columns, scatter_add_columns_
+from .registry import Scope
+
+KINDS = ("all", "rows", "columns", "entries", "nothing")
+_BLOCK = 256  # rows of dYᵀX that "entries" holds at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Which part of a linear's weight [N, K] trains.
+
+    Attributes:
+        kind: "all", "rows" (outputs), "columns" (inputs), "entries" (n · K + k) or "nothing".
+        index: for rows and columns int32, for entries int64, [C], ascending, each once; None otherwise.
+    """
+
+    kind: str
+    index: torch.Tensor | None = None
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"part {self.kind!r}; known: {', '.join(KINDS)}")
+        if (self.index is None) != (self.kind in ("all", "nothing")):
+            raise ValueError(f"a part of {self.kind} {'needs an' if self.index is None else 'has no'} index")
+
+    @staticmethod
+    def of(kind: str, index, size: int, device=None) -> "Part":
+        """Rows, columns or entries by any sequence of integers, checked against `size`, how many there are.
+
+        Raises:
+            ValueError: an index out of [0, size), or given twice.
+        """
+        index = torch.as_tensor(index, dtype=torch.int64).flatten().sort()[0]
+        if index.numel() and not 0 <= index[0] <= index[-1] < size:
+            raise ValueError(f"{kind} {index[0].item()} to {index[-1].item()} of a weight that has {size}")
+        if (index.diff() == 0).any():
+            raise ValueError(f"{kind} {index[:-1][index.diff() == 0][0].item()} is given twice")
+        return Part(kind, index.to(device, torch.int64 if kind == "entries" else torch.int32))
+
+    def dim(self, fan_in_fan_out: bool = False) -> int:
+        """The dimension of the stored weight that a slice of rows or columns is taken along."""
+        return int((self.kind == "columns") != fan_in_fan_out)
+
+    def shape(self, weight: torch.Tensor, fan_in_fan_out: bool = False) -> tuple[int, ...]:
+        """The shape of what trains, of a weight as it is stored ([N, K]; [K, N] with `fan_in_fan_out`)."""
+        if self.kind == "all":
+            return tuple(weight.shape)
+        if self.index is None:
+            return (0,)
+        if self.kind == "entries":
+            return tuple(self.index.shape)
+        sizes = list(weight.shape)
+        sizes[self.dim(fan_in_fan_out)] = len(self.index)
+        return tuple(sizes)
+
+
+class _PartialNode(torch.autograd.Function):
+    """x [T, K] -> x Wᵀ + bias; the gradient of each trained tensor is its part's of W."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, parts, transposed, *trained):
+        y = F.linear(x, weight, bias)
+        ctx.parts, ctx.transposed, ctx.scope = parts, transposed, Scope.captured()
+        ctx.kinds = [t.dtype for t in trained]
+        needed = [need and part.kind != "nothing" for part, need in zip(parts, ctx.needs_input_grad[5:])]
+        # The compact copy is what lets go of x; a view of x's columns would keep all of it.
+        copies = [gather_columns(x, p.index) if need and p.kind == "columns" else None for p, need in zip(parts, needed)]
+        whole = ctx.needs_input_grad[1] or any(need and p.kind != "columns" for p, need in zip(parts, needed))
+        ctx.save_for_backward(x if whole else None, weight if ctx.needs_input_grad[0] else None, *copies)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return Scope.run(ctx.scope, _partial_backward, ctx, dy)
+
+
+def _partial_backward(ctx, dy):
+    x, weight, *copies = ctx.saved_tensors
+    need_x, need_w, need_bias, _, _, *needed = ctx.needs_input_grad
+    dy = dy.contiguous()
+    gradients = [
+        _part_gradient(dy, x, copy, part, ctx.transposed, kind) if need else None
+        for part, copy, kind, need in zip(ctx.parts, copies, ctx.kinds, needed)
+    ]
+    dx = dy @ weight if need_x else None
+    return dx, dy.t() @ x if need_w else None, dy.sum(0) if need_bias else None, None, None, *gradients
+
+
+def _part_gradient(dy, x, copy, part, transposed, dtype):
+    """The part's gradient in its stored orientation, in the trained tensor's dtype."""
+    if part.kind == "nothing":
+        return dy.new_zeros(0, dtype=dtype)
+    if part.kind == "entries":
+        return _entries_gradient(dy, x, part.index, transposed, dtype)
+    if part.kind == "columns":
+        left, right = dy, copy
+    else:
+        left, right = dy if part.kind == "all" else gather_columns(dy, part.index), x
+    return product(right.t(), left, dtype) if transposed else product(left.t(), right, dtype)
+
+
+def _entries_gradient(dy, x, index, transposed, dtype):
+    """Entries of dYᵀX by blocks of its rows, so that a dense dW never exists."""
+    (n, k), out = (dy.shape[1], x.shape[1]), torch.empty(index.shape, dtype=dtype, device=dy.device)
+    if transposed:  # stored [K, N]: entries count along N
+        dy, x, n, k = x, dy, k, n
+    bounds = torch.searchsorted(index, torch.arange(0, n + _BLOCK, _BLOCK, device=index.device) * k).tolist()
+    for block, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        if begin < end:
+            first = block * _BLOCK
+            rows = product(dy[:, first : first + _BLOCK].t(), x, dtype)
+            out[begin:end] = rows.flatten()[index[begin:end] - first * k]
+    return out
+
+
+def product(left, right, dtype):
+    """left @ right in `dtype`: of 16-bit operands on CUDA without rounding the float32 sums to 16 bits in between."""
+    if dtype != left.dtype and left.is_cuda and dtype == torch.float32:
+        return torch.mm(left, right, out_dtype=dtype)
+    return (left @ right).to(dtype)
+
+
+class _DeltaNode(torch.autograd.Function):
+    """y + x deltaᵀ on the part's rows or columns, y = x Wᵀ + bias computed here or, with weight None, given as `y`."""
+
+    @staticmethod
+    def forward(ctx, x, y, weight, bias, delta, part, transposed):
+        ctx.part, ctx.transposed, ctx.scope = part, transposed, Scope.captured()
+        out = F.linear(x, weight, bias) if y is None else y.clone(memory_format=torch.contiguous_format)
+        d = (delta.t() if transposed else delta).to(x.dtype)
+        kept = add_delta_(out, x, d, part)
+        ctx.save_for_backward(kept if ctx.needs_input_grad[4] else None, weight if ctx.needs_input_grad[0] else None, delta)
+        ctx.features = x.shape[1]
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return Scope.run(ctx.scope, _delta_backward, ctx, dy)
+
+
+def add_delta_(y, x, delta, part):
+    """y += x deltaᵀ on the part, in place; delta [N, C] or [R, K] of x's dtype. Returns what a gradient of it needs of x."""
+    if part.kind == "columns":
+        x = gather_columns(x, part.index)
+        y.addmm_(x, delta.t())
+    else:
+        scatter_add_columns_(y, part.index, x @ delta.t())
+    return x
+
+
+def _delta_backward(ctx, dy):
+    kept, weight, delta = ctx.saved_tensors
+    need_x, need_y, _, need_bias, need_delta = ctx.needs_input_grad[:5]
+    dy, part = dy.contiguous(), ctx.part
+    d = (delta.t() if ctx.transposed else delta).to(dy.dtype)
+    dx = None
+    if need_x:
+        dx = dy.new_zeros(dy.shape[0], ctx.features) if weight is None else dy @ weight
+    ddelta = None
+    if part.kind == "columns":
+        if need_x:
+            scatter_add_columns_(dx, part.index, dy @ d)
+        left = dy
+    else:
+        left = gather_columns(dy, part.index)
+        if need_x:
+            dx.addmm_(left, d)
+    if need_delta:
+        ddelta = product(kept.t(), left, delta.dtype) if ctx.transposed else product(left.t(), kept, delta.dtype)
+    return dx, dy if need_y else None, None, dy.sum(0) if need_bias else None, ddelta, None, None
+
+
+def partial_linear(x, weight, bias=None, parts: Part | Sequence[Part] = (), trained=(), *, fan_in_fan_out: bool = False):
+    """``x Wᵀ + bias``, of whose weight the `parts` train: the values that train stand in `weight`, and only there.
+
+    Args:
+        x: [..., K], any strides. Under autocast it is cast to the autocast dtype, as `F.linear` does.
+        weight: [N, K] of x's dtype; [K, N] with `fan_in_fan_out` (GPT-2's Conv1D). Its own `requires_grad` counts too.
+        bias: [N] or None.
+        parts, trained: one part or several, and as many tensors of shape ``part.shape(weight)``, oriented as the weight,
+            float32 or x's dtype. They are not read; their gradients are those of the part of W.
+
+    Returns:
+        [..., N] in x's dtype (the autocast dtype under autocast). Kept for backward: [T, C] a part of columns, x (by
+        reference) for rows, entries and all, nothing for nothing and for what needs no gradient.
+
+    Raises:
+        ValueError: shapes that do not fit. TypeError: dtypes.
+    """
+    parts, trained = _listed(parts, trained)
+    x, weight, bias = _autocast(x, weight, bias, wide=())
+    _check(x, weight, parts, trained, fan_in_fan_out)
+    logical = weight.t() if fan_in_fan_out else weight
+    if not parts:
+        return F.linear(x, logical, bias)
+    y = _PartialNode.apply(_rows(x), logical, bias, parts, fan_in_fan_out, *trained)
+    return y.view(*x.shape[:-1], logical.shape[0])
+
+
+def delta_linear(x, weight, bias, part: Part, delta, *, fan_in_fan_out: bool = False):
+    """``x (W + delta)ᵀ + bias`` with the delta of a part (rows or columns) beside an untouched weight.
+
+    Args and errors as `partial_linear`; delta has the part's shape and float32 or x's dtype, and gets a gradient.
+    """
+    x, weight, bias = _autocast(x, weight, bias, wide=())
+    _check(x, weight, (part,), (delta,), fan_in_fan_out)
+    _check_slice(part)
+    logical = weight.t() if fan_in_fan_out else weight
+    y = _DeltaNode.apply(_rows(x), None, logical, bias, delta, part, fan_in_fan_out)
+    return y.view(*x.shape[:-1], logical.shape[0])
+
+
+def delta_update(y, x, part: Part, delta, *, fan_in_fan_out: bool = False):
+    """``y + x deltaᵀ`` on the part, for the output y [..., N] of any base layer on x [..., K] (quantised weights, or a
+    second adapter). Args and errors as `delta_linear`."""
+    y, x = _autocast(y, x, wide=())
+    _check_slice(part)
+    n, k = y.shape[-1], x.shape[-1]
+    shape = part.shape(torch.empty((k, n) if fan_in_fan_out else (n, k), device="meta"), fan_in_fan_out)
+    if y.shape[:-1] != x.shape[:-1] or y.dtype != x.dtype or tuple(delta.shape) != shape:
+        raise ValueError(
+            f"y {list(y.shape)} {y.dtype} and delta {list(delta.shape)} do not fit x {list(x.shape)} {x.dtype}: they must "
+            f"share dtype and leading dimensions, and delta must be {list(shape)}"
+        )
+    return _DeltaNode.apply(_rows(x), _rows(y), None, None, delta, part, fan_in_fan_out).view(y.shape)
+
+
+def _listed(parts, trained):
+    if isinstance(parts, Part):
+        return (parts,), (trained,)
+    return tuple(parts), tuple(trained)
+
+
+def _check_slice(part):
+    if part.kind not in ("rows", "columns"):
+        raise ValueError(f"a delta beside the weight is of rows or columns, not of {part.kind}")
+
+
+def _check(x, weight, parts, trained, fan_in_fan_out):
+    k = weight.shape[0 if fan_in_fan_out else 1]
+    if not x.dim() or x.shape[-1] != k:
+        raise ValueError(f"x {list(x.shape)} does not fit a weight of {k} in-features")
+    if x.dtype != weight.dtype:
+        raise TypeError(f"x is {x.dtype}, the weight {weight.dtype}; they must be of one dtype")
+    if len(parts) != len(trained):
+        raise ValueError(f"{len(parts)} parts and {len(trained)} trained tensors; one each is needed")
+    for part, t in zip(parts, trained):
+        shape = part.shape(weight, fan_in_fan_out)
+        if tuple(t.shape) != shape:
+            raise ValueError(f"a part of {part.kind} of weight {list(weight.shape)} is {list(shape)}, not {list(t.shape)}")
+        if t.dtype not in (torch.promote_types(weight.dtype, torch.float32), weight.dtype):
+            raise TypeError(f"the trained tensor is {t.dtype} on a {weight.dtype} weight; use that or float32")
