@@ -12,11 +12,12 @@ export FASTFT_HOSTCUDA := 1
 
 NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml fastft/__init__.py
 
-.PHONY: help setup demo test test-aot proof lint format bench clean
+.PHONY: help setup demo test test-aot oldest proof lint format bench clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 	@echo "make test-aot  every shipped Triton configuration compiled ahead of time for every target"
+	@echo "make oldest    compile and link every native source against the oldest torch that is supported (530 MB, once)"
 	@echo "make proof     rewrite fastft/proof.json, what 'fastft info' says was proven"
 	@echo "make lint      ruff and clang-format; make format applies them"
 	@echo "make bench     the LoRA benchmark of this machine"
@@ -43,6 +44,20 @@ test: setup
 
 test-aot: setup
 	$(BIN)/python -m pytest -q tests/aot -m "aot_all or not aot_all" $(ARGS)
+
+# Headers of a newer torch also declare what the oldest one lacks; only its own show that. -z defs finds the symbols.
+OLDEST := 2.11.0
+OLDEST_TORCH := build/torch-$(OLDEST)/torch
+
+$(OLDEST_TORCH): | $(VENV)/.packages
+	rm -rf $(@D) && mkdir -p $(@D)
+	$(BIN)/python -m pip download --quiet --no-deps --python-version 3.12 --only-binary=:all: torch==$(OLDEST) -d $(@D)
+	cd $(@D) && unzip -q torch-*.whl 'torch/include/*' torch/lib/libtorch_cpu.so && rm torch-*.whl
+
+oldest: $(OLDEST_TORCH)
+	cmake -G Ninja -S . -B build/oldest -DCMAKE_BUILD_TYPE=Release -DFASTFT_HOSTCUDA=1 \
+	    -DFASTFT_TORCH=$(abspath $(OLDEST_TORCH)) -DFASTFT_NVCC=$$(command -v nvcc || true)
+	cmake --build build/oldest
 
 proof: setup
 	rm -f fastft/proof.json && echo '{}' > fastft/proof.json

@@ -27,7 +27,7 @@ class DeviceScope {
 #else
   explicit DeviceScope(const Tensor& t) : guard_(t.get_device()) {
     void* handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device(), &handle));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device(), &handle));
     stream = static_cast<cudaStream_t>(handle);
   }
 #endif
