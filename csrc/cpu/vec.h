@@ -123,6 +123,17 @@ inline void store(T* p, vf v, int64_t n) {
   std::memcpy(p, buffer, n * sizeof(T));
 }
 
+inline vf square_root(vf v) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_sqrt_ps((__m512)v);
+#elif defined(__AVX2__)
+  return (vf)_mm256_sqrt_ps((__m256)v);
+#else
+  for (int l = 0; l < VL; ++l) v[l] = __builtin_sqrtf(v[l]);
+  return v;
+#endif
+}
+
 inline vu lane_numbers() {
   vu v;
   for (int l = 0; l < VL; ++l) v[l] = l;
