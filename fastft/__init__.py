@@ -6,8 +6,11 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "LoRALinear": "fastft.modules.lora",
     "LoRA": "fastft.methods.lora",
+    "S2FT": "fastft.methods.s2ft",
+    "SliceAdamW": "fastft.optim.slice_adamw",
     "attach": "fastft.methods.base",
     "load": "fastft.methods.base",
+    "fuse": "fastft.methods.fusing",
     "testing": None,
     "ops": None,
 }

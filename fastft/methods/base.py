@@ -44,8 +44,39 @@ class Method(TargetOptions):
         if "peft_type" in cls.__dict__:
             Method.known[cls.peft_type] = cls
 
-    def check(self, matched: dict[str, nn.Module]) -> None:
+    # Do the deltas of this method train while they stand in the weights? Otherwise a merged adapter gets no gradients.
+    trains_merged: ClassVar[bool] = False
+
+    def bind(self, model: nn.Module) -> "Method":
+        """The method with what it chooses by looking at the model (before modules are matched). The default: itself."""
+        return self
+
+    def check(self, matched: dict[str, nn.Module], model: nn.Module) -> None:
         """Raise or warn about options that don't suit the matched modules. The default has none."""
+
+    def check_tensors(self, name: str, module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+        """Raise ValueError if a file's tensors for one module, by part, make no sense. Names, shapes and finiteness have
+        been checked. The default has nothing to add."""
+
+    def check_file(self, directory, targets: dict[str, nn.Module], values: dict[str, torch.Tensor]) -> None:
+        """`check_tensors` of every module with what a file holds. Raises AdapterFileError."""
+        for name, module in targets.items():
+            try:
+                self.check_tensors(name, module, {p: values[self.target_key(name, p)] for p in self.shapes(name, module)})
+            except ValueError as error:
+                raise AdapterFileError(f"{directory}: {error}") from error
+
+    # What must be equal for one adapter's values to be taken over by another of the same shapes, and its name.
+    placed_by: ClassVar[str] = "scale"
+
+    def placement(self, name: str) -> Any:
+        return self.scale(name)
+
+    def optimizer(self, handle: "Handle", lr: float, weight_decay: float, **options) -> torch.optim.Optimizer:
+        """The optimizer of `Handle.optimizer`: AdamW, fused where PyTorch has it."""
+        parameters = list(handle.parameters())
+        options.setdefault("fused", all(p.device.type in ("cpu", "cuda") for p in parameters))
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, **options)
 
     def shapes(self, name: str, module: nn.Module) -> dict[str, tuple[int, ...]]:
         """The tensors that one matched module gets, by part."""
@@ -117,8 +148,9 @@ def attach(model: nn.Module, method: Method, adapter_name: str = "default") -> H
         raise TypeError(f"attach needs a method such as fastft.LoRA(...), not {type(method).__name__}")
     model = _plain_model(model)
     _check_name(model, adapter_name)
+    method = method.bind(model)
     matched = match(model, method)
-    method.check(matched.targets)
+    method.check(matched.targets, model)
     if method.pack_weights:
         check_packable(model, matched.targets)
     tensors = {name: method.initial(name, module) for name, module in matched.targets.items()}
@@ -142,7 +174,7 @@ def load(model: nn.Module, directory, adapter_name: str = "default") -> Handle:
     def expected(config):
         method = Method.read(directory, config)
         matched = match(model, method, lenient=True)
-        method.check(matched.targets)
+        method.check(matched.targets, model)
         found.update(method=method, matched=matched)
         shapes = {}
         for name, module in matched.targets.items():
@@ -159,6 +191,7 @@ def load(model: nn.Module, directory, adapter_name: str = "default") -> Handle:
         name: {part: values[method.target_key(name, part)] for part in method.shapes(name, module)}
         for name, module in matched.targets.items()
     }
+    method.check_file(directory, matched.targets, values)
     copies = {
         name: {own: values[matched.copy_key(name, own)].to(getattr(module, own), copy=True) for own in owned}
         for name, (module, owned) in matched.copies.items()
@@ -206,7 +239,8 @@ def _install(model, method, adapter_name, matched, tensors, copies) -> Handle:
 
 def _placed(method, weight, parts):
     dtype, wide = method.dtype(weight), torch.promote_types(weight.dtype, torch.float32)
-    return {
-        part: value.to(weight.device, wide if part in method.wide_parts else dtype).contiguous()
-        for part, value in parts.items()
-    }
+
+    def held_in(part, value):
+        return value.dtype if not value.is_floating_point() else wide if part in method.wide_parts else dtype
+
+    return {part: value.to(weight.device, held_in(part, value)).contiguous() for part, value in parts.items()}

@@ -35,12 +35,16 @@ def _note_update(optimizer, args, kwargs) -> None:
     for handle in list(_handles):
         first = next(handle.parameters(), None) if handle.attached else None
         if first is not None and any(p is first for group in optimizer.param_groups for p in group["params"]):
-            if handle.merged and first.grad is not None:
+            if not handle.method.trains_merged and handle.merged and first.grad is not None:
                 raise RuntimeError(
                     f"an optimizer updated adapter {handle.name!r} while it is merged: forwards use the weights from "
                     "before, and no gradient reaches it; unmerge() before training"
                 )
             handle._updated = handle._ever_updated = True
+            if not getattr(optimizer, "writes_slices", False):
+                for module in handle.targets.values():
+                    if handle.name in module._slices:
+                        module.refresh()
 
 
 register_optimizer_step_post_hook(_note_update)
@@ -115,10 +119,10 @@ class Handle:
         return (parameter for _, parameter in self.named_parameters())
 
     def optimizer(self, lr: float = 1e-4, weight_decay: float = 0.0, **options) -> torch.optim.Optimizer:
-        """AdamW over the adapter, fused where PyTorch has it. `options` go to `torch.optim.AdamW`."""
-        parameters = list(self.parameters())
-        options.setdefault("fused", all(p.device.type in ("cpu", "cuda") for p in parameters))
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, **options)
+        """AdamW over the adapter: PyTorch's, fused where it can be; of methods that train slices of the weights in place
+        `fastft.optim.slice_adamw.SliceAdamW`. `options` go to it."""
+        self._attached()
+        return self.method.optimizer(self, lr, weight_decay, **options)
 
     def step(self) -> None:
         """Run the method's schedule (LoRA has none); call it after the optimizer's step. Without a new update: nothing."""
@@ -146,6 +150,21 @@ class Handle:
         if active and not self._adapter.active:
             self.check_copies()
         self._adapter.active = active
+        for module in self.targets.values():
+            if self.name in module._slices:
+                module.rebuild()
+
+    def switch(self) -> None:
+        """Make this adapter the only active one of the model. What other adapters trained stays attached.
+
+        Slices are exchanged in place, in time proportional to them: the weights' pristine bits, then this adapter's.
+        """
+        self._attached()
+        for handle in handles(self.model).values():
+            if handle is not self and handle._adapter.active:
+                handle.set_active(False)
+        if not self._adapter.active:
+            self.set_active(True)
 
     @contextmanager
     def disabled(self):
@@ -163,7 +182,8 @@ class Handle:
     def merge(self) -> None:
         """Add the delta (computed in float32, rounded once) to the weights. Copies trained in full stay beside them.
 
-        A merged adapter gets no gradients; `unmerge` before training on.
+        A merged adapter gets no gradients; `unmerge` before training on. The slices of S²FT are merged from the start and
+        train so: their forward is the base's.
 
         Raises:
             ValueError: a weight is shared, or an adapter's `lora_bias` has no bias to go into. Nothing was merged.
@@ -174,7 +194,7 @@ class Handle:
             module.set_merged(self._adapter, True)
 
     def unmerge(self) -> None:
-        """Bring back the bits from before `merge`."""
+        """Bring back the bits from before `merge`. The adapter goes on working beside the weights, if it is active."""
         self._attached()
         for module in self.targets.values():
             module.set_merged(self._adapter, False)
@@ -224,26 +244,31 @@ class Handle:
         """Read a saved state of this adapter into its parameters, which keep their identity (to resume training).
 
         Raises:
-            as `fastft.load`; AdapterFileError also if the folder holds an adapter with another scale.
+            as `fastft.load`; AdapterFileError also if the folder holds an adapter with another scale or other slices.
         """
         own = self._file_tensors()
 
         def expected(config):
             saved = self.method.read(directory, config)
             for name in self.targets:
-                if saved.scale(name) != self.method.scale(name):
+                if saved.placement(name) != self.method.placement(name):
                     raise AdapterFileError(
-                        f"{directory}: the scale of {name!r} is {saved.scale(name)}, that of adapter {self.name!r} "
-                        f"{self.method.scale(name)}; fastft.load attaches it as it is"
+                        f"{directory}: the {self.method.placed_by} of {name!r} is {saved.placement(name)}, that of adapter "
+                        f"{self.name!r} {self.method.placement(name)}; fastft.load attaches it as it is"
                     )
             return {key: tuple(tensor.shape) for key, tensor in own.items()}
 
         values = read_adapter(directory, expected)
+        self.method.check_file(directory, self.targets, values)
+        stood = [module for module in self.targets.values() if self.name in module._slices and self.name in module._merged]
+        for module in stood:  # the slices may lie elsewhere afterwards
+            module.set_merged(self._adapter, False)
         with torch.no_grad():
             for key, tensor in own.items():
                 tensor.copy_(values[key])
         for module in self.targets.values():
-            module.refresh()
+            module.forget_indices()
+            module.set_merged(self._adapter, True) if module in stood else module.refresh()
 
     def _file_tensors(self) -> dict[str, torch.Tensor]:
         tensors = {}

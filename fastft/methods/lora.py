@@ -166,7 +166,12 @@ class LoRA(Method):
     def install(self, name, module, adapter, tensors):
         module.add_lora(adapter, settings=LoRASettings(self.scale(name), self.lora_dropout), **tensors)
 
-    def check(self, matched):
+    def check(self, matched, model):
+        sliced = [name for name, module in matched.items() if self.use_dora and getattr(module, "_slices", None)]
+        if sliced:
+            raise ValueError(
+                f"use_dora: {_some(sliced)} hold an adapter that trains a slice of the weight; the two don't mix"
+            )
         for name, module in matched.items():
             if self.adapter_dtype not in (None, torch.float32, module.weight.dtype):
                 raise TypeError(

@@ -5,8 +5,9 @@ whoever holds it (the model, FSDP, a tied weight, a hook) keeps holding the same
 
 * ``lora_A``, ``lora_B``, ``lora_bias``, ``lora_magnitude``: ParameterDicts by adapter name, what an adapter trains of the
   low-rank term (linear layers only);
+* ``slice_delta``, ``slice_units``: by adapter name, what an adapter trains of the weight itself, see `slices`;
 * ``modules_to_save``: by adapter name, full copies of the module's own tensors that an adapter trains;
-* one store of pristine values while deltas are merged, see `merging`.
+* one store of pristine values while deltas stand in the tensors, see `merging`.
 
 Everything lives on the module, so ``deepcopy``, ``.to()`` and ``state_dict`` need no help from outside.
 """
@@ -22,6 +23,7 @@ from .merging import Mergeable, pristine
 from .norms import RowNorms, factor
 from .packed import unshare
 from .projection import Projection, project
+from .slices import Sliced
 
 # class (by module and name, so that transformers is not imported) -> is its weight stored [K, N] (fan_in_fan_out)?
 LINEAR_CLASSES = {
@@ -61,7 +63,10 @@ def adapt(module: nn.Module, adapter: Adapter) -> None:
         module.__class__ = _adapted_class(type(module))
         module._adapters = {}
         module._merged = []
-        module._settings = {}  # of the adapters that have a weight delta here, by name
+        module._slice_store = None
+        module._settings = {}  # of the adapters that have a low-rank delta here, by name
+        module._slices = {}  # of the adapters whose delta is a slice of the weight, by name
+        module._written = {}  # the version of each slice's delta that was written into the weight
         module._norms = RowNorms()
         module._groups = {}  # the ProjectionGroup of each adapter that has one here, by name
     module._adapters[adapter.name] = adapter
@@ -126,12 +131,14 @@ class Adapted(Mergeable):
                 del held[adapter.name]
                 if not len(held):
                     delattr(self, holder)
-        self._settings.pop(adapter.name, None)
+        for record in (self._settings, self._slices, self._written):
+            record.pop(adapter.name, None)
         if adapter.name in self._groups:
             self._groups.pop(adapter.name).release()
         del self._adapters[adapter.name]
         if not self._adapters:
-            del self._adapters, self._merged, self._settings, self._norms, self._groups
+            del self._adapters, self._merged, self._slice_store, self._settings, self._slices, self._written
+            del self._norms, self._groups
             self.__class__ = self.plain
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -166,16 +173,17 @@ class Adapted(Mergeable):
         return self._plain_forward(self._copies([a for a in self._adapters.values() if a.on()]), *args, **kwargs)
 
 
-class AdaptedLinear(Adapted):
+class AdaptedLinear(Sliced, Adapted):
     """Mixed into `nn.Linear` and transformers' Conv1D. Every active adapter turns the layer's W and bias into
 
-        W + scale · B A and bias + scale · lora_bias;    with DoRA g ∘ (W + scale · B A), g = magnitude / ‖W₀ + scale · B A‖
+        W + scale · B A and bias + scale · lora_bias;    with DoRA g ∘ (W + scale · B A), g = magnitude / ‖W₀ + scale · B A‖;
+        or W + delta on rows or columns of W
 
     one after the other in the order of attaching, W₀ being the weight without adapters. (Dropout acts on what A reads.)
     """
 
     fan_in_fan_out: bool
-    holders = ("lora_A", "lora_B", "lora_bias", "lora_magnitude", "modules_to_save")
+    holders = ("lora_A", "lora_B", "lora_bias", "lora_magnitude", *Sliced.slice_holders, "modules_to_save")
 
     def add_lora(
         self,
@@ -222,6 +230,8 @@ class AdaptedLinear(Adapted):
     # ---- forward
 
     def forward(self, input):
+        if self._slices:
+            return self._sliced_forward(input)
         on = [adapter for adapter in self._adapters.values() if adapter.on()]
         replaced = self._copies(on)
         names = [adapter.name for adapter in on if adapter.name in self._settings]

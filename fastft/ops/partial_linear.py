@@ -21,6 +21,9 @@ from .registry import Scope
 
 KINDS = ("all", "rows", "columns", "entries", "nothing")
 _BLOCK = 256  # rows of dYᵀX that "entries" holds at a time
+# Below so many columns the transposed product and its copy are faster (1024 tokens, 2048 rows, float32, one run on a 2-core
+# Xeon: 8 columns 0.38 against 0.70 ms, 61 columns 1.4 against 1.8, 128 columns 2.3 against 2.1).
+_NARROW = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +60,7 @@ class Part:
 
     def dim(self, fan_in_fan_out: bool = False) -> int:
         """The dimension of the stored weight that a slice of rows or columns is taken along."""
-        return int((self.kind == "columns") != fan_in_fan_out)
+        return slice_dim(self.kind, fan_in_fan_out)
 
     def shape(self, weight: torch.Tensor, fan_in_fan_out: bool = False) -> tuple[int, ...]:
         """The shape of what trains, of a weight as it is stored ([N, K]; [K, N] with `fan_in_fan_out`)."""
@@ -70,6 +73,11 @@ class Part:
         sizes = list(weight.shape)
         sizes[self.dim(fan_in_fan_out)] = len(self.index)
         return tuple(sizes)
+
+
+def slice_dim(kind: str, fan_in_fan_out: bool = False) -> int:
+    """The dimension of the stored weight that "rows" or "columns" of W [N, K] count along."""
+    return int((kind == "columns") != fan_in_fan_out)
 
 
 class _PartialNode(torch.autograd.Function):
@@ -115,7 +123,11 @@ def _part_gradient(dy, x, copy, part, transposed, dtype):
         left, right = dy, copy
     else:
         left, right = dy if part.kind == "all" else gather_columns(dy, part.index), x
-    return product(right.t(), left, dtype) if transposed else product(left.t(), right, dtype)
+    if transposed:
+        left, right = right, left
+    if left.device.type == "cpu" and right.shape[1] < _NARROW:
+        return product(right.t(), left, dtype).t().contiguous()
+    return product(left.t(), right, dtype)
 
 
 def _entries_gradient(dy, x, index, transposed, dtype):

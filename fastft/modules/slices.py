@@ -1,0 +1,147 @@
+"""Adapters that are a slice of a linear's weight (rows or columns), trained where it stands (S²FT, arXiv:2412.06289).
+
+Such an adapter holds, by its name, ``slice_delta`` (a float32 parameter: how far the slice is from the pretrained weight, in
+the orientation of the stored weight) and ``slice_units`` (int32: which units of consecutive features the slice consists of).
+While it is active and merged, which it is from the start, round(pretrained + delta) stands in the weight: forward and dX are
+the frozen layer's. Unmerged, the weight has its pretrained bits and the delta is applied beside it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..ops.lora_linear import lora_update
+from ..ops.partial_linear import Part, delta_linear, delta_update, partial_linear
+from .merging import pristine
+
+
+@dataclass(eq=False)
+class SliceSettings:
+    """Where a slice lies: unit u is the `size` features from ``offset + u * size`` on, of the rows or columns.
+
+    part: the same as an index, on the weight's device; made when it is asked for.
+    """
+
+    kind: str
+    size: int = 1
+    offset: int = 0
+    part: Part | None = None
+
+    def index(self, units: torch.Tensor) -> torch.Tensor:
+        """int32 [units · size], ascending as the units are."""
+        first = self.offset + units.to(torch.int32) * self.size
+        return (first[:, None] + torch.arange(self.size, dtype=torch.int32, device=units.device)).flatten()
+
+
+class Buffers(nn.Module):
+    """Tensors by name that are saved with the model and follow it to its device, and are not parameters."""
+
+    def __setitem__(self, name: str, value: torch.Tensor) -> None:
+        self.register_buffer(name, value)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._buffers[name]
+
+    def __delitem__(self, name: str) -> None:
+        del self._buffers[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._buffers
+
+    def __len__(self) -> int:
+        return len(self._buffers)
+
+
+class Sliced:
+    """Mixed into adapted linears; `_slices` holds the `SliceSettings` by adapter name."""
+
+    slice_holders = ("slice_delta", "slice_units")
+
+    def add_slice(self, adapter, slice_delta: torch.Tensor, slice_units: torch.Tensor, settings: SliceSettings) -> None:
+        """slice_units int32 [units], ascending; slice_delta the slice's shape in the stored weight, at least float32."""
+        self._hold("slice_delta", nn.ParameterDict, adapter, nn.Parameter(slice_delta))
+        self._hold("slice_units", Buffers, adapter, slice_units)
+        self._slices[adapter.name] = settings
+        self.set_merged(adapter, True)
+
+    def slice_part(self, name):
+        settings = self._slices.get(name)
+        if settings is None:
+            return None
+        if settings.part is None or settings.part.index.device != self.weight.device:
+            units = self.slice_units[name].to(self.weight.device)
+            settings.part = Part(settings.kind, settings.index(units))
+        return settings.part
+
+    def slice_value(self, name):
+        return self.slice_delta[name]
+
+    def slice_site(self, name):
+        """(weight, index, dim, base) for `slice_adamw_` where the slice of adapter `name` stands in the weight alone; else
+        None, and whoever changes the delta calls `refresh`."""
+        store, delta = self._slice_store, self.slice_delta[name]
+        alone = store is not None and store.names == (name,)
+        if not alone or delta.dtype != torch.float32 or not delta.is_contiguous() or type(self.weight) is not nn.Parameter:
+            return None
+        return self.weight.detach(), store.index(self), store.dim, self._buffers["_pristine_slice"]
+
+    def note_written(self, names):
+        for name in names:
+            self._written[name] = self.slice_delta[name]._version
+
+    def forget_indices(self) -> None:
+        """The units may have other values now."""
+        for settings in self._slices.values():
+            settings.part = None
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self.forget_indices()  # read again by the rebuild that follows when the children are loaded
+
+    def _apply(self, fn, *args, **kwargs):
+        before = self.weight.dtype
+        super()._apply(fn, *args, **kwargs)
+        if self._slices and self.weight.dtype != before:
+            # What was rounded with the model is the weight; the delta stays what 16-bit weights need it for.
+            wide = torch.promote_types(self.weight.dtype, torch.float32)
+            for delta in self.slice_delta.values():
+                delta.data = delta.data.to(wide)
+            self.refresh()
+        return self
+
+    def _sliced_forward(self, input):
+        """The output where slices are attached, with other adapters besides (but no DoRA: attaching refuses that)."""
+        on = [adapter for adapter in self._adapters.values() if adapter.on()]
+        replaced = self._copies(on)
+        names = [adapter.name for adapter in on if adapter.name in self._slices or adapter.name in self._settings]
+        if not torch.compiler.is_compiling():
+            self._write_changes()
+        standing = self.standing()
+        if all(name in names for name in standing) and not any(own in replaced for own in self._touched()):
+            weight, bias = self.weight, self.bias
+        else:  # a delta that stands in the weight is not wanted in this forward
+            standing, weight, bias = [], pristine(self, "weight"), pristine(self, "bias")
+        weight, bias = replaced.get("weight", weight), replaced.get("bias", bias)
+        stored = {"fan_in_fan_out": self.fan_in_fan_out}
+        trained = {name: self.slice_delta[name] for name in standing if name in self._slices}
+        beside = [name for name in names if name not in standing]
+        if not trained and beside and beside[0] in self._slices:
+            first, beside = beside[0], beside[1:]
+            y = delta_linear(input, weight, bias, self.slice_part(first), self.slice_delta[first], **stored)
+        else:
+            parts = [self.slice_part(name) for name in trained]
+            y = partial_linear(input, weight, bias, parts, list(trained.values()), **stored)
+        for name in beside:
+            if name in self._slices:
+                y = delta_update(y, input, self.slice_part(name), self.slice_delta[name], **stored)
+            else:
+                one = self._projection(name, replaced.get("weight"))
+                y = lora_update(y, input, one.lora_A, one.lora_B, one.scale, one.dropout, lora_bias=one.lora_bias)
+        return y
+
+    def _write_changes(self) -> None:
+        """Deltas that were changed in place by something else than an optimizer are written before they are used."""
+        for name, version in self._written.items():
+            if self.slice_delta[name]._version != version:
+                return self.refresh()
