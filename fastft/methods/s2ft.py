@@ -22,7 +22,7 @@ from ..modules.slices import SliceSettings
 from ..ops.partial_linear import slice_dim
 from ..optim.slice_adamw import SliceAdamW
 from .base import Method
-from .selection import SELECTORS, choose, unit_scores
+from .selection import SELECTORS, choose, unit_scores, wanted_slices
 from .targets import match, tied_names
 from .units import coupled_units
 
@@ -141,7 +141,7 @@ class S2FT(Method):
         structures = [c for c in structures if c.slices.keys() & ratios.keys()]
         scores = None if self.select == "random" else unit_scores(model, structures, ratios, self.select, self.calibration)
         units = choose(structures, ratios, scores, largest=self.largest, multiple=self.multiple, seed=self.seed)
-        slices = {s.module: s for c in structures for s in c.slices.values()}
+        slices = wanted_slices(structures, ratios)
         chosen = {
             name: ChosenSlice(slices[name].kind, slices[name].size, slices[name].offset, len(found))
             for name, found in units.items()

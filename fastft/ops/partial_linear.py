@@ -9,7 +9,7 @@ The kernels are in `partial`; the table of what each part costs is in its docstr
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,7 @@ class Part:
 
     kind: str
     index: torch.Tensor | None = None
+    _bounds: dict = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -73,6 +74,13 @@ class Part:
         sizes = list(weight.shape)
         sizes[self.dim(fan_in_fan_out)] = len(self.index)
         return tuple(sizes)
+
+    def bounds(self, rows: int, columns: int) -> list[int]:
+        """Where in the index of entries each block of `_BLOCK` rows begins; read from the device once."""
+        if (rows, columns) not in self._bounds:
+            starts = torch.arange(0, rows + _BLOCK, _BLOCK, device=self.index.device) * columns
+            self._bounds[rows, columns] = torch.searchsorted(self.index, starts).tolist()
+        return self._bounds[rows, columns]
 
 
 def slice_dim(kind: str, fan_in_fan_out: bool = False) -> int:
@@ -118,7 +126,7 @@ def _part_gradient(dy, x, copy, part, transposed, dtype):
     if part.kind == "nothing":
         return dy.new_zeros(0, dtype=dtype)
     if part.kind == "entries":
-        return _entries_gradient(dy, x, part.index, transposed, dtype)
+        return _entries_gradient(*((x, dy) if transposed else (dy, x)), part, dtype)
     if part.kind == "columns":
         left, right = dy, copy
     else:
@@ -130,17 +138,14 @@ def _part_gradient(dy, x, copy, part, transposed, dtype):
     return product(left.t(), right, dtype)
 
 
-def _entries_gradient(dy, x, index, transposed, dtype):
-    """Entries of dYᵀX by blocks of its rows, so that a dense dW never exists."""
-    (n, k), out = (dy.shape[1], x.shape[1]), torch.empty(index.shape, dtype=dtype, device=dy.device)
-    if transposed:  # stored [K, N]: entries count along N
-        dy, x, n, k = x, dy, k, n
-    bounds = torch.searchsorted(index, torch.arange(0, n + _BLOCK, _BLOCK, device=index.device) * k).tolist()
-    for block, (begin, end) in enumerate(itertools.pairwise(bounds)):
+def _entries_gradient(left, right, part, dtype):
+    """Entries of leftᵀ right (the stored gradient) by blocks of its rows, so that a dense dW never exists."""
+    (n, k), out = (left.shape[1], right.shape[1]), torch.empty(part.index.shape, dtype=dtype, device=left.device)
+    for block, (begin, end) in enumerate(itertools.pairwise(part.bounds(n, k))):
         if begin < end:
             first = block * _BLOCK
-            rows = product(dy[:, first : first + _BLOCK].t(), x, dtype)
-            out[begin:end] = rows.flatten()[index[begin:end] - first * k]
+            rows = product(left[:, first : first + _BLOCK].t(), right, dtype)
+            out[begin:end] = rows.flatten()[part.index[begin:end] - first * k]
     return out
 
 
