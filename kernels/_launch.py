@@ -5,10 +5,14 @@ order: no atomics, the same bits every time.
 """
 
 import functools
+import math
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
 from ._lang import cast
 
@@ -58,12 +62,86 @@ def adapter_dtypes(x) -> tuple:
     return x.dtype, torch.float32
 
 
-def launch(kernel, grid: int, *args, num_warps: int, num_stages: int, **constants):
-    """Run `kernel` in `grid` programs on the device of its first argument."""
-    # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device_of(args[0]):
+def launch(kernel, grid: int, *args, **options):
+    """Run `kernel` in `grid` programs on the device of its first argument; tensors come first among `args`."""
+    first = next((i for i, arg in enumerate(args) if not (arg is None or isinstance(arg, torch.Tensor))), len(args))
+    Launch(kernel, grid, *args[first:], **options)(*args[:first])
+
+
+class Launch:
+    """A launch of `kernel` in which everything but the tensors is fixed, to be kept between calls.
+
+    Triton binds, specialises and looks up its machine code anew in every call, tens of microseconds of Python. Besides what
+    is fixed here its choice depends on the tensors' dtypes and device, which one `Launch` must always see the same, on which
+    of them are None, and on which addresses are multiples of 16: for each such case the compiled kernel is kept and run as
+    Triton (3.6 to 3.9) runs it. `scalars` follow the tensors among the kernel's parameters, constants follow the scalars.
+    """
+
+    __slots__ = ("grid", "kernel", "known", "options", "scalars", "tail")
+
+    def __init__(self, kernel, grid: int, *scalars, num_warps: int, num_stages: int, **constants):
+        self.kernel, self.grid, self.scalars = kernel, (grid, 1, 1), scalars
         # Fusion is stated because Triton's default depends on its version.
-        kernel[(grid,)](*args, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+        self.options = constants | {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+        names = getattr(kernel, "arg_names", ())
+        self.tail = (*scalars, *(constants[name] for name in names if name in constants))
+        self.known = {}
+
+    def __call__(self, *tensors):
+        # Triton launches on the current device, which need not be the tensors'.
+        device = tensors[0].get_device()
+        if device < 0 or device == torch.cuda.current_device():
+            self._run(tensors, device)
+        else:
+            with torch.cuda.device(device):
+                self._run(tensors, device)
+
+    def _run(self, tensors, device):
+        case, addresses = 1, []
+        for t in tensors:
+            address = None if t is None else t.data_ptr()
+            addresses.append(address)
+            case = 4 * case + (2 if t is None else address % 16 == 0)
+        compiled = self.known.get(case)
+        if compiled is None:
+            compiled = self.kernel[self.grid](*tensors, *self.scalars, **self.options)
+            # Not kept: the interpreter's None, what is still being compiled, and AMD's, which also depend on sizes.
+            if isinstance(compiled, CompiledKernel) and not torch.version.hip:
+                self.known[case] = compiled
+        elif _hooked():
+            compiled[self.grid](*tensors, *self.tail)
+        else:
+            stream = driver.active.get_current_stream(device)
+            code = compiled.function, compiled.packed_metadata
+            # No metadata for hooks and no hooks. Addresses for tensors: Triton would ask the driver about each pointer.
+            compiled.run(*self.grid, stream, *code, None, None, None, *addresses, *self.tail)
+
+
+def _hooked() -> bool:
+    """Whether somebody (Triton's profiler) wants to be told about launches."""
+    enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+_plans: dict[tuple, Callable] = {}
+MOST_PLANS = 4096  # sizes that change all the time must not fill the memory
+
+
+def planned(make, config, tensors: tuple, *rest) -> Callable:
+    """make(config, *tensors, *rest), made once for all tensors of the same dtypes, shapes, strides and device.
+
+    `make` checks them and returns a function of tensors that launches: it must not hold any tensor. With a `config` of the
+    caller's own it is made anew.
+    """
+    if config is not None:
+        return make(config, *tensors, *rest)
+    key = make, rest, *[None if t is None else (t.dtype, t.shape, t.stride(), t.get_device()) for t in tensors]
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= MOST_PLANS:
+            _plans.clear()
+        plan = _plans[key] = make(None, *tensors, *rest)
+    return plan
 
 
 @triton.jit(do_not_specialize=["n_slabs"])
@@ -79,15 +157,39 @@ def _sum_slabs_kernel(p_in, p_out, n_slabs, size, BLOCK: tl.constexpr, AHEAD: tl
     tl.store(p_out + o, cast(b_sum, p_out.dtype.element_ty), mask=o < size)
 
 
+class Sum:
+    """The sum over slabs of float32 [slabs, *shape], in `dtype`, of which one slab in float32 is its own.
+
+    `workspace` is the shape of what to sum: without the slabs' dimension where there is nothing to do.
+    """
+
+    __slots__ = ("dtype", "launch", "shape", "workspace")
+
+    def __init__(self, n_slabs: int, shape: tuple, dtype):
+        self.shape, self.dtype, self.launch = shape, dtype, None
+        self.workspace = shape
+        if n_slabs > 1 or dtype != torch.float32:
+            self.workspace, size, block = (n_slabs, *shape), math.prod(shape), 512
+            constants = {"BLOCK": block, "AHEAD": 8, "num_warps": 4, "num_stages": 1}
+            self.launch = Launch(_sum_slabs_kernel, triton.cdiv(size, block), n_slabs, size, **constants) if size else None
+
+    def __call__(self, parts, out=None):
+        """[*shape]: the sum of `parts`; in `out`, contiguous, if given, which `parts` itself may be."""
+        if self.workspace is self.shape:
+            return parts
+        if out is None:
+            out = torch.empty(self.shape, dtype=self.dtype, device=parts.device)
+        if self.launch is not None:
+            self.launch(parts, out)
+        return out
+
+
 def sum_slabs(parts, dtype, out=None):
     """[...] in `dtype`: the sum of float32 [slabs, ...] over slabs; in `out`, contiguous, if given."""
     n_slabs, *shape = parts.shape
-    if out is None:
-        if n_slabs == 1 and dtype == torch.float32:
-            return parts[0]
-        out = torch.empty(shape, dtype=dtype, device=parts.device)
-    size = out.numel()
-    if size:
-        constants = {"BLOCK": 512, "AHEAD": 8, "num_warps": 4, "num_stages": 1}
-        launch(_sum_slabs_kernel, triton.cdiv(size, constants["BLOCK"]), parts, out, n_slabs, size, **constants)
-    return out
+    if n_slabs == 1 and dtype == torch.float32 and out is None:
+        return parts[0]
+    total = Sum(n_slabs, tuple(shape), dtype)
+    if out is not None and total.workspace is total.shape:
+        return out.copy_(parts[0])
+    return total(parts, out)

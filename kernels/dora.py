@@ -10,7 +10,7 @@ import triton.language as tl
 
 from . import _config
 from ._lang import cast, rank_product
-from ._launch import ACTIVATION, FLOAT32, adapter_dtypes, check, device_name, launch, sum_slabs
+from ._launch import ACTIVATION, FLOAT32, Launch, Sum, adapter_dtypes, check, device_name, planned
 from ._tiles import cdiv, slabs, split
 
 
@@ -62,18 +62,28 @@ def _dora_expand_kernel(
     tl.store(p_y + o_m[:, None] * N + o_n[None, :], cast(b_y, b_u.dtype), mask=m_tile)
 
 
-def dora_expand_(u, s, b, g, bias, scale, *, config=None):
+def _plan_expand(config, u, s, b, g, bias, scale):
     constants, _ = split(config or config_for("dora_expand_", u, s, b, g, bias, scale))
     (T, N), R = u.shape, b.shape[1]
     layouts = {"s": (s, FLOAT32, (T, R)), "b": (b, adapter_dtypes(u), (N, R)), "g": (g, FLOAT32, (N,))}
     if bias is not None:
         layouts["bias"] = (bias, (u.dtype,), (N,))
     check("dora_expand_", apart=("u", "s"), u=(u, ACTIVATION, (T, N)), **layouts)
-    y = torch.empty(T, N, dtype=u.dtype, device=u.device)
-    if T and N:
-        grid = cdiv(T, constants["BLOCK_M"]) * cdiv(N, constants["BLOCK_N"])
-        launch(_dora_expand_kernel, grid, u, s, b, g, bias, y, T, N, R, u.stride(0), s.stride(0), float(scale), **constants)
-    return y
+    if T == 0 or N == 0:
+        return lambda u, *others: u.new_empty(T, N)
+    grid = cdiv(T, constants["BLOCK_M"]) * cdiv(N, constants["BLOCK_N"])
+    launch = Launch(_dora_expand_kernel, grid, T, N, R, u.stride(0), s.stride(0), float(scale), **constants)
+
+    def run(u, s, b, g, bias):
+        y = u.new_empty(T, N)
+        launch(u, s, b, g, bias, y)
+        return y
+
+    return run
+
+
+def dora_expand_(u, s, b, g, bias, scale, *, config=None):
+    return planned(_plan_expand, config, (u, s, b, g, bias), scale)(u, s, b, g, bias)
 
 
 @triton.jit(do_not_specialize=["T", "slab_tiles"])
@@ -111,15 +121,24 @@ def _dora_grad_y_kernel(
     tl.store(p_dots + i_slab * N + o_n, tl.sum(b_dots, 0), mask=m_n)
 
 
-def dora_grad_y(dy, u, g, *, config=None):
+def _plan_grad_y(config, dy, u, g):
     constants, programs = split(config or config_for("dora_grad_y", dy, u, g))
     T, N = dy.shape
     check("dora_grad_y", apart=("u",), dy=(dy, ACTIVATION, (T, N)), u=(u, (dy.dtype,), (T, N)), g=(g, FLOAT32, (N,)))
-    dyg = torch.empty_like(dy)
     if T == 0 or N == 0:
-        return dyg, torch.zeros_like(g)
+        return lambda dy, u, g: (torch.empty_like(dy), torch.zeros_like(g))
     n_n = cdiv(N, constants["BLOCK_N"])
     n_slabs, slab_tiles = slabs(cdiv(T, constants["BLOCK_M"]), n_n, programs)
-    parts = torch.empty(n_slabs, N, dtype=torch.float32, device=dy.device)
-    launch(_dora_grad_y_kernel, n_slabs * n_n, dy, u, g, dyg, parts, T, N, u.stride(0), slab_tiles, **constants)
-    return dyg, sum_slabs(parts, torch.float32)
+    launch = Launch(_dora_grad_y_kernel, n_slabs * n_n, T, N, u.stride(0), slab_tiles, **constants)
+    total = Sum(n_slabs, (N,), torch.float32)
+
+    def run(dy, u, g):
+        dyg, parts = torch.empty_like(dy), dy.new_empty(total.workspace, dtype=torch.float32)
+        launch(dy, u, g, dyg, parts)
+        return dyg, total(parts)
+
+    return run
+
+
+def dora_grad_y(dy, u, g, *, config=None):
+    return planned(_plan_grad_y, config, (dy, u, g))(dy, u, g)

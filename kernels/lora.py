@@ -4,6 +4,8 @@ T tokens, K in-features, N out-features, R rank. Every launcher has the name and
 float32 arithmetic, 16-bit adapters get tensor cores with float32 accumulation: S and dS keep float32's precision where
 they make activations (`_lang.rank_product`) and are rounded to the adapter's dtype where they make its gradients.
 
+A launcher's plan (`_launch.planned`) checks the arguments and returns a function of the tensors alone.
+
 Groups: a program holds one tile of x and makes each group's product from it, with that group's mask and its own rank
 tiles, so that x crosses the memory bus once and no rank is computed for another group's mask. Kernels get `ranks` as a
 tuple and unroll their loops over it: their code grows with the number of groups, and each number compiles once.
@@ -12,13 +14,15 @@ Without dropout all groups are one.
 Sums over a long axis are cut into slabs (`_tiles.slabs`), so that small outputs still fill the device.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
 from . import _config
 from ._lang import cast, dot, draw_mask, load_keep, rank_product, unpack_mask, zero_tiles
-from ._launch import ACTIVATION, FLOAT32, TRITON_DTYPES, adapter_dtypes, check, device_name, launch, sum_slabs
+from ._launch import ACTIVATION, FLOAT32, TRITON_DTYPES, Launch, Sum, adapter_dtypes, check, device_name, planned
 from ._tiles import cdiv, chunk_rows, rank_tiles, slabs, split, told_apart
 
 # Positions of the activation and of the adapter matrix among an op's arguments, and the adapter's rank dimension.
@@ -139,23 +143,35 @@ def _lora_shrink_kernel(
         first += ranks[g]
 
 
-def lora_shrink(x, a, ranks, p, seed, *, config=None):
+def _plan_shrink(config, x, a, seed, ranks, p):
     constants, programs = split(config or config_for("lora_shrink", x, a, ranks, p, seed))
     (T, K), R = x.shape, a.shape[0]
     groups = _checked_groups("lora_shrink", ranks, R, p)
     check("lora_shrink", x=(x, ACTIVATION, (T, K)), a=(a, adapter_dtypes(x), (R, K)))
     if p > 0:
         check("lora_shrink", x=(x, ACTIVATION, (T, K)), seed=(seed, (torch.int64,), (len(ranks),)))
-    mask = torch.empty(_mask_shape(T, K, ranks, p), dtype=torch.uint8, device=x.device)
-    if T == 0 or K == 0 or not (R or mask.numel()):
-        return torch.zeros(T, R, dtype=torch.float32, device=x.device), mask
+    shape = _mask_shape(T, K, ranks, p)
+    if T == 0 or K == 0 or not (R or math.prod(shape)):
+        return lambda x, a, seed: (x.new_zeros(T, R, dtype=torch.float32), x.new_empty(shape, dtype=torch.uint8))
     n_r = rank_tiles(groups, constants)
     others = cdiv(T, constants["BLOCK_M"]) * n_r
     n_slabs, slab_tiles = slabs(cdiv(K, constants["BLOCK_K"]), others, programs)
-    parts = torch.empty(n_slabs, T, R, dtype=torch.float32, device=x.device)
     scalars = T, K, R, groups, n_r, slab_tiles, _inverse_keep(p), round(p * 65536)
-    launch(_lora_shrink_kernel, n_slabs * others, x, a, seed, parts, mask, *scalars, DROPOUT=p > 0, **constants)
-    return sum_slabs(parts, torch.float32), mask
+    launch = Launch(_lora_shrink_kernel, n_slabs * others, *scalars, DROPOUT=p > 0, **constants)
+    total = Sum(n_slabs, (T, R), torch.float32)
+
+    def run(x, a, seed):
+        mask = x.new_empty(shape, dtype=torch.uint8)
+        parts = x.new_empty(total.workspace, dtype=torch.float32)
+        launch(x, a, seed, parts, mask)
+        return total(parts), mask
+
+    return run
+
+
+def lora_shrink(x, a, ranks, p, seed, *, config=None):
+    seed = seed if p > 0 else None
+    return planned(_plan_shrink, config, (x, a, seed), tuple(ranks), p)(x, a, seed)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -204,27 +220,42 @@ def _lora_update_kernel(
     tl.store(p_tile, b_new, mask=m_tile)
 
 
-def lora_expand_(y, s, b, scale, *, config=None):
+def _nothing(*tensors):
+    pass
+
+
+def _plan_expand(config, y, s, b, scale):
     constants, _ = split(config or config_for("lora_expand_", y, s, b, scale))
     (T, N), R = y.shape, b.shape[1]
     layouts = {"y": (y, ACTIVATION, (T, N)), "s": (s, FLOAT32, (T, R)), "b": (b, adapter_dtypes(y), (N, R))}
     check("lora_expand_", apart=("y", "s"), **layouts)
-    if T and N and R:
-        grid = cdiv(T, constants["BLOCK_M"]) * cdiv(N, constants["BLOCK_N"])
-        scalars = T, N, (R,), y.stride(0), s.stride(0), 1, R, float(scale)
-        launch(_lora_update_kernel, grid, y, s, b, None, *scalars, DROPOUT=False, **constants)
+    if not (T and N and R):
+        return _nothing
+    grid = cdiv(T, constants["BLOCK_M"]) * cdiv(N, constants["BLOCK_N"])
+    scalars = T, N, (R,), y.stride(0), s.stride(0), 1, R, float(scale)
+    return Launch(_lora_update_kernel, grid, *scalars, DROPOUT=False, **constants)
 
 
-def lora_grad_x_(dx, ds, a, ranks, mask, p, *, config=None):
+def lora_expand_(y, s, b, scale, *, config=None):
+    planned(_plan_expand, config, (y, s, b), scale)(y, s, b, None)
+
+
+def _plan_grad_x(config, dx, ds, a, mask, ranks, p):
     constants, _ = split(config or config_for("lora_grad_x_", dx, ds, a, ranks, mask, p))
     (T, K), R = dx.shape, a.shape[0]
     groups = _checked_groups("lora_grad_x_", ranks, R, p)
     check("lora_grad_x_", dx=(dx, ACTIVATION, (T, K)), ds=(ds, FLOAT32, (T, R)), a=(a, adapter_dtypes(dx), (R, K)))
     _check_mask("lora_grad_x_", dx, mask, ranks, p)
-    if T and K and R:
-        grid = cdiv(T, constants["BLOCK_M"]) * cdiv(K, constants["BLOCK_N"])
-        scalars = T, K, groups, K, R, K, 1, _inverse_keep(p)
-        launch(_lora_update_kernel, grid, dx, ds, a, mask if p > 0 else None, *scalars, DROPOUT=p > 0, **constants)
+    if not (T and K and R):
+        return _nothing
+    grid = cdiv(T, constants["BLOCK_M"]) * cdiv(K, constants["BLOCK_N"])
+    scalars = T, K, groups, K, R, K, 1, _inverse_keep(p)
+    return Launch(_lora_update_kernel, grid, *scalars, DROPOUT=p > 0, **constants)
+
+
+def lora_grad_x_(dx, ds, a, ranks, mask, p, *, config=None):
+    run = planned(_plan_grad_x, config, (dx, ds, a, mask), tuple(ranks), p)
+    run(dx, ds, a, mask if p > 0 else None)
 
 
 @triton.jit(do_not_specialize=["T", "slab_tiles", "first_row"])
@@ -277,27 +308,45 @@ def _lora_grad_sb_kernel(
     tl.store(p_tile, b_db, mask=m_b)
 
 
-def lora_grad_sb(dy, s, b, scale, *, config=None):
+def _plan_grad_sb(config, dy, s, b, scale):
     constants, programs = split(config or config_for("lora_grad_sb", dy, s, b, scale))
     (T, N), R = dy.shape, b.shape[1]
-    layouts = {"dy": (dy, ACTIVATION, (T, N)), "s": (s, FLOAT32, (T, R)), "b": (b, adapter_dtypes(dy), (N, R))}
-    check("lora_grad_sb", apart=("s",), **layouts)
+    layouts = {"s": (s, FLOAT32, (T, R)), "b": (b, adapter_dtypes(dy), (N, R))}
+    check("lora_grad_sb", apart=("s",), dy=(dy, ACTIVATION, (T, N)), **layouts)
     if T == 0 or N == 0 or R == 0:
-        return s.new_zeros(T, R), torch.zeros_like(b)
+        return lambda dy, s, b: (s.new_zeros(T, R), torch.zeros_like(b))
     n_n = cdiv(N, constants["BLOCK_N"])
     others = n_n * rank_tiles((R,), constants)
     chunk = chunk_rows(T, n_n, R, constants["BLOCK_M"])
     n_slabs, slab_tiles = slabs(chunk // constants["BLOCK_M"], others, programs)
-    db = torch.empty(n_slabs, N, R, dtype=torch.float32, device=dy.device)
-    ds = torch.empty(T, R, dtype=torch.float32, device=dy.device)
+    steps = []
     for first_row in range(0, T, chunk):  # the first chunk has every slab, and stores where the others add
-        rows = slice(first_row, first_row + chunk)
-        parts = ds[None, rows] if n_n == 1 else torch.empty(n_n, *ds[rows].shape, dtype=torch.float32, device=dy.device)
-        scalars = ds[rows].shape[0], N, R, s.stride(0), first_row, slab_tiles, float(scale)
-        launch(_lora_grad_sb_kernel, n_slabs * others, dy[rows], s[rows], b, parts, db, *scalars, **constants)
-        if n_n > 1:
-            sum_slabs(parts, torch.float32, out=ds[rows])
-    return ds, sum_slabs(db, b.dtype)
+        rows = min(chunk, T - first_row)
+        scalars = rows, N, R, s.stride(0), first_row, slab_tiles, float(scale)
+        launch = Launch(_lora_grad_sb_kernel, n_slabs * others, *scalars, **constants)
+        steps.append((slice(first_row, first_row + rows), launch, Sum(n_n, (rows, R), torch.float32)))
+    db_total = Sum(n_slabs, (N, R), b.dtype)
+
+    def run(dy, s, b):
+        db = dy.new_empty(db_total.workspace, dtype=torch.float32)
+        if len(steps) == 1:
+            _, launch, ds_total = steps[0]
+            parts = dy.new_empty(ds_total.workspace, dtype=torch.float32)
+            launch(dy, s, b, parts, db)
+            return ds_total(parts), db_total(db)
+        ds = dy.new_empty(T, R, dtype=torch.float32)
+        for rows, launch, ds_total in steps:
+            parts = ds[rows] if n_n == 1 else dy.new_empty(ds_total.workspace, dtype=torch.float32)
+            launch(dy[rows], s[rows], b, parts, db)
+            if n_n > 1:
+                ds_total(parts, out=ds[rows])
+        return ds, db_total(db)
+
+    return run
+
+
+def lora_grad_sb(dy, s, b, scale, *, config=None):
+    return planned(_plan_grad_sb, config, (dy, s, b), scale)(dy, s, b)
 
 
 @triton.jit(do_not_specialize=["T", "slab_tiles"])
@@ -351,19 +400,29 @@ def _lora_grad_a_kernel(
         first += ranks[g]
 
 
-def lora_grad_a(ds, x, a, ranks, mask, p, *, config=None):
+def _plan_grad_a(config, ds, x, a, mask, ranks, p):
     constants, programs = split(config or config_for("lora_grad_a", ds, x, a, ranks, mask, p))
     (T, K), R = x.shape, a.shape[0]
     groups = _checked_groups("lora_grad_a", ranks, R, p)
     check("lora_grad_a", x=(x, ACTIVATION, (T, K)), ds=(ds, FLOAT32, (T, R)), a=(a, adapter_dtypes(x), (R, K)))
     _check_mask("lora_grad_a", x, mask, ranks, p)
     if T == 0 or K == 0 or R == 0:
-        return torch.zeros_like(a)
+        return lambda ds, x, a, mask: torch.zeros_like(a)
     n_r = rank_tiles(groups, constants)
     others = cdiv(K, constants["BLOCK_K"]) * n_r
     n_slabs, slab_tiles = slabs(cdiv(T, constants["BLOCK_M"]), others, programs)
-    parts = torch.empty(n_slabs, R, K, dtype=torch.float32, device=x.device)
     scalars = T, K, R, groups, n_r, slab_tiles, _inverse_keep(p)
     switches = {"DTYPE": TRITON_DTYPES[a.dtype], "DROPOUT": p > 0}
-    launch(_lora_grad_a_kernel, n_slabs * others, ds, x, mask if p > 0 else None, parts, *scalars, **switches, **constants)
-    return sum_slabs(parts, a.dtype)
+    launch = Launch(_lora_grad_a_kernel, n_slabs * others, *scalars, **switches, **constants)
+    total = Sum(n_slabs, (R, K), a.dtype)
+
+    def run(ds, x, a, mask):
+        parts = x.new_empty(total.workspace, dtype=torch.float32)
+        launch(ds, x, mask if p > 0 else None, parts)
+        return total(parts)
+
+    return run
+
+
+def lora_grad_a(ds, x, a, ranks, mask, p, *, config=None):
+    return planned(_plan_grad_a, config, (ds, x, a, mask), tuple(ranks), p)(ds, x, a, mask)
