@@ -1,12 +1,13 @@
 """``fastft bench``: measures a family's cases beside the floor and its peers, and says where we lose."""
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
 import torch
 
-from . import results, runner, shapes, stats
+from . import graphs, results, runner, shapes, stats
 
 QUICK_ROUNDS = 5
 
@@ -36,6 +37,11 @@ def _parser():
     parser.add_argument("--rank", type=int, default=shapes.RANK, help=f"rank of the adapters ({shapes.RANK})")
     parser.add_argument("--peers", help="comma-separated peers, or none; default: the family's own choice")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+    parser.add_argument(
+        "--timing",
+        choices=graphs.TIMINGS,
+        help="on a GPU: replays of CUDA graphs (default; of whole steps eager), or eager calls, launch gaps and all",
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice); recorded in each row")
     parser.add_argument("--rounds", type=int, help=f"default {stats.MIN_ROUNDS}; fewer are marked quick")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds: to see that it works, no result")
@@ -71,6 +77,10 @@ def main(argv=None) -> int:
     except ValueError as error:
         parser.error(str(error))
 
+    usual = "eager" if ".e2e." in families()[args.family] else "graph"
+    timing = args.timing or usual
+    if device == "cuda" and timing != usual:  # rows of a name are compared with each other
+        cases = [dataclasses.replace(case, name=f"{case.name} {timing}") for case in cases]
     env = results.environment(device)
     quick = args.quick or rounds < stats.MIN_ROUNDS
     path = None if quick and not args.out else results.csv_path(env["device"], args.out)
@@ -81,7 +91,7 @@ def main(argv=None) -> int:
         if _key(vars(case) | {"case": case.name}) in done:
             print(f"{case}: already measured at {env['commit']}")
             continue
-        found = runner.measure(case, device, rounds, quick, args.seed)
+        found = runner.measure(case, device, rounds, quick, args.seed, timing)
         if path:
             results.append(path, results.rows(case, found, env))
         results.show(f"{case} ({case.size})", results.table(found))

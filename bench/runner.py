@@ -17,7 +17,7 @@ import torch
 
 from fastft import testing
 
-from . import stats
+from . import graphs, stats
 
 Run = Callable[[], dict[str, torch.Tensor]]
 Build = Callable[[Any], Run]
@@ -85,11 +85,12 @@ class Measurement:
     met: bool | None = None
 
 
-def measure(case: Case, device, rounds: int = stats.MIN_ROUNDS, quick: bool = False, seed: int = 0):
+def measure(case: Case, device, rounds: int = stats.MIN_ROUNDS, quick: bool = False, seed: int = 0, timing: str = "graph"):
     """Check and time every arm of `case`.
 
     Args:
         rounds: below `stats.MIN_ROUNDS` the measurements are marked ``quick``, as with `quick`.
+        timing: on a GPU, "graph": replays of CUDA graphs, or "eager" calls; each measurement's note says which.
 
     Returns:
         A list of `Measurement`: the floor against itself (``floor2``) first, then every arm, skipped ones too.
@@ -115,18 +116,27 @@ def measure(case: Case, device, rounds: int = stats.MIN_ROUNDS, quick: bool = Fa
         runs[name] = arm
     del check
 
-    times = interleaved(runs, device, rounds, seed)
+    for group in graphs.groups(runs, timing if device.type == "cuda" else None):
+        _time(case, group, found, device, rounds, quick, seed)
+    return [found[name] for name in ("floor2", *case.arms, *case.skipped)]
+
+
+def _time(case: Case, group: graphs.Group, found: dict[str, Measurement], device, rounds: int, quick: bool, seed: int):
+    """Time the arms of a group; what is found out goes into `found`."""
+    times = interleaved(group.runs, device, rounds, seed)
     floor = stats.paired_ratio(times["floor2"], times["floor"])
     void = stats.is_void(floor)
-    for name in runs.keys() - {"floor"}:
-        m = found[name]
+    for name in group.runs:
+        m = found.get(name)
+        if m is None or m.rounds:  # the floor, and floor2 in a second group
+            continue
+        m.note = group.notes[name]
         m.status = "quick" if quick else "void" if void else "ok"
         m.ratio, m.floor, m.rounds = stats.paired_ratio(times[name], times["floor"]), floor, rounds
         m.seconds = torch.tensor(times[name], dtype=torch.float64).quantile(0.5).item()
         if name.startswith("fastft") and case.target is not None:
             m.target = case.target
             m.met = stats.meets(case.target, m.ratio, floor) if m.status == "ok" else None
-    return [found[name] for name in ("floor2", *case.arms, *case.skipped)]
 
 
 def interleaved(runs: dict[str, list[Run]], device, rounds: int, seed: int = 0) -> dict[str, list[float]]:
