@@ -38,7 +38,7 @@ def test_every_launch_compiles_for_every_target():
     python(HARNESS, "--all")
 
 
-def test_scale_dropout_and_token_count_do_not_recompile():
+def test_scale_dropout_step_and_numbers_of_tokens_or_indices_do_not_recompile():
     python("-c", SAME_LAUNCH, HARNESS.parent)
 
 
@@ -46,7 +46,7 @@ SAME_LAUNCH = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import torch, aot
-from fastft.kernels import dora, lora
+from fastft.kernels import dora, lora, partial
 from fastft.kernels._launch import _sum_slabs_kernel
 
 def meta(*size, dtype=torch.float32):
@@ -74,4 +74,19 @@ for op in (*lora._OPERANDS, "dora_expand_", "dora_grad_y"):
 grouped = ("lora_shrink", "lora_grad_a", "lora_grad_x_")
 for op in grouped:
     assert launched(op, ranks=(8, 16, 8)) != launched(op), "the number of groups is compiled in"
+
+def launched_partial(op, T=4096, C=430, dim=1, step=7, lr=1e-3):
+    x, index = meta(T, 64), meta(C, dtype=torch.int32)
+    if op in ("gather_columns", "scatter_add_columns_"):
+        args = (x, index, meta(T, C))[: 2 if op == "gather_columns" else 3]
+    else:
+        part, w = meta(C, 64) if dim == 0 else meta(64, C), meta(64, 128) if dim == 1 else meta(128, 64)
+        args = w, index, dim, *[part] * (2 if op == "write_slice_" else 5)
+        args += (lr, 0.9, 0.99, 1e-8, 0.1, step) * (op == "slice_adamw_")
+    return {call.source_hash() for call in aot.intercept(getattr(partial, op), args, partial.config_for(op, *args))}
+
+for op in ("gather_columns", "scatter_add_columns_", "write_slice_", "slice_adamw_"):
+    for dim in (0, 1):
+        for change in ({"T": 1}, {"T": 17}, {"T": 10**6}, {"C": 1}, {"C": 16}, {"C": 17}, {"step": 1}, {"lr": 0}, {"lr": 1}):
+            assert launched_partial(op, dim=dim, **change) == launched_partial(op, dim=dim) != set(), (op, dim, change)
 """
