@@ -64,6 +64,22 @@ def test_inline_ptx_became_the_wanted_instruction(usage, architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_slices_move_16_bytes_at_a_time(usage, architecture):
+    """What belongs to a slice, whatever the length of its rows, and rows of a weight: beside four float32 of a delta go 8
+    bytes of a 16-bit weight. Its columns lie apart.
+    """
+    slices = {k: code for k, code in resources.sass(architecture).items() if k.startswith(("write_slice", "slice_adamw"))}
+    assert len(slices) == 18
+    for kernel, code in slices.items():
+        adamw, (dtype, dim, *delta) = kernel.startswith("slice_adamw"), kernel.partition("<")[2].rstrip(">").split(", ")
+        assert "LDG.E.NA.128.CONSTANT" in code and code.count("LDG.E.128") >= 3 * adamw, kernel
+        assert code.count("STG.E.128") >= 3 * adamw, kernel
+        if dim == "0":
+            wide = dtype == "float" or delta == ["0"]
+            assert code.count("STG.E.128") > 3 * adamw if wide else "STG.E.64" in code, kernel
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_products_of_16_bit_operands_run_on_tensor_cores(usage, architecture):
     """Kernels named <type, ..., parts> (`Arithmetic` in tile.cuh): 0 parts are float32 arithmetic, 1 and 3 tensor cores."""
     products = {
@@ -86,12 +102,12 @@ def test_library_loads_and_registers_all_ops(tmp_path):
     compiler = os.environ.get("CXX", "c++")
     subprocess.run([compiler, "-shared", "-fPIC", source, "-o", tmp_path / "libtorch_cuda.so"], check=True)
     code = (
-        "import os, sys, ctypes, torch; from fastft.ops import dora, lora, registry\n"
+        "import os, sys, ctypes, torch; from fastft.ops import dora, lora, partial, registry\n"
         f"ctypes.CDLL({str(resources.LIBRARY)!r}, mode=os.RTLD_NOW)\n"
         "registry.define_native('fastft_cuda')\n"
         "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
         "missing = [name for name in registry.OPS if not has(f'fastft_cuda::{name}', 'CUDA')]\n"
-        "sys.exit(str(missing) if missing or len(registry.OPS) < 7 else 0)"
+        "sys.exit(str(missing) if missing or len(registry.OPS) < 11 else 0)"
     )
     environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": str(resources.TABLE.parents[2])}
     process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
