@@ -136,6 +136,15 @@ class Handle:
                 stacklevel=2,
             )
 
+    def refresh(self) -> None:
+        """Bring what stands in the weights up to date with the adapter's values.
+
+        Only needed after replacing a parameter's ``.data``: what an optimizer does or what changes a parameter in place is
+        seen by itself.
+        """
+        for module in self._attached().values():
+            module.refresh()
+
     def callback(self):
         """A transformers `TrainerCallback`: checks what is trained, runs `step`, saves the adapter with checkpoints."""
         from .trainer_callback import trainer_callback

@@ -53,6 +53,11 @@ class Buffers(nn.Module):
         return len(self._buffers)
 
 
+def _version(delta) -> tuple[int, int]:
+    """Changes with every change in place, and is another's for a copy, whose counter starts anew."""
+    return id(delta), delta._version
+
+
 class Sliced:
     """Mixed into adapted linears; `_slices` holds the `SliceSettings` by adapter name."""
 
@@ -88,7 +93,7 @@ class Sliced:
 
     def note_written(self, names):
         for name in names:
-            self._written[name] = self.slice_delta[name]._version
+            self._written[name] = _version(self.slice_delta[name])
 
     def forget_indices(self) -> None:
         """The units may have other values now."""
@@ -100,13 +105,14 @@ class Sliced:
         self.forget_indices()  # read again by the rebuild that follows when the children are loaded
 
     def _apply(self, fn, *args, **kwargs):
+        deltas = {name: self.slice_delta[name].data for name in self._slices}
         before = self.weight.dtype
         super()._apply(fn, *args, **kwargs)
         if self._slices and self.weight.dtype != before:
-            # What was rounded with the model is the weight; the delta stays what 16-bit weights need it for.
+            # A cast of the model rounds its weights; the delta stays what 16-bit weights need it for.
             wide = torch.promote_types(self.weight.dtype, torch.float32)
-            for delta in self.slice_delta.values():
-                delta.data = delta.data.to(wide)
+            for name, delta in deltas.items():
+                self.slice_delta[name].data = delta.to(self.weight.device, wide)
             self.refresh()
         return self
 
@@ -143,5 +149,5 @@ class Sliced:
     def _write_changes(self) -> None:
         """Deltas that were changed in place by something else than an optimizer are written before they are used."""
         for name, version in self._written.items():
-            if self.slice_delta[name]._version != version:
+            if _version(self.slice_delta[name]) != version:
                 return self.refresh()

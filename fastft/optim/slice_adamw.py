@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch.optim.adamw import adamw
 
 from ..ops.partial import slice_adamw_
 
@@ -91,7 +92,7 @@ def _update_others(parameters, states, group):
     for state in found:
         state["step"] -= 1  # PyTorch's function counts itself
     beta1, beta2 = group["betas"]
-    torch.optim.adamw.adamw(
+    adamw(
         parameters,
         [p.grad for p in parameters],
         [state["exp_avg"] for state in found],
