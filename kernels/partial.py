@@ -12,7 +12,7 @@ import triton.language as tl
 
 from . import _config
 from ._lang import cast
-from ._launch import ACTIVATION, FLOAT32, check, device_name, launch
+from ._launch import ACTIVATION, FLOAT32, Launch, check, device_name, launch, planned
 from ._tiles import cdiv
 
 _INDEX = (torch.int32,)
@@ -41,14 +41,24 @@ def _gather_columns_kernel(p_x, p_index, p_out, T, C, x_row, BLOCK_M: tl.constex
     tl.store(p_out + o_m[:, None] * C + o_c[None, :], b_x, mask=m_tile)
 
 
-def gather_columns(x, index, *, config=None):
+def _plan_gather(config, x, index):
     constants = config or config_for("gather_columns", x, index)
     (T, K), C = x.shape, index.numel()
     check("gather_columns", apart=("x",), x=(x, ACTIVATION, (T, K)), index=(index, _INDEX, (C,)))
-    out = torch.empty(T, C, dtype=x.dtype, device=x.device)
-    if T and C:
-        launch(_gather_columns_kernel, _tiles(T, C, constants), x, index, out, T, C, x.stride(0), **constants)
-    return out
+    if T == 0 or C == 0:
+        return lambda x, index: x.new_empty(T, C)
+    launch = Launch(_gather_columns_kernel, _tiles(T, C, constants), T, C, x.stride(0), **constants)
+
+    def run(x, index):
+        out = x.new_empty(T, C)
+        launch(x, index, out)
+        return out
+
+    return run
+
+
+def gather_columns(x, index, *, config=None):
+    return planned(_plan_gather, config, (x, index))(x, index)
 
 
 @triton.jit(do_not_specialize=["T", "C"])
@@ -68,13 +78,18 @@ def _scatter_add_columns_kernel(p_y, p_index, p_z, T, C, y_row, BLOCK_M: tl.cons
     tl.store(p_tile, cast(cast(b_y, tl.float32) + cast(b_z, tl.float32), b_y.dtype), mask=m_tile)
 
 
-def scatter_add_columns_(y, index, z, *, config=None):
+def _plan_scatter_add(config, y, index, z):
     constants = config or config_for("scatter_add_columns_", y, index, z)
     (T, N), C = y.shape, index.numel()
     layouts = {"index": (index, _INDEX, (C,)), "z": (z, (y.dtype, torch.float32), (T, C))}
     check("scatter_add_columns_", apart=("y",), y=(y, ACTIVATION, (T, N)), **layouts)
-    if T and C:
-        launch(_scatter_add_columns_kernel, _tiles(T, C, constants), y, index, z, T, C, y.stride(0), **constants)
+    if T == 0 or C == 0:
+        return _nothing
+    return Launch(_scatter_add_columns_kernel, _tiles(T, C, constants), T, C, y.stride(0), **constants)
+
+
+def scatter_add_columns_(y, index, z, *, config=None):
+    planned(_plan_scatter_add, config, (y, index, z))(y, index, z)
 
 
 @triton.jit
@@ -124,12 +139,17 @@ def _write_slice_kernel(
     tl.store(p_tile, b_base, mask=m_tile)
 
 
+def _plan_write(config, weight, index, base, delta, dim):
+    parts = {} if delta is None else {"delta": delta}
+    constants, *sizes = _checked_slice("write_slice_", config, weight, index, dim, base, parts)
+    if base.numel() == 0:
+        return _nothing
+    return Launch(_write_slice_kernel, _tiles(*base.shape, constants), *sizes, DIM=dim, **constants)
+
+
 def write_slice_(weight, index, dim, base, delta, *, config=None):
-    sizes = _checked_slice("write_slice_", weight, index, dim, base, {} if delta is None else {"delta": delta})
-    constants = config or config_for("write_slice_", weight, index, dim)
-    if base.numel():
-        grid = _tiles(*base.shape, constants)
-        launch(_write_slice_kernel, grid, weight, index, base, delta, *sizes, DIM=dim, **constants)
+    tensors = weight, index, base, delta
+    planned(_plan_write, config, tensors, dim)(*tensors)
 
 
 @triton.jit(do_not_specialize=["C"])
@@ -173,6 +193,16 @@ def _slice_adamw_kernel(
     tl.store(p_tile, cast(cast(b_base, tl.float32) + b_delta, b_base.dtype), mask=m_tile)
 
 
+def _plan_adamw(config, weight, index, base, delta, grad, exp_avg, exp_avg_sq, dim):
+    parts = {"delta": delta, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    constants, *sizes = _checked_slice("slice_adamw_", config, weight, index, dim, base, parts)
+    if base.numel() == 0:
+        return _nothing
+    grid = _tiles(*base.shape, constants)
+    # Not a `Launch` that is kept, in which scalars are fixed: these change in every step.
+    return lambda *args: launch(_slice_adamw_kernel, grid, *args[:7], *sizes, *args[7:], DIM=dim, **constants)
+
+
 def slice_adamw_(
     weight,
     index,
@@ -191,27 +221,27 @@ def slice_adamw_(
     *,
     config=None,
 ):
-    parts = {"delta": delta, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    sizes = _checked_slice("slice_adamw_", weight, index, dim, base, parts)
     if step < 1:
         raise ValueError(f"slice_adamw_: step is {step}, the first is 1")
-    constants = config or config_for("slice_adamw_", weight, index, dim)
     spread, rate = 1 / math.sqrt(1 - beta2**step), -lr / (1 - beta1**step)
     scalars = 1 - lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2, spread, eps, rate
-    if base.numel():
-        tensors = weight, index, base, *parts.values()
-        grid = _tiles(*base.shape, constants)
-        launch(_slice_adamw_kernel, grid, *tensors, *sizes, *map(float, scalars), DIM=dim, **constants)
+    tensors = weight, index, base, delta, grad, exp_avg, exp_avg_sq
+    planned(_plan_adamw, config, tensors, dim)(*tensors, *map(float, scalars))
 
 
-def _checked_slice(op: str, weight, index, dim: int, base, parts: dict) -> tuple:
-    """FEATURES, C and the weight's row stride, as the kernels take them; `parts` are float32 and belong to the slice."""
+def _checked_slice(op: str, config, weight, index, dim: int, base, parts: dict) -> tuple:
+    """The configuration, FEATURES, C and the weight's row stride; `parts` are float32 and belong to the slice."""
+    constants = config or config_for(op, weight, index, dim)
     (A, B), C = weight.shape, index.numel()
     shape = (A, C) if _checked_dim(op, dim) else (C, B)
     layouts = {"index": (index, _INDEX, (C,)), "base": (base, (weight.dtype,), shape)}
     layouts |= {name: (part, FLOAT32, shape) for name, part in parts.items()}
     check(op, apart=("weight",), weight=(weight, ACTIVATION, (A, B)), **layouts)
-    return weight.shape[1 - dim], C, weight.stride(0)
+    return constants, weight.shape[1 - dim], C, weight.stride(0)
+
+
+def _nothing(*args):
+    """The plan of an empty slice."""
 
 
 def _checked_dim(op: str, dim: int) -> int:
