@@ -11,7 +11,7 @@ usage: bench/gpu.sh OUT [STAGE...]
 Stages, in order (default: all):
   build     a virtual environment OUT/venv over this python3's packages, with fastft built and installed in it
   info      fastft info: versions, and which backend each op has here
-  test      tests/ops on every backend; writes OUT/proof.json
+  test      tests/ops on every backend of the GPU; writes OUT/proof.json, OUT/test.txt and OUT/test-failures.txt
   bench     fastft bench lora, dora and step on the GPU; rows in OUT/results/<device>.csv
   sanitize  compute-sanitizer memcheck, racecheck, synccheck on the tests marked "sanitize"
   graph     a LoRA layer captured in a CUDA graph and replayed: fresh dropout masks, eager's results
@@ -26,6 +26,8 @@ environment:
   PYTHON    use this Python, in which fastft is installed, instead of OUT/venv (then build is not needed)
   FASTFT_COMMIT  what the rows call the source, where the tree came without its .git
   LIMIT     seconds a stage may take
+  FAMILIES  what bench measures (default: lora dora step)
+  TESTS     what test runs, an expression for pytest -k (default: on_gpu, the backends of the GPU)
 TEXT
 }
 
@@ -79,6 +81,7 @@ run_into() {
 
 need() { [[ $DRY == 1 ]] || command -v "$1" >/dev/null || die "build needs $1 on the PATH: $2"; }
 
+# About 60 s: nvcc compiles each source for three architectures.
 stage_build() {
     if [[ -n ${PYTHON:-} ]]; then
         say "PYTHON is set: using $PYTHON as it is"
@@ -101,21 +104,49 @@ stage_build() {
     run env FASTFT_NATIVE=1 FASTFT_CUDA=1 "$PY" -m pip install --no-build-isolation --no-deps -e "$ROOT"
 }
 
+# About 10 s.
 stage_info() {
     run "$PY" -c 'import torch; assert torch.cuda.is_available(), "torch sees no GPU"; print(torch.cuda.get_device_name())'
     run "$(dirname -- "$PY")/fastft" info
 }
 
+# 2 to 4 minutes, nearly all of it Triton compiling some hundred small kernels: eight processes at a time.
 stage_test() {
-    run "$PY" -m pytest "$ROOT/tests/ops" -q -p no:cacheprovider --write-proof "$OUT/proof.json"
+    local workers=() status=0
+    if [[ $DRY == 1 ]] || "$PY" -c 'import xdist, pytest_timeout' 2>/dev/null; then
+        local cores
+        cores=$(nproc)
+        workers=(-n $((cores < 8 ? cores : 8)) --dist worksteal --timeout=300)
+    fi
+    # Interrupted before the stage's limit, so that what passed until then is still written.
+    run_into "$OUT/test.txt" env COLUMNS=250 timeout --signal=INT --kill-after=20 $((LIMIT > 60 ? LIMIT - 40 : LIMIT)) \
+        "$PY" -m pytest "$ROOT/tests/ops" -q -k "${TESTS:-on_gpu}" -rfE --maxfail=200 "${workers[@]}" -p no:cacheprovider \
+        -p no:benchmark --write-proof "$OUT/proof.json" --failures "$OUT/test-failures.txt" || status=$?
+    [[ $DRY == 1 ]] || summarise_tests
+    return "$status"
 }
 
+summarise_tests() {
+    local failures=$OUT/test-failures.txt
+    if [[ -s $failures ]]; then
+        printf '%s failures; the first of each test (all in %s, tracebacks in test.txt):\n' "$(wc -l <"$failures")" "$failures"
+        awk '{ test = $1; sub(/\[.*/, "", test); if (!seen[test]++ && n++ < 40) print substr($0, 1, 400) }' "$failures"
+    fi
+    [[ ! -e $OUT/test.txt ]] || tail -n 1 "$OUT/test.txt"
+}
+
+# On an H100 about 60 s for lora (5 implementations of 4 layers, 2 dtypes, with and without dropout), less for dora.
 stage_bench() {
-    for family in lora dora step; do
-        run "$PY" -m fastft.bench.run "$family" --device cuda --resume --out "$OUT/results"
+    local family dtypes
+    for family in ${FAMILIES:-lora dora step}; do
+        dtypes=()
+        # Without TF32 a float32 layer takes twenty times as long, and nobody trains so on a GPU.
+        [[ $family == step ]] || dtypes=(--dtype bf16 --dtype bf16+fp32)
+        run "$PY" -m fastft.bench.run "$family" --device cuda "${dtypes[@]}" --resume --out "$OUT/results"
     done
 }
 
+# Minutes for each of the three tools, which slow a kernel down tenfold and more.
 stage_sanitize() {
     if [[ $DRY != 1 ]] && ! command -v compute-sanitizer >/dev/null; then
         run "$PY" -m fastft.bench.gpu_checks no-sanitizer --out "$OUT"
@@ -138,6 +169,7 @@ stage_sanitize() {
     return "$failed"
 }
 
+# About 20 s.
 stage_graph() {
     run "$PY" -m fastft.bench.gpu_checks graph --out "$OUT"
 }

@@ -1,8 +1,11 @@
-"""Shared options: `--write-proof FILE` records how each op x backend was proven, for `fastft info`."""
+"""Shared options, for one process or for xdist's: what passed tests prove, and one line for each failure."""
 
 import json
 import os
 from pathlib import Path
+
+# cuBLAS refuses to run under deterministic algorithms, with which `golden.poisoned` finds what nobody writes, without this.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # Triton's kernels run on CPU in its interpreter; the variable must be there before triton is imported.
 import torch
@@ -19,6 +22,18 @@ _proven: dict[str, dict[str, list[str]]] = {}
 
 def pytest_addoption(parser):
     parser.addoption("--write-proof", metavar="FILE", help="add what the passed tests prove to this JSON file")
+    parser.addoption("--failures", metavar="FILE", help="write a line for each failure, as soon as it is known")
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Collector(_of_this_process(config, "--failures")))
+
+
+def _of_this_process(config, option):
+    """The file of an option; None in xdist's workers, whose reports come to the process that started them."""
+    path = config.getoption(option)
+    return Path(path) if path and not hasattr(config, "workerinput") else None
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -28,18 +43,35 @@ def pytest_runtest_makereport(item, call):
     if report.when == "setup":
         golden.PENDING.clear()
     if report.when == "teardown" and getattr(item, "_passed", False) and report.passed:
-        for op, backend, how in golden.PENDING:
-            ways = _proven.setdefault(op, {}).setdefault(backend, [])
-            if how not in ways:
-                ways.append(how)
+        report.user_properties += [("proven", list(proof)) for proof in dict.fromkeys(golden.PENDING)]
     if report.when == "call":
         item._passed = report.passed
 
 
+class _Collector:
+    """Takes from the reports of every test, wherever it ran, what it proves and how it failed."""
+
+    def __init__(self, failures: Path | None):
+        self.failures = failures
+        if failures:
+            failures.write_text("")
+
+    def pytest_runtest_logreport(self, report):
+        for name, proof in report.user_properties if report.when == "teardown" else ():
+            if name == "proven":
+                op, backend, how = proof
+                ways = _proven.setdefault(op, {}).setdefault(backend, [])
+                ways += [how] if how not in ways else []
+        if report.failed and self.failures:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            reason = " ".join((crash.message if crash else str(report.longrepr)).split())
+            with self.failures.open("a") as file:
+                file.write(f"{report.nodeid} ({report.when}): {reason[:300]}\n")
+
+
 def pytest_sessionfinish(session):
-    path = session.config.getoption("--write-proof")
+    path = _of_this_process(session.config, "--write-proof")
     if path:
-        path = Path(path)
         table = json.loads(path.read_text()) if path.exists() else {}
         for op, backends in _proven.items():
             for backend, ways in backends.items():

@@ -40,7 +40,12 @@ def test_dry_run_prints_every_stage_and_touches_nothing(tmp_path):
     done = gpu_sh(tmp_path / "out", DRY="1")
     assert done.returncode == 0, done.stderr
     assert [line[2:] for line in done.stdout.splitlines() if line.startswith("# ")] == STAGES
-    for wanted in ("pip install --no-build-isolation --no-deps -e", "--write-proof", "fastft.bench.run lora --device cuda"):
+    for wanted in (
+        "pip install --no-build-isolation --no-deps -e",
+        "--write-proof",
+        "fastft.bench.run lora --device cuda --dtype bf16",
+        "-n ",
+    ):
         assert wanted in done.stdout
     assert (
         all(f"--tool {tool}" in done.stdout for tool in ("memcheck", "racecheck", "synccheck"))
@@ -59,7 +64,8 @@ def test_a_finished_stage_is_skipped_and_a_failed_one_repeated(tmp_path, fake):
         "info.done",
         "test.failed",
     ]
-    assert [line.split()[0] for line in calls(tmp_path)] == ["python", "fastft", "python", *["python"] * 3]
+    # info's two, whether xdist is there and the tests, a bench for each family
+    assert [line.split()[0] for line in calls(tmp_path)] == ["python", "fastft", *["python"] * 2, *["python"] * 3]
     measured = [line.split("fastft.bench.run ")[1].split()[0] for line in calls(tmp_path) if "fastft.bench.run" in line]
     assert measured == ["lora", "dora", "step"]
 
@@ -68,8 +74,23 @@ def test_a_finished_stage_is_skipped_and_a_failed_one_repeated(tmp_path, fake):
     second = gpu_sh(out, "info", "test", "bench", PYTHON=str(fake))
     assert second.returncode == 0
     assert "info: done before, skipped" in second.stderr and "bench: done before, skipped" in second.stderr
-    assert len(calls(tmp_path)) == 1 and "pytest" in calls(tmp_path)[0]
+    assert len(calls(tmp_path)) == 2 and "-m pytest" in calls(tmp_path)[1]
     assert (out / "test.done").exists() and not (out / "test.failed").exists()
+
+
+def test_the_test_stage_ends_with_one_line_for_each_failing_test(tmp_path, fake):
+    out = tmp_path / "out"
+    out.mkdir()
+    lines = [f"tests/ops/test_a.py::test_{name}[{i}] (call): assert {i}\n" for name in "xy" for i in range(100)]
+    (out / "test-failures.txt").write_text("".join(lines))
+    (tmp_path / "bad").write_text("write-proof")
+    (tmp_path / "fail").write_text("echo 200 failed, 3 passed in 1.0s; exit 1")
+    (tmp_path / "action").write_text(f"sh {tmp_path}/fail")
+    done = gpu_sh(out, "test", PYTHON=str(fake))
+    assert done.returncode == 1
+    said = done.stdout.splitlines()
+    assert said[-1] == "200 failed, 3 passed in 1.0s" and said[-3:-1] == [lines[0].strip(), lines[100].strip()]
+    assert said[-4].startswith("200 failures; the first of each test")
 
 
 def test_a_stage_is_stopped_at_its_limit(tmp_path, fake):
