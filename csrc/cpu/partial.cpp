@@ -98,7 +98,7 @@ struct Slice {
   void check_part(const char* op, const char* name, const Tensor& t, ScalarType dtype) const {
     check(op, name, t, Where::cpu, {dtype}, {rows, width});
   }
-  // Calls value(i) for every row of the slice, which returns a function (j, n) -> the vector at column j; stores it.
+  // Stores value(k, n), the vector of up to n elements from element k of the slice on, for all of it.
   template <class T, class F>
   void write(T* weight, const F& value) const {
     for_rows(rows, width, [=, this](int64_t i) {
@@ -110,6 +110,18 @@ struct Slice {
     });
   }
 
+  // The bits of a contiguous [rows, width], whatever they mean.
+  template <class T>
+  void copy(T* weight, const T* from) const {
+    for_rows(rows, width, [=, this](int64_t i) {
+      T* row = weight + (dim ? i : at[i]) * ld;
+      if (dim)
+        for (int64_t j = 0; j < width; ++j) row[at[j]] = from[i * width + j];
+      else
+        std::copy_n(from + i * width, width, row);
+    });
+  }
+
   int64_t dim, ld, rows, width;
   const int32_t* at;
 };
@@ -118,16 +130,15 @@ void write_slice_(Tensor weight, const Tensor& index, int64_t dim, const Tensor&
   const char* op = "write_slice_";
   const Slice slice(op, weight, index, dim);
   slice.check_part(op, "base", base, weight.scalar_type());
-  if (delta) slice.check_part(op, "delta", *delta, f32);
+  if (!delta) {
+    auto copy = [&](auto* type) { slice.copy(mutable_data(weight, type), data(base, type)); };
+    return weight.scalar_type() == f32 ? copy(static_cast<uint32_t*>(nullptr)) : copy(static_cast<uint16_t*>(nullptr));
+  }
+  slice.check_part(op, "delta", *delta, f32);
+  const auto* d = static_cast<const float*>(delta->const_data_ptr());
   dispatch(weight, [&](auto* type) {
     const auto* from = data(base, type);
-    auto* to = mutable_data(weight, type);
-    if (delta) {
-      const auto* d = static_cast<const float*>(delta->const_data_ptr());
-      slice.write(to, [=](int64_t k, int64_t n) { return load(from + k, n) + load(d + k, n); });
-    } else {
-      slice.write(to, [=](int64_t k, int64_t n) { return load(from + k, n); });
-    }
+    slice.write(mutable_data(weight, type), [=](int64_t k, int64_t n) { return load(from + k, n) + load(d + k, n); });
   });
 }
 

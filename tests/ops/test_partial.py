@@ -195,6 +195,22 @@ def test_nan_and_infinity_stay_where_they_are(backend):
         assert bad.sum() == 4 and weight[1, 3].isnan() and weight[2, 5] == float("inf") and weight[0, 7].isnan()
 
 
+def test_without_a_delta_bits_are_copied(backend):
+    """Also those of signalling NaNs and of -0.0: whatever was pretrained comes back."""
+    for dtype, patterns in (
+        (BF16, [0x7F81, -0x8000, 0x0001]),
+        (F16, [0x7C01, -0x8000, 0x0001]),
+        (F32, [0x7F800001, -(2**31), 1]),
+    ):
+        integer = torch.int32 if dtype == F32 else torch.int16
+        base = torch.tensor([patterns, patterns], dtype=integer).view(dtype).to(backend)
+        for dim, slice in ((1, base), (0, base.t().contiguous())):
+            index = choose(8, 3, backend)
+            weight = torch.zeros((2, 8) if dim else (8, 2), dtype=dtype, device=backend)
+            partial.write_slice_(weight, index, dim, slice, None)
+            assert torch.equal(bits(weight.index_select(dim, index)), bits(slice)), f"{dtype} dim {dim}"
+
+
 def test_wrong_arguments_are_refused_by_the_kernels(backend):
     if fastft.ops.registry._forced.get() == "reference":
         pytest.skip("PyTorch checks the reference")
