@@ -11,8 +11,8 @@
 
 What trains is held as a float32 delta, the slice's distance from the pretrained weight: W's slice = round(base + delta). The
 delta is at once the master of a 16-bit weight. `write_slice_` writes it, `slice_adamw_` makes an update and writes it in one
-pass. With delta = 0 no value changes (a base of -0.0 is written as 0.0); without a delta bits are copied. A delta can also be
-applied beside the weight (`delta_linear`):
+pass. With delta = 0 no value changes (a base of -0.0 is written as 0.0); without a delta bits are copied. A delta can also
+be applied beside the weight (`delta_linear`):
 
     columns: Y += X[:, C] deltaᵀ            rows: Y[:, R] += X deltaᵀ
 
