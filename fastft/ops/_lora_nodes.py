@@ -1,4 +1,7 @@
-"""The autograd nodes under `lora_linear`: what each saves, and what backward computes of it. Rows x [T, K] only."""
+"""The autograd nodes under `lora_linear`: what each saves, and what backward computes of it.
+
+Rows x [T, K] only, but for `LoRALinearNode`: views of its input and output would be nodes of their own.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -129,16 +132,21 @@ def _dora_backward(ctx, dy, dx):
 
 class LoRALinearNode(torch.autograd.Function):
     """`ShrinkNode` and `ExpandNode` of a single plain adapter as one node: half the Python, which a GEMM has pushed out of
-    the caches each time (measured: 1.070 of the floor against 1.078, bfloat16, 1024 tokens, 2048 x 2048)."""
+    the caches each time (measured: 1.070 of the floor against 1.078, bfloat16, 1024 tokens, 2048 x 2048).
+
+    x [..., K] is contiguous.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scale, p, seed):
-        y = F.linear(x, weight, bias)
-        s, mask = lora_shrink(x, a, [a.shape[0]], p, seed)
+        rows = x if x.dim() == 2 else x.view(-1, x.shape[-1])
+        y = F.linear(rows, weight, bias)
+        s, mask = lora_shrink(rows, a, [a.shape[0]], p, seed)
         lora_expand_(y, s, b, scale)
         ctx.scale, ctx.p, ctx.scope = scale, p, Scope.captured()
         ctx.save_for_backward(x if ctx.needs_input_grad[3] or ctx.needs_input_grad[1] else None, weight, a, b, s, mask)
-        return y
+        # .data: what autograd knows as a view can't be changed in place later on.
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1]).data
 
     @staticmethod
     @once_differentiable
@@ -149,7 +157,10 @@ class LoRALinearNode(torch.autograd.Function):
 def _linear_backward(ctx, dy):
     x, weight, a, b, s, mask = ctx.saved_tensors
     need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
-    dy, ranks = dy.contiguous(), [a.shape[0]]
+    lead, ranks = dy.shape[:-1], [a.shape[0]]
+    dy = dy.contiguous()
+    if len(lead) != 1:
+        dy, x = dy.view(-1, dy.shape[-1]), None if x is None else x.view(-1, x.shape[-1])
     dx, dw = _base_backward(dy, None, x, weight, need_x, need_w)
     da = db = None
     if need_a or need_b or need_x:
@@ -158,6 +169,8 @@ def _linear_backward(ctx, dy):
             da = lora_grad_a(ds, x, a, ranks, mask, ctx.p)
         if need_x:
             lora_grad_x_(dx, ds, a, ranks, mask, ctx.p)
+    if need_x and len(lead) != 1:
+        dx = dx.view(*lead, dx.shape[1])
     return dx, dw, dy.sum(0) if need_bias else None, da, db if need_b else None, None, None, None
 
 

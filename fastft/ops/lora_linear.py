@@ -165,6 +165,8 @@ def _plain_linear(x, weight, bias, a, b, scale, p):
     if not x.dim() or not weight.dim() == a.dim() == b.dim() == 2:
         return None
     (n, k), r = weight.shape, a.shape[0]
+    if x.dim() == 1 or not (x.numel() and n):  # `view` could not tell the rows of nothing
+        return None
     fits = (
         (x.shape[-1], a.shape[1], b.shape, x.dtype, a.dtype) == (k, k, (n, r), weight.dtype, b.dtype)
         and (a.dtype == x.dtype or a.dtype == torch.float32)
@@ -175,8 +177,7 @@ def _plain_linear(x, weight, bias, a, b, scale, p):
     if not fits:
         return None
     seed = torch.randint(2**62, (1,), device=x.device) if p > 0 else None
-    y = LoRALinearNode.apply(_rows(x), weight, bias, a.contiguous(), b.contiguous(), float(scale), float(p), seed)
-    return y.view(*x.shape[:-1], n)
+    return LoRALinearNode.apply(x.contiguous(), weight, bias, a.contiguous(), b.contiguous(), float(scale), float(p), seed)
 
 
 def lora_update(y, x, lora_A, lora_B, scale=1.0, p=0.0, *, lora_bias=None, middle=None):
