@@ -127,6 +127,8 @@ class S2FT(Method):
     # ---- what `Method` asks
 
     def bind(self, model):
+        if self.units is not None:  # chosen on another model; one of the same shapes gets the same
+            return self
         ratios = self.ratios()
         structures = coupled_units(model, by_group=self.v_ratio > 0)
         possible = [s.module for c in structures for kind, s in c.slices.items() if kind in ratios]
@@ -160,10 +162,9 @@ class S2FT(Method):
                 raise ValueError(f"{name!r} holds a DoRA adapter, which multiplies the weight; the two don't mix")
             one = self.chosen[name]
             size = module.weight.shape[int((one.kind == "columns") != is_transposed(module))]
-            if one.units * one.size + one.offset > size:
-                raise ValueError(
-                    f"{one.units} units of {one.size} {one.kind} from {one.offset} on don't fit {name!r}: {size}"
-                )
+            last = max(one.units, 1 + max(self.units[name].tolist())) if self.units else one.units
+            if last * one.size + one.offset > size:
+                raise ValueError(f"{last} units of {one.size} {one.kind} from {one.offset} on don't fit {name!r}: {size}")
 
     def shapes(self, name, module):
         one = self.chosen[name]
@@ -200,6 +201,8 @@ class S2FT(Method):
             for module in handle.targets.values()
             if handle.name in module._slices
         }
+        for module, _ in slices.values():
+            module.check_whole()
         return SliceAdamW(list(handle.parameters()), slices, lr=lr, weight_decay=weight_decay, **options)
 
     def to_config(self, matched):

@@ -23,6 +23,7 @@ def pristine(module: nn.Module, own: str) -> torch.Tensor:
     """One of a module's own tensors as it is without deltas; a copy where only a slice of it is kept."""
     stored = module._buffers.get(_PRISTINE + own)
     if stored is None and own == "weight" and _SLICE in module._buffers:
+        module.check_whole()
         with torch.no_grad():
             stored = module.weight.detach().clone(memory_format=torch.contiguous_format)
             write_slice_(stored, module._slice_store.index(module), module._slice_store.dim, module._buffers[_SLICE], None)
@@ -122,12 +123,17 @@ class Mergeable(nn.Module):
         self._slice_store = None
         delattr(self, _SLICE)
 
-    def _write(self, store, delta) -> None:
-        if type(self.weight) is not nn.Parameter:
+    def check_whole(self) -> None:
+        """Raises RuntimeError where something sharded the weight, so that its slices can be neither read nor written."""
+        if type(self.weight) is not nn.Parameter or self.weight.dim() != 2:
             raise RuntimeError(
-                f"the weight is a {type(self.weight).__name__}, into which no slice can be written: fully_shard and ZeRO "
-                "don't go with adapters that train slices in place; use DistributedDataParallel"
+                f"the weight is a {type(self.weight).__name__} of shape {list(self.weight.shape)}, in which no slice can "
+                "train: fully_shard, FSDP and ZeRO's stage 3 don't go with adapters that train slices of the weights in "
+                "place; use DistributedDataParallel"
             )
+
+    def _write(self, store, delta) -> None:
+        self.check_whole()
         write_slice_(self.weight, store.index(self), store.dim, self._buffers[_SLICE], delta)
         torch.autograd.graph.increment_version(self.weight)  # a graph that saved the weight must notice
 

@@ -20,13 +20,14 @@ from .merging import pristine
 class SliceSettings:
     """Where a slice lies: unit u is the `size` features from ``offset + u * size`` on, of the rows or columns.
 
-    part: the same as an index, on the weight's device; made when it is asked for.
+    part: the same as an index, on the weight's device; made when it is asked for. version: of the units that it follows.
     """
 
     kind: str
     size: int = 1
     offset: int = 0
     part: Part | None = None
+    version: tuple[int, int] | None = None
 
     def index(self, units: torch.Tensor) -> torch.Tensor:
         """int32 [units · size], ascending as the units are."""
@@ -87,8 +88,9 @@ class Sliced:
         None, and whoever changes the delta calls `refresh`."""
         store, delta = self._slice_store, self.slice_delta[name]
         alone = store is not None and store.names == (name,)
-        if not alone or delta.dtype != torch.float32 or not delta.is_contiguous() or type(self.weight) is not nn.Parameter:
+        if not alone or delta.dtype != torch.float32 or not delta.is_contiguous():
             return None
+        self.check_whole()
         return self.weight.detach(), store.index(self), store.dim, self._buffers["_pristine_slice"]
 
     def note_written(self, names):
@@ -150,4 +152,10 @@ class Sliced:
         """Deltas that were changed in place by something else than an optimizer are written before they are used."""
         for name, version in self._written.items():
             if _version(self.slice_delta[name]) != version:
+        for name, settings in self._slices.items():
+            if settings.version != (version := _version(self.slice_units[name])):
+                # DistributedDataParallel sends rank 0's to all ranks: units, deltas, weights and what they were before.
+                settings.version, settings.part = version, None
+                if self._slice_store is not None:
+                    self._slice_store.union = None
                 return self.refresh()
