@@ -69,7 +69,11 @@ def _train_signature() -> inspect.Signature:
 
 train.__signature__ = _train_signature()  # type: ignore[attr-defined]
 train.__annotations__ = {p.name: p.annotation for p in train.__signature__.parameters.values()}
-app.command("train", help="Fine-tune a causal language model on JSON lines; the adapter goes to OUT/adapter.")(train)
+app.command(
+    "train",
+    help="Fine-tune a causal language model on JSON lines, with low-rank adapters (--method lora) or by training a few of "
+    "its channels and heads in place (--method s2ft); the adapter goes to OUT/adapter.",
+)(train)
 
 
 @app.command(help="Fold an adapter into its model: a plain transformers checkpoint.")

@@ -13,8 +13,9 @@ from typing import Any, Literal
 from .errors import UserError
 
 
-def _option(help: str, default: Any = dataclasses.MISSING) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help})
+def _option(help: str, default: Any = dataclasses.MISSING, of: str | None = None) -> Any:
+    """of: the only method that has this option."""
+    return dataclasses.field(default=default, metadata={"help": f"{of}: {help}" if of else help, "of": of})
 
 
 @dataclass
@@ -24,7 +25,10 @@ class TrainConfig:
     model: str = _option("Folder of a transformers checkpoint, or a Hub id.")
     data: str = _option('JSON lines: {"text"}, {"prompt", "completion"} or {"messages"}.')
     out: str = _option("Folder for the adapter, checkpoints, summary and plot.")
-    method: Literal["lora"] = _option("Fine-tuning method.", "lora")
+    method: Literal["lora", "s2ft"] = _option(
+        "lora, low-rank adapters, or s2ft, a few channels and heads of the model itself (structured sparse fine-tuning).",
+        "lora",
+    )
     eval_data: str | None = _option("Held-out JSON lines; else --eval-fraction of the data.", None)
     eval_fraction: float = _option("Fraction of the data held out (0: none).", 0.05)
     max_length: int = _option("Tokens an example may have; what is longer is cut.", 512)
@@ -33,13 +37,31 @@ class TrainConfig:
         "Of the base model. auto: bfloat16 on a GPU that has it.", "auto"
     )
     device: Literal["auto", "cpu", "cuda"] = _option("Where to train.", "auto")
-    r: int = _option("Rank.", 8)
-    alpha: float = _option("The update's scale is alpha / r.", 16.0)
-    dropout: float = _option("Dropout before A.", 0.0)
-    rslora: bool = _option("Scale by alpha / sqrt(r).", False)
-    use_dora: bool = _option("DoRA: train the magnitude of each output apart from its direction.", False)
-    lora_bias: bool = _option("Train a bias on B.", False)
-    target_modules: str = _option("all-linear, names with commas (q_proj,v_proj), or a regular expression.", "all-linear")
+    r: int = _option("Rank.", 8, of="lora")
+    alpha: float = _option("The update's scale is alpha / r.", 16.0, of="lora")
+    dropout: float = _option("Dropout before A.", 0.0, of="lora")
+    rslora: bool = _option("Scale by alpha / sqrt(r).", False, of="lora")
+    use_dora: bool = _option("DoRA: train the magnitude of each output apart from its direction.", False, of="lora")
+    lora_bias: bool = _option("Train a bias on B.", False, of="lora")
+    down_ratio: float = _option("Fraction of feed-forward channels whose columns of down train.", 0.03, of="s2ft")
+    o_ratio: float = _option("Fraction of attention heads whose columns of o train.", 0.0, of="s2ft")
+    up_ratio: float = _option("Fraction of feed-forward channels whose rows of up train.", 0.0, of="s2ft")
+    v_ratio: float = _option("Fraction of attention heads (groups of them) whose rows of v train.", 0.0, of="s2ft")
+    gate_ratio: float = _option("Fraction of feed-forward channels whose rows of gate train.", 0.0, of="s2ft")
+    select: Literal["random", "weight", "activation", "product", "gradient"] = _option(
+        "Which channels and heads: random ones, or by the size of their weights, activations, both or gradients.",
+        "random",
+        of="s2ft",
+    )
+    largest: bool = _option("Take those with the largest scores, not the smallest.", False, of="s2ft")
+    multiple: int = _option("Each layer's count is a multiple of this.", 1, of="s2ft")
+    calibration_rows: int = _option(
+        "First rows of the training data, on which activations and gradients are measured.", 64, of="s2ft"
+    )
+    target_modules: str = _option(
+        "all-linear (s2ft: all that its ratios name), names with commas (q_proj,v_proj), or a regular expression.",
+        "all-linear",
+    )
     epochs: float = _option("Passes over the data.", 1.0)
     max_steps: int | None = _option("Optimizer steps; overrides epochs.", None)
     batch_size: int = _option("Examples (rows with packing) a forward.", 8)
@@ -50,7 +72,7 @@ class TrainConfig:
     warmup: float = _option("Warm-up steps; below 1: their fraction of all steps.", 0.03)
     weight_decay: float = _option("AdamW's decoupled decay.", 0.0)
     max_grad_norm: float = _option("Gradients are clipped to this norm (0: not).", 1.0)
-    seed: int = _option("Of the split, the order, the adapter's start and dropout.", 0)
+    seed: int = _option("Of the split, the order, the adapter's start, s2ft's random choice and dropout.", 0)
     log_steps: int | None = _option("Steps between loss values; else about 200 values a run.", None)
     eval_steps: int | None = _option("Steps between held-out losses; else only before and after.", None)
     save_steps: int | None = _option("Steps between checkpoints; else one an epoch.", None)
@@ -59,14 +81,22 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, kind in typing.get_type_hints(type(self)).items():
             setattr(self, name, _coerce(name, getattr(self, name), kind))
+        self._refuse_other_methods()
         if self.target_modules == "":
             raise UserError("target_modules is empty")
         if not 0 <= self.eval_fraction < 1:
             raise UserError(f"eval_fraction must be in [0, 1), not {self.eval_fraction}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout must be in [0, 1), not {self.dropout}")
+        for name, ratio in self.ratios().items():
+            if not 0 <= ratio <= 1:
+                raise UserError(f"{name} must be in [0, 1], not {ratio}")
+        if self.method == "s2ft" and not any(self.ratios().values()):
+            raise UserError(f"method s2ft trains nothing: all of {', '.join(self.ratios())} are 0")
         for name in (
             "r",
+            "multiple",
+            "calibration_rows",
             "batch_size",
             "gradient_accumulation",
             "keep_checkpoints",
@@ -85,8 +115,27 @@ class TrainConfig:
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} must not be negative, not {getattr(self, name)}")
 
-    def targets(self) -> str | list[str]:
-        """`target_modules` as fastft.LoRA takes it: names become a list; else "all-linear" or a regular expression."""
+    def _refuse_other_methods(self) -> None:
+        """What this run's method does not have must not be passed over. An option at its default counts as not given."""
+        for field in dataclasses.fields(self):
+            of, value = field.metadata["of"], getattr(self, field.name)
+            if of not in (None, self.method) and value != field.default:
+                raise UserError(f"{field.name}={value!r} is an option of method {of}; this run's method is {self.method}")
+
+    def ratios(self) -> dict[str, float]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name.endswith("_ratio")}
+
+    def title(self) -> str:
+        """The method and what matters most about it, for titles."""
+        if self.method == "s2ft":
+            return " ".join(["s2ft", *(f"{name}={ratio:g}" for name, ratio in self.ratios().items() if ratio)])
+        return f"{self.method} r={self.r}"
+
+    def targets(self) -> str | list[str] | None:
+        """`target_modules` as the method takes it: names become a list; else "all-linear" or a regular expression. None for
+        S²FT's default."""
+        if self.method == "s2ft" and self.target_modules == "all-linear":
+            return None
         if self.target_modules != "all-linear" and re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", self.target_modules):
             return [name.strip() for name in self.target_modules.split(",")]
         return self.target_modules

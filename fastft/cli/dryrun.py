@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import re
+import dataclasses
 from collections import Counter
 from typing import Any
 
 from ..modules.adapted_linear import features
 from .config import TrainConfig
 from .data import Tokenized
+from .errors import UserError
 from .loading import load
-from .train import attach, choose_device_and_dtype
+from .slices import memory, pattern, per_layer, share
+from .train import attach, choose_device_and_dtype, make_method
 
 
 def report(config: TrainConfig, rows: Tokenized) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    modules, sizes = estimate(config, rows)
+    handle, sizes = estimate(config, rows)
     console = Console()
-    table = Table(
-        "modules with an adapter", "how many", "in -> out", title=f"{config.method} r={config.r}", title_justify="left"
-    )
-    for (name, shape), count in modules.items():
+    table = Table("modules with an adapter", "how many", "in -> out", title=config.title(), title_justify="left")
+    for (name, shape), count in _matched(handle).items():
         table.add_row(name, str(count), shape)
     console.print(table)
-    trainable, base = sizes.pop("trainable"), sizes.pop("base")
-    console.print(
-        f"trainable: {trainable:,} parameters, {100 * trainable / (base + trainable):.2f} % of {base + trainable:,}"
-    )
+    for name, slices in per_layer(handle).items():
+        console.print(f"{name}: {slices['line']}")
+    if config.method == "s2ft" and config.select != "random":
+        console.print(f"(numbers of a random choice: those by {config.select} are known when it is measured)")
+    trainable, whole = share(handle)
+    console.print(f"trainable: {trainable:,} parameters, {100 * trainable / whole:.2f} % of {whole:,}")
     table = Table("memory, estimated", "MiB", title_justify="left")
     for name, size in sizes.items():
         table.add_row(name, f"{size / 2**20:,.1f}")
@@ -37,11 +39,11 @@ def report(config: TrainConfig, rows: Tokenized) -> None:
     console.print("without the Python process itself and the allocator's reserve")
 
 
-def estimate(config: TrainConfig, rows: Tokenized) -> tuple[Counter, dict[str, int]]:
+def estimate(config: TrainConfig, rows: Tokenized) -> tuple[Any, dict[str, int]]:
     """Run one forward with the longest rows on fake tensors and count what autograd keeps for backward.
 
     Returns:
-        ({(name with * for layer numbers, "K -> N"): count}, {"trainable", "base": parameters, then bytes by kind}).
+        (handle, bytes by kind).
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -53,27 +55,36 @@ def estimate(config: TrainConfig, rows: Tokenized) -> tuple[Counter, dict[str, i
         model = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
     _hollow(model)
     base = list(model.parameters())
-    handle = attach(config, model)
-    trainable = list(handle.parameters())
     longest = sorted((len(row["input_ids"]) for row in rows.rows), reverse=True)[: config.batch_size]
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    handle = _attach(config, model, fake)
+    with fake:
         tokens = torch.zeros(len(longest), longest[0], dtype=torch.int64)
         kept = _kept_for_backward(model, tokens)
     if config.gradient_checkpointing:
         # Kept: every layer's input, and while backward is in one layer all of that layer.
         layers = getattr(architecture, "num_hidden_layers", 1)
         kept = tokens.numel() * architecture.hidden_size * dtype.itemsize * layers + kept // layers
-    adapter = sum(p.numel() * p.element_size() for p in trainable)
     sizes = {
-        "trainable": sum(p.numel() for p in trainable),
-        "base": sum(p.numel() for p in base),
         f"base weights ({dtype})": sum(p.numel() * p.element_size() for p in base),
-        "adapter weights": adapter,
-        "gradients": adapter,
-        "AdamW state": 2 * adapter,
+        **memory(handle),
         f"activations ({tokens.shape[0]} x {tokens.shape[1]} tokens)": kept,
     }
-    return _matched(handle), sizes
+    return handle, sizes
+
+
+def _attach(config: TrainConfig, model: Any, fake: Any) -> Any:
+    """The adapter on a hollow model. A slice would be written into weights that have no room for it: it is made fake."""
+    import fastft
+
+    if config.method != "s2ft":
+        return attach(config, model, [], 0)
+    try:
+        method = make_method(dataclasses.replace(config, select="random")).bind(model)
+        with fake:
+            return fastft.attach(model, method)
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from error
 
 
 def _hollow(model: Any) -> None:
@@ -111,6 +122,4 @@ def _kept_for_backward(model: Any, tokens: Any) -> int:
 
 
 def _matched(handle: Any) -> Counter:
-    return Counter(
-        (re.sub(r"\.\d+\.", ".*.", name), "{1} -> {0}".format(*features(module))) for name, module in handle.targets.items()
-    )
+    return Counter((pattern(name), "{1} -> {0}".format(*features(module))) for name, module in handle.targets.items())

@@ -18,12 +18,13 @@ def summarize(config, trainer, speed, handle, model, train_rows, eval_rows) -> d
     import fastft
 
     from ..integrations.transformers import peak_memory
+    from .slices import memory, per_layer, share
 
     history = trainer.state.log_history
     losses = [{"step": h["step"], "loss": h["loss"], "lr": h["learning_rate"]} for h in history if "loss" in h]
     held_out = [{"step": h["step"], "loss": h["eval_loss"]} for h in history if "eval_loss" in h]
     device = trainer.args.device
-    trainable = sum(p.numel() for p in handle.parameters())
+    trainable, whole = share(handle)
     return {
         "held_out_loss": {"before": held_out[0]["loss"], "after": held_out[-1]["loss"]} if held_out else None,
         "train_loss": {"first": losses[0]["loss"], "last": losses[-1]["loss"]} if losses else None,
@@ -35,6 +36,9 @@ def summarize(config, trainer, speed, handle, model, train_rows, eval_rows) -> d
         "peak_memory_is": "CUDA allocator" if device.type == "cuda" else "resident set of the process",
         "trainable_parameters": trainable,
         "base_parameters": sum(p.numel() for p in model.parameters()) - trainable,
+        "trainable_fraction": trainable / whole,
+        "adapter_memory_bytes": memory(handle),
+        "slices": per_layer(handle),
         "rows": {"train": len(train_rows.rows), "held_out": len(eval_rows.rows)},
         "tokens": {"train": train_rows.tokens, "held_out": eval_rows.tokens},
         "data": train_rows.notes,
@@ -45,6 +49,7 @@ def summarize(config, trainer, speed, handle, model, train_rows, eval_rows) -> d
             "fastft": fastft.__version__,
             **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate")},
         },
+        "title": config.title(),
         "config": dataclasses.asdict(config),
         "train_curve": losses,
         "held_out_curve": held_out,
@@ -88,7 +93,7 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("optimizer step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("loss (nats a token)")
-    axes.set_title(f"{Path(summary['config']['model']).name}, {summary['config']['method']} r={summary['config']['r']}")
+    axes.set_title(f"{Path(summary['config']['model']).name}, {summary['title']}")
     axes.margins(x=0.05, y=0.12)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -107,9 +112,9 @@ def print_summary(summary: dict[str, Any], out: Path) -> None:
         table.add_row("training loss", f"{summary['train_loss']['first']:.4f} -> {summary['train_loss']['last']:.4f}")
     table.add_row("steps", f"{summary['steps']} in {summary['seconds']:.1f} s, {summary['tokens_per_second']:,.0f} tokens/s")
     table.add_row("peak memory", f"{summary['peak_memory_bytes'] / 2**20:,.0f} MiB ({summary['peak_memory_is']})")
-    table.add_row(
-        "trainable", f"{summary['trainable_parameters']:,} beside {summary['base_parameters']:,} frozen parameters"
-    )
+    relation = "of" if summary["slices"] else "beside"
+    frozen = "parameters" if summary["slices"] else "frozen parameters"
+    table.add_row("trainable", f"{summary['trainable_parameters']:,} {relation} {summary['base_parameters']:,} {frozen}")
     ran = "\n".join(f"{b['op']}: {b['backend']} ({b['calls']} calls)" for b in summary["backends"])
     table.add_row("ops ran on", ran or "none recorded")
     table.add_row("adapter", str(out / "adapter"))

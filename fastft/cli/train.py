@@ -146,8 +146,27 @@ def choose_device_and_dtype(config: TrainConfig) -> tuple[Any, Any]:
     return device, getattr(torch, config.dtype)
 
 
-def attach(config: TrainConfig, model: Any) -> Any:
-    """Attach the adapter that `config` describes; its start depends on config.seed alone.
+def make_method(config: TrainConfig, calibration: Any = None) -> Any:
+    """The fastft method that `config` describes. `calibration`: batches, for those of its choices that look at data."""
+    import fastft
+
+    if config.method == "s2ft":
+        same = ("select", "largest", "multiple", "seed")
+        options = {**config.ratios(), **{name: getattr(config, name) for name in same}, "calibration": calibration}
+        return fastft.S2FT(**options, target_modules=config.targets())
+    return fastft.LoRA(
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        use_rslora=config.rslora,
+        use_dora=config.use_dora,
+        lora_bias=config.lora_bias,
+        target_modules=config.targets(),
+    )
+
+
+def attach(config: TrainConfig, model: Any, rows: list[Any], pad: int, checkpoint: Path | None = None) -> Any:
+    """Attach the adapter that `config` describes; its start depends on config.seed, and where it is measured on `rows`.
 
     Raises:
         UserError: no module matches, or an option the method refuses.
@@ -156,19 +175,17 @@ def attach(config: TrainConfig, model: Any) -> Any:
 
     import fastft
 
+    from ..integrations.transformers import collate
+
     torch.manual_seed(config.seed)
     try:
+        if checkpoint is not None and config.method == "s2ft":
+            # The units are the run's: measured anew, on other hardware say, others might be chosen.
+            return fastft.load(model, checkpoint / "adapter")
+        measured = rows[: config.calibration_rows]
+        starts = range(0, len(measured), config.batch_size)
         return fastft.attach(
-            model,
-            fastft.LoRA(
-                r=config.r,
-                lora_alpha=config.alpha,
-                lora_dropout=config.dropout,
-                use_rslora=config.rslora,
-                use_dora=config.use_dora,
-                lora_bias=config.lora_bias,
-                target_modules=config.targets(),
-            ),
+            model, make_method(config, [collate(measured[at : at + config.batch_size], pad) for at in starts])
         )
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
@@ -236,17 +253,17 @@ def _train(
     model = load("AutoModelForCausalLM", config.model, dtype=dtype).to(device)
     if config.gradient_checkpointing:
         _recompute(model)
-    handle = attach(config, model)
     checkpoint = last_checkpoint(out) if resume else None
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    handle = attach(config, model, train_rows.rows, pad, checkpoint)
     if not resume:  # only now, when nothing of the user's input can be wrong any more
         _clear(out)
     out.mkdir(parents=True, exist_ok=True)
     config.save(out / "config.yaml")
 
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     steps = _steps(config, len(train_rows.rows))
     arguments = _arguments(config, out, device, steps, bool(eval_rows.rows), start=checkpoint is None)
-    trainer = make_trainer(model, handle, arguments, train_rows.rows, eval_rows.rows, pad_token_id=pad or 0)
+    trainer = make_trainer(model, handle, arguments, train_rows.rows, eval_rows.rows, pad_token_id=pad)
     speed = progress(trainer)
     trainable = sum(p.numel() for p in handle.parameters())
     print(f"training {trainable:,} parameters on {device} ({dtype}); output in {out}")

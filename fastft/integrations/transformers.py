@@ -12,6 +12,7 @@ import math
 import sys
 import time
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +79,34 @@ def make_trainer(model, handle, arguments, train_rows, eval_rows=(), *, pad_toke
         arguments: transformers.TrainingArguments.
         train_rows, eval_rows: [{"input_ids": list[int], "labels": list[int]}].
 
-    It differs from Trainer in three ways: a checkpoint holds the adapter (checkpoint-N/adapter) and no base weights; the
-    evaluation loss is the mean over tokens, not over batches; launches are counted in `backends`.
+    It differs from Trainer in four ways: a checkpoint holds the adapter (checkpoint-N/adapter) and no base weights; the
+    evaluation loss is the mean over tokens, not over batches; launches are counted in `backends`; where slices of the
+    weights train, AdamW is the handle's own, which decays all that trains.
     """
     from transformers import Trainer
 
     class AdapterTrainer(Trainer):
         backends: Counter
         seconds_evaluating = 0.0
+
+        def create_optimizer(self, model=None):
+            adamw = self.args.optim in ("adamw_torch", "adamw_torch_fused")
+            if self.optimizer is None and adamw and handle.method.trains_merged:
+                betas = (self.args.adam_beta1, self.args.adam_beta2)
+                own = {"lr": self.args.learning_rate, "betas": betas, "eps": self.args.adam_epsilon}
+                self.optimizer = handle.optimizer(weight_decay=self.args.weight_decay, **own)
+                self._count_launches(self.optimizer)
+            return super().create_optimizer(model)
+
+        def _count_launches(self, optimizer):
+            step = ExitStack()
+
+            def begin(*_):
+                calls = step.enter_context(testing.record())
+                step.callback(lambda: self.backends.update((call.op, call.backend) for call in calls))
+
+            optimizer.register_step_pre_hook(begin)
+            optimizer.register_step_post_hook(lambda *_: step.close())
 
         def training_step(self, *args, **kwargs):
             with testing.record() as calls:
