@@ -150,12 +150,12 @@ class Sliced:
 
     def _write_changes(self) -> None:
         """Deltas that were changed in place by something else than an optimizer are written before they are used."""
-        for name, version in self._written.items():
-            if _version(self.slice_delta[name]) != version:
         for name, settings in self._slices.items():
             if settings.version != (version := _version(self.slice_units[name])):
                 # DistributedDataParallel sends rank 0's to all ranks: units, deltas, weights and what they were before.
                 settings.version, settings.part = version, None
                 if self._slice_store is not None:
                     self._slice_store.union = None
+        for name, version in self._written.items():
+            if _version(self.slice_delta[name]) != version:
                 return self.refresh()
