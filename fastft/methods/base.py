@@ -16,6 +16,7 @@ from ..checkpoint.files import AdapterFileError, read_adapter
 from ..modules.adapted_linear import adapt
 from ..modules.adapter import Adapter
 from ..modules.merging import pristine
+from ..modules.quantized import held_like, quantization
 from .grouping import check_packable
 from .handle import Handle, handles
 from .targets import Matched, TargetOptions, match
@@ -43,6 +44,9 @@ class Method(TargetOptions):
         super().__init_subclass__(**kwargs)
         if "peft_type" in cls.__dict__:
             Method.known[cls.peft_type] = cls
+
+    # Why a layer with a quantised weight can't be adapted, or None if it can.
+    needs_weights: ClassVar[str | None] = "trains the weight where it stands, and codes on a coarse grid can't take it up"
 
     # Do the deltas of this method train while they stand in the weights? Otherwise a merged adapter gets no gradients.
     trains_merged: ClassVar[bool] = False
@@ -150,6 +154,7 @@ def attach(model: nn.Module, method: Method, adapter_name: str = "default") -> H
     _check_name(model, adapter_name)
     method = method.bind(model)
     matched = match(model, method)
+    _check_quantized(method, matched.targets)
     method.check(matched.targets, model)
     if method.pack_weights:
         check_packable(model, matched.targets)
@@ -174,6 +179,7 @@ def load(model: nn.Module, directory, adapter_name: str = "default") -> Handle:
     def expected(config):
         method = Method.read(directory, config)
         matched = match(model, method, lenient=True)
+        _check_quantized(method, matched.targets)
         method.check(matched.targets, model)
         found.update(method=method, matched=matched)
         shapes = {}
@@ -213,6 +219,17 @@ def _check_name(model, name):
         raise ValueError(f"an adapter named {name!r} is attached already; attached: {sorted(taken)}")
 
 
+def _check_quantized(method, targets):
+    if method.needs_weights is None:
+        return
+    for name, module in targets.items():
+        if (kind := quantization(module)) is not None:
+            raise ValueError(
+                f"the weight of {name!r} is quantised ({kind}): {type(method).__name__} {method.needs_weights}; load the "
+                "model without quantising it, or use LoRA"
+            )
+
+
 def _own_values(matched: Matched) -> dict[str, dict[str, torch.Tensor]]:
     return {
         name: {own: pristine(module, own).detach().clone() for own in owned}
@@ -225,7 +242,7 @@ def _install(model, method, adapter_name, matched, tensors, copies) -> Handle:
     adapter = Adapter(adapter_name)
     handle = Handle(model, method, adapter, matched)
     handle.check_copies()
-    tensors = {name: _placed(method, matched.targets[name].weight, parts) for name, parts in tensors.items()}
+    tensors = {name: _placed(method, held_like(matched.targets[name]), parts) for name, parts in tensors.items()}
     handle.register()
     for module in handle.modules.values():
         adapt(module, adapter)

@@ -22,6 +22,7 @@ from ..checkpoint.files import AdapterFileError, read_adapter, write_adapter
 from ..modules.adapted_linear import Adapted
 from ..modules.adapter import Adapter
 from ..modules.groups import GroupState
+from .dequantizing import check_target, fold_dequantized
 from .grouping import make_groups
 from .targets import Matched, tied_names
 
@@ -195,7 +196,8 @@ class Handle:
         train so: their forward is the base's.
 
         Raises:
-            ValueError: a weight is shared, or an adapter's `lora_bias` has no bias to go into. Nothing was merged.
+            ValueError: a weight is shared or quantised, or an adapter's `lora_bias` has no bias to go into. Nothing was
+                merged.
         """
         self._attached()
         self._refuse_merging("merge", [])
@@ -208,12 +210,24 @@ class Handle:
         for module in self.targets.values():
             module.set_merged(self._adapter, False)
 
-    def merge_and_unload(self) -> nn.Module:
-        """Fold the adapter into the base for good, and detach it. Returns the model, plain again if it was the last."""
+    def merge_and_unload(self, target: str | torch.dtype | None = None) -> nn.Module:
+        """Fold the adapter into the base for good, and detach it. Returns the model, plain again if it was the last.
+
+        Args:
+            target: what all quantised linear layers of the model become; others keep their dtype. "dequantized": plain
+                layers in the dtype of the model's other parameters; or a dtype. They then take a plain layer's memory.
+
+        Raises:
+            ValueError: as `merge`; layers are quantised and no target is given. Nothing was changed.
+        """
         modules = self._attached()
-        self._refuse_merging("merge_and_unload", self._matched.edited())
-        for module in modules.values():
-            module.fold(self._adapter)
+        check_target(target, self.model)
+        self._refuse_merging("merge_and_unload", self._matched.edited(), target)
+        if target is None:
+            for module in modules.values():
+                module.fold(self._adapter)
+        else:
+            fold_dequantized(self.model, modules.values(), self._adapter, target)
         self.detach()
         return self.model
 
@@ -322,11 +336,12 @@ class Handle:
             raise RuntimeError(f"adapter {self.name!r} is detached; its handle can't be used any more")
         return self.modules
 
-    def _refuse_merging(self, what: str, names) -> None:
+    def _refuse_merging(self, what: str, names, target=None) -> None:
         """names: what would be overwritten besides what the modules' deltas edit."""
         edited = {f"{path}.{own}": None for path, module in self.targets.items() for own in module.edited(self.name)}
         for path, module in self.targets.items():
-            if obstacle := module.merge_obstacle(self.name):
+            obstacle = module.merge_obstacle(self.name) or (module.code_obstacle() if target is None else None)
+            if obstacle:
                 raise ValueError(f"can't {what} adapter {self.name!r} into {path!r}: {obstacle}")
         tied = tied_names(self.model)
         for name in {**edited, **dict.fromkeys(names)}:

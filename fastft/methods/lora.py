@@ -19,6 +19,7 @@ from torch import nn
 from ..modules.adapted_linear import LoRASettings, features, is_transposed
 from ..modules.merging import pristine
 from ..modules.norms import RowNorms
+from ..modules.quantized import held_like, quantization
 from .base import Method
 from .grouping import siblings
 from .targets import check_pattern
@@ -71,6 +72,7 @@ class LoRA(Method):
         "lora_magnitude": "lora_magnitude_vector",
     }
     wide_parts: ClassVar[frozenset[str]] = frozenset({"lora_magnitude"})
+    needs_weights: ClassVar[str | None] = None
 
     r: int = 8
     lora_alpha: float = 8
@@ -151,7 +153,7 @@ class LoRA(Method):
             nn.init.zeros_(b)
             if self.lora_bias:
                 nn.init.zeros_(second.bias)
-        weight = pristine(module, "weight")
+        weight = held_like(module) if quantization(module) else pristine(module, "weight")
         parts = {"lora_A": a.to(weight.dtype), "lora_B": b.to(weight.dtype)}
         if self.lora_bias:
             parts["lora_bias"] = second.bias.data.to(weight.dtype)
@@ -172,8 +174,17 @@ class LoRA(Method):
             raise ValueError(
                 f"use_dora: {_some(sliced)} hold an adapter that trains a slice of the weight; the two don't mix"
             )
+        quantized = {name: kind for name, module in matched.items() if (kind := quantization(module)) is not None}
+        if quantized and self.use_dora:
+            raise ValueError(
+                f"use_dora: the weight of {_some(list(quantized))} is quantised ({next(iter(quantized.values()))}); DoRA "
+                "needs the norms of its rows, for which every forward would dequantise all of it. Leave use_dora off, or "
+                "load the model without quantising it"
+            )
+        if quantized and self.pack_weights:
+            raise ValueError(f"pack_weights: the weight of {_some(list(quantized))} is quantised and can't be packed")
         for name, module in matched.items():
-            if self.adapter_dtype not in (None, torch.float32, module.weight.dtype):
+            if name not in quantized and self.adapter_dtype not in (None, torch.float32, module.weight.dtype):
                 raise TypeError(
                     f"adapter_dtype={self.adapter_dtype} on the {module.weight.dtype} weight of {name!r}; "
                     "use that dtype or float32"
@@ -189,7 +200,7 @@ class LoRA(Method):
             warnings.warn("fan_in_fan_out=True is ignored: the weights of nn.Linear are stored [out, in]", stacklevel=4)
         if self.pack_weights and not siblings(matched):
             warnings.warn("pack_weights is ignored: no two adapted layers are known to read one input", stacklevel=4)
-        bare = [name for name, module in matched.items() if self.lora_bias and module.bias is None]
+        bare = [name for name, module in matched.items() if self.lora_bias and getattr(module, "bias", None) is None]
         if bare:
             warnings.warn(f"lora_bias: {_some(bare)} have no bias, so that the adapter can't be merged", stacklevel=4)
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..modules.adapted_linear import LINEAR_CLASSES, Adapted, is_linear
+from ..modules.quantized import held_like, quantization
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CLASSIFIER_HEADS = ("score", "classifier")
@@ -145,13 +146,17 @@ def _resolve_targets(model, modules, options) -> str | set[str]:
     heads = [head] if head is not None else []
     if not heads and options.task_type == "SEQ_CLS":
         heads = [getattr(model, name) for name in CLASSIFIER_HEADS if hasattr(model, name)][:1]
-    # Subclasses of nn.Linear (quantised layers, attention's own projection) are selected too, and refused by name
-    # later: leaving them out in silence would train less than was asked for.
+    # Subclasses of nn.Linear (attention's own projection) are selected too, and refused by name later: leaving them out in
+    # silence would train less than was asked for.
     return {
         name
         for name, module in modules.items()
-        if name and (is_linear(module) or isinstance(module, nn.Linear)) and not any(module is head for head in heads)
+        if name and _any_linear(module) and not any(module is head for head in heads)
     }
+
+
+def _any_linear(module) -> bool:
+    return isinstance(module, nn.Linear) or is_linear(module) or quantization(module) is not None
 
 
 def _default_targets(model) -> str | set[str]:
@@ -259,19 +264,21 @@ def _some(names) -> str:
 
 
 def _check_target(name, module):
-    if not is_linear(module):
-        supported = " and ".join(".".join(cls) for cls in LINEAR_CLASSES)
+    quantized = quantization(module) is not None
+    if not quantized and not is_linear(module):
+        supported = ", ".join(".".join(cls) for cls in LINEAR_CLASSES)
         raise ValueError(
             f"{name!r} is matched but is a {type(module).__module__}.{type(module).__qualname__}; only {supported} "
-            "can be adapted. Exclude it with exclude_modules, or give longer names in target_modules"
+            "and quantised linear layers (bitsandbytes, torchao, GPTQ) can be adapted. Exclude it with exclude_modules, or "
+            "give longer names in target_modules"
         )
     if "forward" in module.__dict__:
         raise ValueError(
             f"the forward of {name!r} was replaced on the instance (by an offloading hook?), so an adapter would "
             "never run; attach before adding such hooks"
         )
-    weight = module.weight
-    if type(weight) is not nn.Parameter or weight.dtype not in DTYPES or weight.dim() != 2:
+    weight = held_like(module)
+    if not quantized and (type(weight) is not nn.Parameter or weight.dtype not in DTYPES or weight.dim() != 2):
         kind = f"{type(weight).__name__} of {weight.dtype} and shape {list(weight.shape)}"
         raise TypeError(f"the weight of {name!r} is a {kind}; a 2-D nn.Parameter of one of {DTYPES} is needed")
     if weight.device.type == "meta":
@@ -293,7 +300,8 @@ def tied_names(model) -> dict[str, list[str]]:
     places = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.device.type != "meta" and parameter.numel():
-            places[parameter.device, parameter.data_ptr()].append(name)
+            # Tensor subclasses that wrap others (torchao's) have no address of their own.
+            places[parameter.device, parameter.data_ptr() or id(parameter)].append(name)
     return {name: [o for o in group if o != name] for group in places.values() for name in group if len(group) > 1}
 
 
@@ -307,6 +315,11 @@ def _copied_tensors(modules, names, saved, bias) -> dict[str, tuple[nn.Module, l
             own = ["bias"]
         else:
             continue
+        if own != ["bias"] and (kind := quantization(module)) is not None:
+            raise ValueError(
+                f"modules_to_save matches {name!r}, whose weight is quantised ({kind}): codes can't be trained; give it an "
+                "adapter with target_modules, or load the model without quantising it (llm_int8_skip_modules)"
+            )
         if own and "forward" in module.__dict__:
             raise ValueError(f"the forward of {name!r} was replaced on the instance; attach before adding such hooks")
         if own:

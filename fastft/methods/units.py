@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..modules.adapted_linear import LINEAR_CLASSES, features, is_linear, is_transposed
+from ..modules.quantized import quantization
 from .grouping import _CROSS
-from .targets import _base_modules
+from .targets import _any_linear, _base_modules
 
 # Names of a block's layers in transformers' models, below the block: (down, up, gate). The gate's outputs go through the
 # activation where there is one. One name for up and gate: a fused layer, the gate's rows first.
@@ -129,7 +130,7 @@ def _join(name: str, child: str) -> str:
 
 def _all_linear(modules, name: str, *children: str) -> bool:
     inner = [modules.get(_join(name, child)) for child in children]
-    if not all(isinstance(module, nn.Linear) or (module is not None and is_linear(module)) for module in inner):
+    if not all(module is not None and _any_linear(module) for module in inner):
         return False
     for child, module in zip(children, inner):
         _check_plain(_join(name, child), module)
@@ -137,7 +138,12 @@ def _all_linear(modules, name: str, *children: str) -> bool:
 
 
 def _check_plain(name, module):
-    # Subclasses (quantised layers, say) are refused: without them less would train than was asked for.
+    # Subclasses are refused: without them less would train than was asked for.
+    if (kind := quantization(module)) is not None:
+        raise ValueError(
+            f"the weight of {name!r} is quantised ({kind}), and channels and heads train where they stand in a weight; load "
+            "the model without quantising it, or use LoRA"
+        )
     if not is_linear(module):
         supported = " and ".join(".".join(cls) for cls in LINEAR_CLASSES)
         raise ValueError(f"{name!r} is a {type(module).__module__}.{type(module).__qualname__}; only {supported} are known")

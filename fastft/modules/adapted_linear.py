@@ -14,6 +14,7 @@ Everything lives on the module, so ``deepcopy``, ``.to()`` and ``state_dict`` ne
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ from .merging import Mergeable, pristine
 from .norms import RowNorms, factor
 from .packed import unshare
 from .projection import Projection, project
+from .quantized import quantization, sizes
 from .slices import Sliced
 
 # class (by module and name, so that transformers is not imported) -> is its weight stored [K, N] (fan_in_fan_out)?
@@ -40,27 +42,34 @@ class LoRASettings:
     dropout: float
 
 
+# What `adapt` gives a module besides another class.
+_STATE = ("_adapters", "_merged", "_slice_store", "_settings", "_slices", "_written", "_norms", "_groups")
+
+
 def is_linear(module: nn.Module) -> bool:
+    """Is this a linear layer that computes with its weight as it stands? Quantised ones are none, see `quantized`."""
     cls = module.plain if isinstance(module, Adapted) else type(module)
-    return (cls.__module__, cls.__qualname__) in LINEAR_CLASSES
+    return (cls.__module__, cls.__qualname__) in LINEAR_CLASSES and quantization(module) is None
 
 
 def features(module: nn.Module) -> tuple[int, int]:
-    """(out N, in K) of a linear layer."""
+    """(out N, in K) of a linear layer, quantised or not."""
+    if quantization(module) is not None:
+        return sizes(module)
     n, k = module.weight.shape
     return (k, n) if is_transposed(module) else (n, k)
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Is the weight of this linear layer stored [K, N]?"""
+    """Is the weight of this linear layer stored [K, N]? (How a quantised layer stores its own does not matter.)"""
     cls = module.plain if isinstance(module, Adapted) else type(module)
-    return LINEAR_CLASSES[cls.__module__, cls.__qualname__]
+    return quantization(module) is None and LINEAR_CLASSES[cls.__module__, cls.__qualname__]
 
 
 def adapt(module: nn.Module, adapter: Adapter) -> None:
     """Swap the class of `module` (if no adapter did so before) and register `adapter`."""
     if not isinstance(module, Adapted):
-        module.__class__ = _adapted_class(type(module))
+        module.__class__ = adapted_class(type(module), quantization(module) is not None)
         module._adapters = {}
         module._merged = []
         module._slice_store = None
@@ -72,15 +81,24 @@ def adapt(module: nn.Module, adapter: Adapter) -> None:
     module._adapters[adapter.name] = adapter
 
 
+def adapters_state(module: nn.Module) -> dict[str, Any]:
+    """The attributes that `adapt` gave a module."""
+    return {name: module.__dict__[name] for name in _STATE}
+
+
 @functools.cache
-def _adapted_class(cls: type) -> type:
-    fan_in_fan_out = LINEAR_CLASSES.get((cls.__module__, cls.__qualname__))
-    mixin = Adapted if fan_in_fan_out is None else AdaptedLinear
-    return type(f"Adapted{cls.__name__}", (mixin, cls), {"plain": cls, "fan_in_fan_out": bool(fan_in_fan_out)})
+def adapted_class(cls: type, quantized: bool) -> type:
+    """quantized: is the weight? The class alone does not tell (torchao's quantised layers are of class nn.Linear)."""
+    from .adapted_quantized import AdaptedQuantized
+
+    fan_in_fan_out = None if quantized else LINEAR_CLASSES.get((cls.__module__, cls.__qualname__))
+    mixin = AdaptedQuantized if quantized else Adapted if fan_in_fan_out is None else AdaptedLinear
+    own = {"plain": cls, "quantized": quantized, "fan_in_fan_out": bool(fan_in_fan_out)}
+    return type(f"Adapted{cls.__name__}", (mixin, cls), own)
 
 
-def _empty(plain: type) -> nn.Module:
-    cls = _adapted_class(plain)
+def _empty(plain: type, quantized: bool) -> nn.Module:
+    cls = adapted_class(plain, quantized)
     return cls.__new__(cls)
 
 
@@ -88,11 +106,12 @@ class Adapted(Mergeable):
     """Mixed into the class of any module of which adapters train some own tensors in full."""
 
     plain: type
+    quantized: bool
     holders = ("modules_to_save",)
 
     def __reduce_ex__(self, protocol):
         # Pickle finds classes by name, and these are made at run time.
-        return _empty, (self.plain,), self.__dict__
+        return _empty, (self.plain, self.quantized), self.__dict__
 
     def add_copies(self, adapter: Adapter, tensors: dict[str, torch.Tensor]) -> None:
         """Own tensors by name (parameters, persistent buffers) that `adapter` replaces by trained copies."""
@@ -137,14 +156,18 @@ class Adapted(Mergeable):
             self._groups.pop(adapter.name).release()
         del self._adapters[adapter.name]
         if not self._adapters:
-            del self._adapters, self._merged, self._slice_store, self._settings, self._slices, self._written
-            del self._norms, self._groups
+            for name in _STATE:
+                delattr(self, name)
             self.__class__ = self.plain
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not keep_vars and any(group.packed is not None for group in self._groups.values()):
             unshare(destination, [prefix + "weight", prefix + "bias"])
+
+    def code_obstacle(self) -> str | None:
+        """Why nothing can be written into the weight, where it is quantised."""
+        return None
 
     # ---- forward
 
@@ -162,7 +185,7 @@ class Adapted(Mergeable):
         """The original class's forward, with some own tensors replaced (without touching self: threads, compile)."""
         if not replaced:
             return self.plain.forward(self, *args, **kwargs)
-        twin = object.__new__(self.plain)
+        twin = object.__new__(type(self) if self.quantized else self.plain)
         twin.__dict__.update(self.__dict__)
         for kind in ("_parameters", "_buffers"):
             own = getattr(self, kind)

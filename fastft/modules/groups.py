@@ -125,6 +125,23 @@ class ProjectionGroup:
 
     def project(self, member, x, weight, bias, projection):
         """`member`'s output on x with this `Projection` on its base tensors, or None if the member is to run alone."""
+
+        def compute(opened, i):
+            base = self._column(opened, i, weight, bias, projection)
+            options = {"base": base, **projection.options()}
+            return opened.shared.project(i, weight, bias, projection.lora_B, projection.scale, **options)
+
+        return self._in_round(member, x, projection, compute)
+
+    def add(self, member, x, y, projection):
+        """`member`'s output y on x with what this `Projection` adds to it, or None if the member is to run alone."""
+
+        def compute(opened, i):
+            return opened.shared.update(i, y, projection.lora_B, projection.scale, lora_bias=projection.lora_bias)
+
+        return self._in_round(member, x, projection, compute)
+
+    def _in_round(self, member, x, projection, compute):
         p = projection.dropout
         i = next((i for i, own in enumerate(self.members) if own is member), None)  # None for DataParallel's replicas
         circumstances = None if i is None or not self._running() else _circumstances(x, p)
@@ -140,8 +157,7 @@ class ProjectionGroup:
             if waiting is None:
                 return None
         waiting.left.discard(i)
-        base = self._column(waiting, i, weight, bias, projection)
-        y = waiting.shared.project(i, weight, bias, projection.lora_B, projection.scale, base=base, **projection.options())
+        y = compute(waiting, i)
         if waiting.left:
             _leave(waiting)
         return y

@@ -48,6 +48,13 @@ def project(input, weight, bias, projections):
     return y
 
 
+def add(y, input, projections):
+    """The output y [..., N] of a base layer on input [..., K], of equal dtype, with what these adapters add to it."""
+    for projection, (shared, i) in zip(projections, _share(input, projections)):
+        y = shared.update(i, y, projection.lora_B, projection.scale, lora_bias=projection.lora_bias)
+    return y
+
+
 def _multiply(u, projection, bias):
     y = factor(projection.magnitude, projection.weight_norm) * u
     return (y if bias is None else y + bias).to(u.dtype)

@@ -107,10 +107,12 @@ class Sliced:
         self.forget_indices()  # read again by the rebuild that follows when the children are loaded
 
     def _apply(self, fn, *args, **kwargs):
+        if not self._slices:
+            return super()._apply(fn, *args, **kwargs)
         deltas = {name: self.slice_delta[name].data for name in self._slices}
         before = self.weight.dtype
         super()._apply(fn, *args, **kwargs)
-        if self._slices and self.weight.dtype != before:
+        if self.weight.dtype != before:
             # A cast of the model rounds its weights; the delta stays what 16-bit weights need it for.
             wide = torch.promote_types(self.weight.dtype, torch.float32)
             for name, delta in deltas.items():
