@@ -250,7 +250,7 @@ def _install(model, method, adapter_name, matched, tensors, copies) -> Handle:
         method.install(name, matched.targets[name], adapter, parts)
     for name, own in copies.items():
         handle.modules[name].add_copies(adapter, own)
-    handle.make_groups()
+    handle.made()
     return handle
 
 

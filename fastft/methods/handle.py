@@ -5,6 +5,7 @@
 * `unmerge` and `detach` restore the bits of the base; `detach` also its classes, hooks and `requires_grad`, in any
   order of detaching several adapters.
 * Any torch optimizer over `parameters()` works.
+* Under fully_shard forwards, optimizers, `save`, `restore` and `state_dict` work; merging and detaching are refused.
 """
 
 import warnings
@@ -18,12 +19,13 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..checkpoint.files import AdapterFileError, read_adapter, write_adapter
 from ..modules.adapted_linear import Adapted
 from ..modules.adapter import Adapter
 from ..modules.groups import GroupState
+from ..modules.sharding import is_sharded
 from .dequantizing import check_target, fold_dequantized
 from .grouping import make_groups
+from .handle_files import AdapterFiles
 from .targets import Matched, tied_names
 
 _KEY = "_fastft_attachments"
@@ -66,7 +68,7 @@ def handles(model: nn.Module) -> dict[str, "Handle"]:
     return dict(record.handles) if record else {}
 
 
-class Handle:
+class Handle(AdapterFiles):
     """One adapter on one model. Made by `fastft.attach` and `fastft.load`."""
 
     def __init__(self, model: nn.Module, method: Any, adapter: Adapter, matched: Matched):
@@ -80,6 +82,7 @@ class Handle:
         self._updated = False  # by an optimizer, since the last step()
         self._ever_updated = False
         self._groups: list[Any] = []
+        self._shapes: dict[str, torch.Size] = {}  # of what a file holds, as they were before anything was sharded
         _handles.add(self)
 
     def __setstate__(self, state):  # a deep copy
@@ -101,6 +104,11 @@ class Handle:
     @property
     def merged(self) -> bool:
         return any(self.name in module._merged for module in self._attached().values())
+
+    @property
+    def sharded(self) -> bool:
+        """Are the adapter's parameters divided among processes now (fully_shard)?"""
+        return any(is_sharded(parameter) for parameter in self.parameters())
 
     @property
     def groups(self) -> list[GroupState]:
@@ -199,14 +207,14 @@ class Handle:
             ValueError: a weight is shared or quantised, or an adapter's `lora_bias` has no bias to go into. Nothing was
                 merged.
         """
-        self._attached()
+        self._whole("merge")
         self._refuse_merging("merge", [])
         for module in self.targets.values():
             module.set_merged(self._adapter, True)
 
     def unmerge(self) -> None:
         """Bring back the bits from before `merge`. The adapter goes on working beside the weights, if it is active."""
-        self._attached()
+        self._whole("unmerge")
         for module in self.targets.values():
             module.set_merged(self._adapter, False)
 
@@ -220,7 +228,7 @@ class Handle:
         Raises:
             ValueError: as `merge`; layers are quantised and no target is given. Nothing was changed.
         """
-        modules = self._attached()
+        modules = self._whole("merge_and_unload")
         check_target(target, self.model)
         self._refuse_merging("merge_and_unload", self._matched.edited(), target)
         if target is None:
@@ -233,7 +241,7 @@ class Handle:
 
     def detach(self) -> None:
         """Take the adapter off: bits, classes, hooks and (with the last adapter) `requires_grad` as before `attach`."""
-        for module in self._attached().values():
+        for module in self._whole("detach").values():
             module.remove(self._adapter)
         self._groups = []
         record = self.model.__dict__[_KEY]
@@ -242,64 +250,6 @@ class Handle:
             delattr(self.model, _KEY)
             for name, parameter in self.model.named_parameters(remove_duplicate=False):
                 parameter.requires_grad_(record.requires_grad.get(name, parameter.requires_grad))
-
-    # ---- files
-
-    def save(self, directory) -> None:
-        """Write adapter_config.json and adapter_model.safetensors, which PEFT also reads, into `directory`.
-
-        Atomic: whenever the process is killed, `fastft.load` finds the old adapter or the new one. Other files in the
-        folder are left alone.
-        """
-        tensors = self._file_tensors()
-        hollow = [key for key, tensor in tensors.items() if not tensor.numel()]
-        if hollow:
-            raise ValueError(f"these tensors are empty (partitioned by DeepSpeed?), gather them first: {hollow[:5]}")
-        config = self.method.to_config(self.targets)
-        config["base_model_name_or_path"] = getattr(self.model, "name_or_path", None) or None
-        config["auto_mapping"] = {
-            "base_model_class": type(self.model).__name__,
-            "parent_library": type(self.model).__module__,
-        }
-        write_adapter(directory, config, tensors)
-
-    def restore(self, directory) -> None:
-        """Read a saved state of this adapter into its parameters, which keep their identity (to resume training).
-
-        Raises:
-            as `fastft.load`; AdapterFileError also if the folder holds an adapter with another scale or other slices.
-        """
-        own = self._file_tensors()
-
-        def expected(config):
-            saved = self.method.read(directory, config)
-            for name in self.targets:
-                if saved.placement(name) != self.method.placement(name):
-                    raise AdapterFileError(
-                        f"{directory}: the {self.method.placed_by} of {name!r} is {saved.placement(name)}, that of adapter "
-                        f"{self.name!r} {self.method.placement(name)}; fastft.load attaches it as it is"
-                    )
-            return {key: tuple(tensor.shape) for key, tensor in own.items()}
-
-        values = read_adapter(directory, expected)
-        self.method.check_file(directory, self.targets, values)
-        stood = [module for module in self.targets.values() if self.name in module._slices and self.name in module._merged]
-        for module in stood:  # the slices may lie elsewhere afterwards
-            module.set_merged(self._adapter, False)
-        with torch.no_grad():
-            for key, tensor in own.items():
-                tensor.copy_(values[key])
-        for module in self.targets.values():
-            module.forget_indices()
-            module.set_merged(self._adapter, True) if module in stood else module.refresh()
-
-    def _file_tensors(self) -> dict[str, torch.Tensor]:
-        tensors = {}
-        for path, module in self._attached().items():
-            for holder, own, tensor in module.adapter_tensors(self._adapter):
-                key = self._matched.copy_key(path, own) if own else self.method.target_key(path, holder)
-                tensors[key] = tensor.detach()
-        return tensors
 
     # ---- used by attach
 
@@ -312,8 +262,10 @@ class Handle:
             self.model.requires_grad_(False)
         record.handles[self.name] = self
 
-    def make_groups(self) -> None:
+    def made(self) -> None:
+        """All tensors are installed."""
         self._groups = make_groups(self.method, self._adapter, self.targets)
+        self._shapes = {key: tensor.shape for key, tensor in self._file_tensors().items()}
 
     def check_copies(self) -> None:
         """Two active adapters can't both replace one tensor."""
@@ -335,6 +287,16 @@ class Handle:
         if not self.attached:
             raise RuntimeError(f"adapter {self.name!r} is detached; its handle can't be used any more")
         return self.modules
+
+    def _whole(self, what: str) -> dict[str, Any]:
+        """`_attached`, for what reads or writes base weights beside the adapter."""
+        modules = self._attached()
+        if self.sharded:
+            raise RuntimeError(
+                f"can't {what} adapter {self.name!r} while its model is sharded (fully_shard): save it with handle.save and "
+                "load it into a model that is not"
+            )
+        return modules
 
     def _refuse_merging(self, what: str, names, target=None) -> None:
         """names: what would be overwritten besides what the modules' deltas edit."""

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..modules.adapted_linear import LINEAR_CLASSES, Adapted, is_linear
 from ..modules.quantized import held_like, quantization
+from ..modules.sharding import is_sharded
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CLASSIFIER_HEADS = ("score", "classifier")
@@ -264,6 +265,12 @@ def _some(names) -> str:
 
 
 def _check_target(name, module):
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, torch.Tensor) and (is_sharded(weight) or hasattr(weight, "ds_shape")):  # fully_shard's, ZeRO's
+        raise ValueError(
+            f"the weight of {name!r} is divided among processes already; attach first, then call fully_shard (or let FSDP "
+            "or DeepSpeed wrap the model), and make the optimizer last"
+        )
     quantized = quantization(module) is not None
     if not quantized and not is_linear(module):
         supported = ", ".join(".".join(cls) for cls in LINEAR_CLASSES)

@@ -20,7 +20,7 @@ def trainer_callback(handle):
 
         def on_save(self, args, state, control, **kwargs):
             # A subfolder: with adapter_config.json in it, transformers would take the checkpoint itself for an adapter.
-            if state.is_world_process_zero:
+            if state.is_world_process_zero or handle.sharded:  # then all processes gather what one writes
                 handle.save(os.path.join(args.output_dir, f"checkpoint-{state.global_step}", "adapter"))
 
     return FastftCallback()

@@ -5,6 +5,7 @@ import weakref
 import torch
 
 from ..ops.dora import dora_norm, inverse_norm, squared_row_norm
+from .sharding import weights_come_and_go
 
 
 class RowNorms:
@@ -12,7 +13,8 @@ class RowNorms:
 
     Nothing that depends on A or B is kept: fused optimizers, and writes through ``.data``, change a tensor without
     counting its version. Writes through ``weight.data`` to the frozen weight itself are not seen for the same reason.
-    Copies and pickles start empty, and a compiled graph, which can't ask whether the weight changed, computes all each time.
+    Copies and pickles start empty. A compiled graph, and whoever shards a model, can't ask whether the weight changed: there
+    all is computed each time.
     """
 
     def __init__(self):
@@ -28,7 +30,7 @@ class RowNorms:
         return dora_norm(weight, squares, lora_A.detach(), lora_B.detach(), scale, fan_in_fan_out)
 
     def _squares(self, weight, fan_in_fan_out):
-        if torch.compiler.is_compiling() or not _keeps_count(weight):
+        if torch.compiler.is_compiling() or not _keeps_count(weight) or weights_come_and_go():
             return squared_row_norm(weight, fan_in_fan_out)
         if weight.requires_grad:
             self._kept = None

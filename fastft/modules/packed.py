@@ -10,6 +10,8 @@ import threading
 import torch
 from torch import nn
 
+from .sharding import weights_come_and_go
+
 # Devices on which one GEMM over all the weights is taken for faster than one for each layer. Not CPUs, where it was slower
 # (hidden size 768, 2 threads: a training step took 1.02 of the time): the library is no faster on wide products, and
 # whoever reads the columns of a wide output strides through memory. On GPUs it saves launches; nobody has measured it.
@@ -82,6 +84,10 @@ class PackedWeights:
     def _pack_again(self) -> bool:
         if self._repacks == 0:
             self.reason = f"the weights left their buffer {MAX_REPACKS + 1} times"
+            return False
+        if weights_come_and_go():  # what is gathered for a forward has its place, to which later values will come
+            self.reason = "fully_shard moves the weights for every forward"
+            self.weight = self.bias = None
             return False
         packed = self._pack()
         self._repacks -= packed

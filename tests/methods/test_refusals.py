@@ -108,3 +108,19 @@ def test_tied_weights():
             handle.merge_and_unload()
         handle.detach()
         assert_same(before, snapshot(model))
+
+
+def test_parts_of_tensors_are_neither_saved_nor_restored(tmp_path):
+    """FSDP leaves flat pieces of parameters in a process, ZeRO-3 nothing."""
+    handle = attached(llama())
+    handle.save(tmp_path / "whole")
+    parameter = next(handle.parameters())
+    for part in (parameter.data.flatten()[:3].clone(), torch.empty(0)):
+        parameter.data = part
+        for call in (handle.save, handle.restore):
+            with pytest.raises(ValueError, match=r"1 tensors of adapter 'default' are not whole here, .*q_proj.lora_A"):
+                call(tmp_path / "whole")
+    weight = handle.model.lm_head.weight
+    weight.ds_shape, weight.data = weight.shape, torch.empty(0)
+    with pytest.raises(ValueError, match="the weight of 'lm_head' is divided among processes already"):
+        fastft.attach(handle.model, fastft.LoRA(target_modules=["lm_head"]), "second")
