@@ -12,7 +12,7 @@ Stages, in order (default: all):
   build     a virtual environment OUT/venv over this python3's packages, with fastft built and installed in it
   info      fastft info: versions, and which backend each op has here
   test      tests/ops on every backend of the GPU; writes OUT/proof.json, OUT/test.txt and OUT/test-failures.txt
-  bench     fastft bench lora, dora and step on the GPU; rows in OUT/results/<device>.csv
+  bench     fastft bench lora, dora, partial, step and s2ft on the GPU; rows in OUT/results/<device>.csv
   sanitize  compute-sanitizer memcheck, racecheck, synccheck on the tests marked "sanitize"
   graph     a LoRA layer captured in a CUDA graph and replayed: fresh dropout masks, eager's results
   collect   OUT/summary.json from what the stages left
@@ -26,7 +26,7 @@ environment:
   PYTHON    use this Python, in which fastft is installed, instead of OUT/venv (then build is not needed)
   FASTFT_COMMIT  what the rows call the source, where the tree came without its .git
   LIMIT     seconds a stage may take
-  FAMILIES  what bench measures (default: lora dora step)
+  FAMILIES  what bench measures (default: lora dora partial step s2ft)
   TESTS     what test runs, an expression for pytest -k (default: on_gpu, the backends of the GPU)
 TEXT
 }
@@ -138,7 +138,7 @@ summarise_tests() {
 # On an H100 about 60 s for lora (5 implementations of 4 layers, 2 dtypes, with and without dropout), less for dora.
 stage_bench() {
     local family dtypes
-    for family in ${FAMILIES:-lora dora step}; do
+    for family in ${FAMILIES:-lora dora partial step s2ft}; do
         dtypes=()
         # Without TF32 a float32 layer takes twenty times as long, and nobody trains so on a GPU.
         [[ $family == step ]] || dtypes=(--dtype bf16 --dtype bf16+fp32)

@@ -5,14 +5,37 @@ the table between the numbers markers of README.md. Only rows that count are rea
 """
 
 import argparse
+import itertools
+import re
 import sys
 from pathlib import Path
 
 from . import results, shapes
 
 BEGIN, END = "<!-- numbers:begin -->", "<!-- numbers:end -->"
-LABELS = {"peft": "PEFT", "addmm": "plain PyTorch, one autograd node", "peft-compile": "PEFT, torch.compile"}
-OURS, PEERS = ("#1b6ca8", "#4fa3d8", "#9cc9e8"), ("#e07b39", "#8d99a6", "#b04a7a", "#c9a227")
+LABELS = {
+    "peft": "PEFT",
+    "addmm": "plain PyTorch, one autograd node",
+    "peft-compile": "PEFT, torch.compile",
+    "plain": "plain PyTorch",
+    "permuted": "slice first (permuted)",
+    "full": "full fine-tuning",
+    "lora-exchange": "LoRA: unmerge, merge",
+}
+# What rows are ratios to: the frozen layer for families that aren't named here; `over` is for cases that say it themselves.
+ABOUT = "Time of forward and backward over the frozen layer alone ({median}; r: rank, p: dropout):"
+ABOUT_SLICES = (
+    "S²FT: time over the same layer or step that computes no gradient of the slice and updates nothing ({median}; columns, "
+    "rows: what trains; full fine-tuning trains all of the layer or model):"
+)
+ABOUT_OVER = "Time over what each line says ({median}; below 1: faster):"
+SLICES = ("partial", "s2ft")
+TOKENS = re.compile(r" T=(\d+)")
+FACTS = {
+    "speedup": "full fine-tuning takes {value:.2f} times as long as fastft; of the floor's speed over it fastft keeps "
+    "{kept}",
+    "state_bytes": "{value:.4g} bytes a trained number between steps",
+}
 
 
 def counted(rows) -> dict[tuple, dict[str, dict]]:
@@ -33,9 +56,34 @@ def counted(rows) -> dict[tuple, dict[str, dict]]:
     return dict(sorted(found.items(), key=lambda item: _order(item[0])))
 
 
+def over(case: str) -> tuple[str, str]:
+    """A case's name without what its ratios are over, and that, or "" if it is the frozen layer or model."""
+    name, _, yardstick = case.partition(" vs ")
+    return name, yardstick
+
+
+def facts(rows, cases) -> list[str]:
+    """What ours was found to be besides its times, in the runs that `cases` are from, as sentences."""
+    said = []
+    for (device, threads, family, case, shape, dtype), arms in cases.items():
+        here = (arms["fastft"]["date"], device, threads, family, case, shape, dtype)
+        for row in rows:
+            where = tuple(row[f] for f in ("date", "device", "threads", "family", "case", "shape", "dtype"))
+            if where != here or row["implementation"] != "fastft" or row["metric"] not in FACTS or row["status"] != "ok":
+                continue
+            kept = row["ratio"] and f"{100 * float(row['ratio']):.1f} %"
+            text = FACTS[row["metric"]].format(value=float(row["value"]), kept=kept)
+            if row["target"]:
+                sign, goal = ("≥", f"{100 * float(row['target']):.0f} %") if kept else ("≤", row["target"])
+                text += f" (target {sign} {goal}, {'met' if row['met'] == '1' else 'missed'})"
+            said.append(f"- {shape}, {case}, {dtype}: {text}.")
+    return said
+
+
 def _order(key):
     device, threads, family, case, shape, dtype = key
     known = list(shapes.LINEARS)
+    case = TOKENS.sub(lambda found: f" T={int(found[1]):09}", case)
     return device, int(threads), family, known.index(shape) if shape in known else len(known), shape, dtype, case
 
 
@@ -47,8 +95,17 @@ def implementations(cases) -> list[str]:
     return ours + [n for n in peers if n in names and n not in ours]
 
 
-def percent(row) -> str:
-    return f"{100 * (float(row['ratio']) - 1):+.1f} %"
+def percent(row, field="ratio") -> str:
+    return f"{100 * (float(row[field]) - 1):+.1f} %"
+
+
+def times(row, field="ratio") -> str:
+    return f"{float(row[field]):.2f}×"
+
+
+def _about(key) -> str:
+    _, _, family, case, _, _ = key
+    return ABOUT_OVER if over(case)[1] else ABOUT_SLICES if family in SLICES else ABOUT
 
 
 def readme_table(rows) -> str:
@@ -57,33 +114,51 @@ def readme_table(rows) -> str:
     if not cases:
         return "No results yet: `fastft bench` makes them."
     parts = []
-    for device, threads in dict.fromkeys(key[:2] for key in cases):
-        here = {key: arms for key, arms in cases.items() if key[:2] == (device, threads)}
+    for device, threads, about in dict.fromkeys((*key[:2], _about(key)) for key in cases):
+        here = {key: arms for key, arms in cases.items() if (*key[:2], _about(key)) == (device, threads, about)}
         names = implementations(here)
         any_row = next(iter(next(iter(here.values())).values()))
         where = f"{threads} threads" if any_row["capability"][:3] != "sm_" else any_row["capability"]
         versions = sorted({f"torch {r['torch']}, PEFT {r['peft'] or '-'}" for a in here.values() for r in a.values()})
         commits = sorted({r["commit"] for a in here.values() for r in a.values()})
+        said = about.format(median="median of paired ratios, with the 95 % interval of ours")
+        first = "layer | T×K×N" if about != ABOUT_OVER else "what | size"
         lines = [
-            f"**{device}**, {where}; {'; '.join(versions)}; commit {', '.join(commits)}. Time of forward and backward "
-            "over the frozen layer alone (median of paired ratios, with the 95 % interval of ours; r: rank, p: dropout):",
+            f"**{device}**, {where}; {'; '.join(versions)}; commit {', '.join(commits)}. {said}",
             "",
-            "| layer | T×K×N | dtype | " + " | ".join(LABELS.get(n, n) for n in names) + " | target |",
+            f"| {first} | dtype | " + " | ".join(LABELS.get(n, n) for n in names) + " | target |",
             "|---" * (4 + len(names)) + "|",
         ]
-        for (_, _, _, case, shape, dtype), arms in here.items():
-            ours = arms["fastft"]
-            cells = [percent(arms[n]) if n in arms else "-" for n in names]
-            low, high = (f"{100 * (float(ours[f]) - 1):.1f}" for f in ("lo", "hi"))
-            cells[names.index("fastft")] = f"**{percent(ours)}** ({low} … {high})"
-            target = "-"
-            if ours["target"]:
-                met = "met" if ours["met"] == "1" else "missed"
-                target = f"≤ {100 * (float(ours['target']) - 1):.1f} %, {met}"
-            size = ours["size"].replace("x", "×")
-            lines.append(f"| {shape}, {case} | {size} | {dtype} | " + " | ".join(cells) + f" | {target} |")
+        show = times if about == ABOUT_OVER else percent
+        for (shape, case, dtype), group in itertools.groupby(here, lambda key: (key[4], TOKENS.sub("", key[3]), key[5])):
+            lines.append(_line(shape, case, dtype, {key: here[key] for key in group}, names, show))
+        if said := facts(rows, here):
+            lines += ["", *said]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
+
+
+def _line(shape, case, dtype, cases, names, show) -> str:
+    """A line of the table; cases that differ in their tokens alone share it."""
+    tokens = [found[1] for key in cases if (found := TOKENS.search(key[3]))]
+    ours = [arms["fastft"] for arms in cases.values()]
+    cells = []
+    for name in names:
+        found = [show(arms[name]) if name in arms else "-" for arms in cases.values()]
+        cells.append(" / ".join(found) if set(found) != {"-"} else "-")
+    own, target = names.index("fastft"), "-"
+    cells[own] = f"**{cells[own]}**"
+    size = ours[0]["size"].replace("x", "×")
+    if len(ours) == 1:
+        unit = show(ours[0]).lstrip("+-0123456789.")
+        low, high = (show(ours[0], field).removesuffix(unit).lstrip("+") for field in ("lo", "hi"))
+        cells[own] += f" ({low} … {high})"
+    if tokens:
+        case, size = f"{case}, T = {' / '.join(tokens)}", f"T×{size.partition('×')[2]}"
+    if ours[0]["target"]:
+        met = " / ".join("met" if row["met"] == "1" else "missed" for row in ours)
+        target = f"≤ {show(ours[0], 'target').lstrip('+')}, {met}"
+    return f"| {shape}, {case} | {size} | {dtype} | " + " | ".join(cells) + f" | {target} |"
 
 
 def with_table(text: str, table: str, begin: str = BEGIN, end: str = END) -> str:
@@ -98,78 +173,6 @@ def with_table(text: str, table: str, begin: str = BEGIN, end: str = END) -> str
     return f"{head}{begin}\n{table}\n{end}{rest.split(end)[1]}"
 
 
-def draw(rows, folder: Path) -> list[Path]:
-    """Bar plots of the cost over the floor, one figure per device and family. Returns the files written."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    written = []
-    cases = counted(rows)
-    for device, threads, family in dict.fromkeys(key[:3] for key in cases):
-        here = {key[3:]: arms for key, arms in cases.items() if key[:3] == (device, threads, family)}
-        figure = _figure(here, f"{family} on {device}" + ("" if _on_gpu(here) else f", {threads} threads"))
-        stem = results.csv_path(device, folder).with_suffix("").name
-        for kind in ("png", "svg"):
-            path = folder / f"{stem}-{threads}t-{family}.{kind}"
-            # A fixed salt and no date: the same rows give the same file.
-            with matplotlib.rc_context({"svg.hashsalt": "fastft"}):
-                figure.savefig(path, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-            written.append(path)
-    return written
-
-
-def _on_gpu(cases) -> bool:
-    return any(row["capability"].startswith("sm_") for arms in cases.values() for row in arms.values())
-
-
-def _figure(cases, title):
-    """One panel per shape; bars grouped by dtype and case; whiskers are the 95 % intervals, a bar's line its target."""
-    from matplotlib.figure import Figure
-
-    names = implementations(cases)
-    panels = list(dict.fromkeys(shape for _, shape, _ in cases))
-    across = min(2, len(panels))
-    down = -(-len(panels) // across)
-    # Wide enough for the title and the legend of a single panel.
-    figure = Figure(figsize=(max(6 * across + 1, 12), 3.4 * down + 1.2), layout="constrained")
-    width = 0.8 / len(names)
-    ours = sum(name.startswith("fastft") for name in names)
-    colours = [OURS[i % len(OURS)] if i < ours else PEERS[(i - ours) % len(PEERS)] for i in range(len(names))]
-    grid = figure.subplots(down, across, sharey=True, squeeze=False).flatten()
-    for spare in grid[len(panels) :]:
-        spare.remove()
-    for panel, axes in zip(panels, grid):
-        groups = [key for key in cases if key[1] == panel]
-        for i, name in enumerate(names):
-            bars = [(g, cases[key][name]) for g, key in enumerate(groups) if name in cases[key]]
-            at = [g + (i - (len(names) - 1) / 2) * width for g, _ in bars]
-            ratio, low, high = ([100 * (float(row[f]) - 1) for _, row in bars] for f in ("ratio", "lo", "hi"))
-            whiskers = [[r - lo for r, lo in zip(ratio, low)], [h - r for r, h in zip(ratio, high)]]
-            axes.bar(at, ratio, width, yerr=whiskers, capsize=2, color=colours[i], label=LABELS.get(name, name))
-            if name == "fastft":
-                for x, (_, row) in zip(at, bars):
-                    if row["target"]:
-                        goal = 100 * (float(row["target"]) - 1)
-                        axes.plot([x - width / 2, x + width / 2], [goal, goal], color="black", lw=1.8)
-        axes.set_xticks(range(len(groups)), [f"{dtype}\n{case.split(' ', 1)[-1]}" for case, _, dtype in groups], fontsize=8)
-        size = next(iter(cases[groups[0]].values()))["size"].replace("x", "×")
-        axes.set_title(f"{panel} ({size})", fontsize=10)
-        axes.axhline(0, color="black", lw=0.8)
-        axes.grid(axis="y", alpha=0.3)
-        axes.set_axisbelow(True)
-    figure.supylabel("time over the frozen layer, %", fontsize=10)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    if any(row["target"] for arms in cases.values() for row in arms.values()):
-        from matplotlib.lines import Line2D
-
-        handles, labels = [*handles, Line2D([], [], color="black", lw=1.8)], [*labels, "target"]
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.suptitle(
-        f"Cost of fine-tuning: {title} (forward + backward, 95 % intervals; p: dropout; lower is better)", fontsize=11
-    )
-    return figure
-
-
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastft.bench.plot", description=__doc__.split("\n")[0])
     folder = results.ROOT / "bench" / "results"
@@ -182,6 +185,8 @@ def main(argv=None) -> int:
         path.write_text(with_table(path.read_text(), readme_table(rows)))
         print(f"wrote {path}")
     else:
+        from .figures import draw
+
         written = draw(rows, args.results)
         print("\n".join(map(str, written)) or "no rows that count: nothing to draw")
     return 0

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from . import runner
 from .runner import Case, Measurement
 
 # fmt: off
@@ -49,12 +50,16 @@ def in_checkout() -> bool:
 def csv_path(device_name: str, out=None) -> Path | None:
     """Where rows go: `out`, or bench/results of a checkout; None for an installed package without `out`."""
     folder = Path(out) if out else ROOT / "bench" / "results" if in_checkout() else None
-    slug = re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
-    return folder / f"{slug}.csv" if folder else None
+    return folder / f"{slug(device_name)}.csv" if folder else None
+
+
+def slug(text: str) -> str:
+    """For a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def rows(case: Case, measurements: list[Measurement], env: dict[str, str]) -> list[dict[str, str]]:
-    """One row per implementation and metric (``time``, ``saved_bytes``, ``peak_bytes``)."""
+    """One row per implementation and metric (``time``, ``saved_bytes``, ``peak_bytes``, and what an arm's facts are)."""
     out = []
     for m in measurements:
         is_floor = m.implementation.startswith("floor")
@@ -84,6 +89,16 @@ def rows(case: Case, measurements: list[Measurement], env: dict[str, str]) -> li
                 # Counting is not disturbed by other load, so only a quick run makes these not count.
                 status = "ok" if m.status == "void" else m.status
                 out.append(same | {"metric": metric, "value": value, "unit": "B", "status": status})
+        for fact in m.facts:
+            row = same | {"metric": fact.metric, "value": f"{fact.value:.6g}", "unit": fact.unit}
+            if fact.ratio:
+                row |= {"ratio": f"{fact.ratio.median:.5f}", "lo": f"{fact.ratio.lo:.5f}", "hi": f"{fact.ratio.hi:.5f}"}
+                row |= {"rounds": m.rounds, "void": int(m.status == "void")}
+            elif m.status == "void":
+                row["status"] = "ok"  # as with other counts
+            if fact.target is not None:
+                row |= {"target": fact.target, "met": "" if fact.met is None else int(fact.met)}
+            out.append(row)
     return out
 
 
@@ -144,6 +159,9 @@ def losses(case: Case, measurements: list[Measurement]) -> list[str]:
             said.append(f"SLOW   {case}: {m.implementation} ran on the PyTorch reference, not on a kernel (fastft info)")
         if m.met is False:
             said.append(f"MISSED {case}: {m.implementation} {m.ratio}, target {m.target:.3f}")
+        for fact in m.facts:
+            if fact.target is not None:
+                said.append(_verdict(case, m, fact))
     ours = timed.get("fastft")
     for name, peer in timed.items():
         if ours is None or name.startswith(("fastft", "floor")) or ours.ratio.median <= peer.ratio.median:
@@ -151,6 +169,17 @@ def losses(case: Case, measurements: list[Measurement]) -> list[str]:
         clearly = "" if ours.ratio.lo > peer.ratio.hi else ", within the intervals"
         said.append(f"LOST   {case}: fastft {ours.ratio}, {name} {peer.ratio}{clearly}")
     return said
+
+
+def _verdict(case: Case, m: Measurement, fact: runner.Fact) -> str:
+    word = {True: "MET   ", False: "MISSED", None: "LOOK  "}[fact.met]
+    number = f"{fact.metric} {fact.value:.4g} {fact.unit}"
+    if fact.ratio is None:
+        return f"{word} {case}: {m.implementation} {number}, target {fact.target:.4g}"
+    possible = fact.value / fact.ratio.median
+    return (
+        f"{word} {case}: {m.implementation} {number}, {fact.ratio} of the floor's {possible:.3f}, target {fact.target:.3f}"
+    )
 
 
 def size(value: int | None) -> str:

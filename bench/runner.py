@@ -35,15 +35,19 @@ class Case:
     """One thing to measure: an operation on a named shape in one dtype, with its implementations.
 
     Attributes:
-        name: what varies besides shape and dtype, e.g. ``layer r=16 p=0``.
+        name: what varies besides shape and dtype, e.g. ``layer r=16 p=0``; where the floor is no frozen layer or model, also
+            what it is instead: ``switch down 3 % vs PEFT merge``.
         inputs: (device, seed) -> inputs; equal seeds give equal inputs.
-        tensors: inputs -> the tensors every arm gets for free (parameters, the input itself): not counted as saved.
+        tensors: inputs -> the tensors every arm gets for free (parameters, the input itself): not counted as saved. Nor is
+            what a run that works on copies of them yields by a function `parameters()`.
         floor: builds the arm that every other is divided by.
         arms: implementation name -> builder; names of ours begin with ``fastft``.
         checker: inputs -> function of a builder that raises `WrongResult`.
         skipped: implementation name -> why it can't run here.
         flops, moved: floating-point operations and the fewest bytes through memory of one call, and the floor's.
         target: the ratio to the floor that ours must reach, where one was set.
+        rival, share: an arm that takes longer than the floor by what the method saves, and how much of that ours must get
+            (`stats.kept_gain`).
     """
 
     family: str
@@ -62,9 +66,27 @@ class Case:
     floor_flops: int = 0
     floor_moved: int = 0
     target: float | None = None
+    rival: str | None = None
+    share: float = 1.0
 
     def __str__(self):
         return f"{self.family} {self.name} {self.shape} {self.dtype}"
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Something besides time and saved bytes that was found out about an arm: a number, or a ratio with its interval.
+
+    A run may tell numbers by a function `facts() -> list[Fact]`, asked after it was called; with a target they are met up
+    to it.
+    """
+
+    metric: str
+    value: float
+    unit: str
+    ratio: stats.Interval | None = None
+    target: float | None = None
+    met: bool | None = None
 
 
 @dataclass
@@ -83,6 +105,7 @@ class Measurement:
     peak_bytes: int | None = None
     target: float | None = None
     met: bool | None = None
+    facts: list[Fact] = field(default_factory=list)
 
 
 def measure(case: Case, device, rounds: int = stats.MIN_ROUNDS, quick: bool = False, seed: int = 0, timing: str = "graph"):
@@ -137,6 +160,11 @@ def _time(case: Case, group: graphs.Group, found: dict[str, Measurement], device
         if name.startswith("fastft") and case.target is not None:
             m.target = case.target
             m.met = stats.meets(case.target, m.ratio, floor) if m.status == "ok" else None
+    if case.rival in times and "fastft" in times:
+        kept = stats.kept_gain(times[case.rival], times["fastft"], times["floor"])
+        gain = stats.paired_ratio(times[case.rival], times["fastft"]).median
+        met = kept.lo >= case.share - floor.half_width if not (quick or void) else None
+        found["fastft"].facts.append(Fact("speedup", gain, f"x over {case.rival}", kept, case.share, met))
 
 
 def interleaved(runs: dict[str, list[Run]], device, rounds: int, seed: int = 0) -> dict[str, list[float]]:
@@ -219,7 +247,9 @@ def _input_sets(case, device, seed):
 def _profile(run: Run, free, found: Measurement, device) -> Measurement:
     """What one call saves for backward, its peak memory on a GPU, and which backends of ours it ran on."""
     run()  # outside the count: what a first call allocates stays
-    found.saved_bytes = saved_bytes(run, free)
+    found.saved_bytes = saved_bytes(run, [*free, *getattr(run, "parameters", list)()])
+    if facts := getattr(run, "facts", None):
+        found.facts = facts()
     with testing.record() as calls:
         run()
     found.backend = "+".join(sorted({c.config if isinstance(c.config, str) else c.backend for c in calls}))

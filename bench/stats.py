@@ -46,6 +46,20 @@ def paired_ratio(arm, floor, seed: int = 0) -> Interval:
     return Interval(ratios.quantile(0.5).item(), lo, hi)
 
 
+def kept_gain(rival, arm, floor, seed: int = 0) -> Interval:
+    """Of the speed that is to be had over a slower rival, how much the arm gets: (rival / arm) / (rival / floor), medians.
+
+    Args:
+        rival, arm, floor: seconds in the same rounds; the bootstrap resamples rounds, of all three together.
+    """
+    rival, arm, floor = (torch.as_tensor(t, dtype=torch.float64) for t in (rival, arm, floor))
+    picks = torch.randint(len(rival), (RESAMPLES, len(rival)), generator=torch.Generator().manual_seed(seed))
+    rounds = torch.cat((torch.arange(len(rival))[None], picks))  # the rounds as they were, then the resamples
+    kept = (rival / arm)[rounds].quantile(0.5, dim=1) / (rival / floor)[rounds].quantile(0.5, dim=1)
+    lo, hi = kept[1:].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Interval(kept[0].item(), lo, hi)
+
+
 def is_void(floor: Interval) -> bool:
     """Whether a floor measured against itself says that this run measured the machine's noise.
 

@@ -52,23 +52,29 @@ def linear_names(model) -> list[str]:
     return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
 
 
-def make_inputs(shape: shapes.Model, dtype: str, rank: int, p: float, device, seed: int) -> Inputs:
+def make_model(shape: shapes.Model, dtype: torch.dtype, device):
+    """A Llama of that shape with random weights, to be trained."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    act, adapter = DTYPES[dtype]
     config = LlamaConfig(
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
         num_hidden_layers=shape.layers,
         vocab_size=shape.vocab,
         max_position_embeddings=shape.length,
         attn_implementation="sdpa",
     )
+    return LlamaForCausalLM(config).to(device, dtype).train()
+
+
+def make_inputs(shape: shapes.Model, dtype: str, rank: int, p: float, device, seed: int) -> Inputs:
+    act, adapter = DTYPES[dtype]
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config).to(device, act).train()
+        model = make_model(shape, act, device)
         ids = torch.randint(shape.vocab, (shape.batch, shape.length), device=device)
         a, b = {}, {}
         for name in linear_names(model):
@@ -79,13 +85,16 @@ def make_inputs(shape: shapes.Model, dtype: str, rank: int, p: float, device, se
     return Inputs(model, ids, a, b, rank, p)
 
 
-def training(prepare):
-    """Builder of an arm: `prepare` puts adapters on a copy of the model and returns its trained parameters by name."""
+def training(prepare, optimize=None):
+    """Builder of an arm: `prepare` puts adapters on a copy of the model and returns its trained parameters by name.
 
-    def build(d: Inputs):
+    optimize: (model, trained, inputs) -> the optimizer, where it is not just fused AdamW.
+    """
+
+    def build(d):
         model = copy.deepcopy(d.model).requires_grad_(False)
         trained = prepare(model, d)
-        optimizer = torch.optim.AdamW(trained.values(), lr=1e-5, fused=True)
+        optimizer = optimize(model, trained, d) if optimize else torch.optim.AdamW(trained.values(), lr=1e-5, fused=True)
 
         def run():
             optimizer.zero_grad(set_to_none=True)
@@ -94,6 +103,7 @@ def training(prepare):
             optimizer.step()
             return {"loss": loss.detach(), **{name: p.grad for name, p in trained.items()}}
 
+        run.parameters = model.parameters
         return run
 
     return build

@@ -119,11 +119,11 @@ def ours(d: Inputs):
     return layer.train()
 
 
-def on_backend(name: str):
-    """Ours, forced onto one backend."""
-    build = adapted(ours)
+def on_backend(name: str, build=None):
+    """Ours, or what `build` makes, forced onto one backend."""
+    build = build or adapted(ours)
 
-    def forced(d: Inputs):
+    def forced(d):
         run = build(d)
 
         def inside():
@@ -226,9 +226,7 @@ def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK,
     linears = shapes.resolve(names or shapes.DEFAULT[device])
     dtypes = known("dtype", dtypes or DEFAULT_DTYPES, DTYPES)
     arms = {"fastft": adapted(ours)}
-    # On a CPU the other backends (Triton's interpreter, host-run CUDA) exist for proof alone.
-    kernels = [b for b in testing.available(device) if b != "reference"] if device == "cuda" else []
-    arms |= {f"fastft:{b}": on_backend(b) for b in kernels if len(kernels) > 1}
+    arms |= {f"fastft:{b}": on_backend(b) for b in several_backends(device)}
     missing = {}
     for name in known("peer", peers.LORA_DEFAULT if peer_names is None else peer_names, peers.LORA):
         make, why = peers.LORA[name]
@@ -257,6 +255,13 @@ def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK,
                     target=target + DROPOUT_ADDS * (p > 0) if target else None,
                     **work(linear, dtype, rank, p),
                 )
+
+
+def several_backends(device: str) -> list[str]:
+    """The kernels' backends on a GPU, if there is more than one to compare."""
+    # On a CPU the others (Triton's interpreter, host-run CUDA) exist for proof alone.
+    kernels = [b for b in testing.available(device) if b != "reference"] if device == "cuda" else []
+    return kernels if len(kernels) > 1 else []
 
 
 def known(kind, names, table):

@@ -65,9 +65,9 @@ def test_a_finished_stage_is_skipped_and_a_failed_one_repeated(tmp_path, fake):
         "test.failed",
     ]
     # info's two, whether xdist is there and the tests, a bench for each family
-    assert [line.split()[0] for line in calls(tmp_path)] == ["python", "fastft", *["python"] * 2, *["python"] * 3]
+    assert [line.split()[0] for line in calls(tmp_path)] == ["python", "fastft", *["python"] * 2, *["python"] * 5]
     measured = [line.split("fastft.bench.run ")[1].split()[0] for line in calls(tmp_path) if "fastft.bench.run" in line]
-    assert measured == ["lora", "dora", "step"]
+    assert measured == ["lora", "dora", "partial", "step", "s2ft"]
 
     (tmp_path / "bad").write_text("nothing")
     (tmp_path / "calls").unlink()

@@ -95,6 +95,39 @@ def test_target_met_missed_and_void(monkeypatch):
     assert {m.status for m in found.values()} == {"void"} and found["fastft"].met is None
 
 
+def test_share_of_a_rivals_gain(monkeypatch):
+    case = make_case({"fastft": square, "full": square}, rival="full", share=0.97)
+    for ours, word in ((1.02, "MET"), (1.05, "MISSED")):
+        fixed_times(monkeypatch, fastft=ours, full=1.8)
+        found = runner.measure(case, "cpu")
+        (fact,) = by_name(found)["fastft"].facts
+        assert (fact.metric, fact.unit, fact.met) == ("speedup", "x over full", word == "MET")
+        assert fact.value == pytest.approx(1.8 / ours) and fact.ratio.median == pytest.approx(1 / ours)
+        (said,) = results.losses(case, found)
+        assert said.startswith(word) and "of the floor's 1.800, target 0.970" in said
+    (fact,) = by_name(runner.measure(case, "cpu", quick=True))["fastft"].facts
+    assert fact.met is None
+
+
+def test_arms_tell_facts_and_their_own_parameters():
+    w = torch.randn(8, 8, requires_grad=True)
+
+    def copying(x):
+        own = w.detach().clone().requires_grad_()
+
+        def run():
+            return {"y": x * x, "z": own @ own}
+
+        run.parameters = lambda: [own]
+        run.facts = lambda: [runner.Fact("state_bytes", 21.0, "B/entry", target=20, met=False)]
+        return run
+
+    case = make_case({"fastft": copying})
+    found = runner.measure(case, "cpu", rounds=2)
+    assert by_name(found)["fastft"].saved_bytes == 0, "its own parameters are free"
+    assert [line for line in results.losses(case, found) if "state_bytes 21 B/entry, target 20" in line]
+
+
 @pytest.mark.parametrize("how", [{"rounds": 39}, {"rounds": 40, "quick": True}])
 def test_too_few_rounds_never_count(monkeypatch, how):
     fixed_times(monkeypatch)

@@ -38,6 +38,16 @@ def test_interval_is_repeatable_and_shrinks_with_rounds():
     assert many == stats.paired_ratio(*synthetic(1.05, 0.02, 1000, 3))
 
 
+def test_what_is_kept_of_a_gain():
+    """An arm 2 % over the floor keeps 1 / 1.02 of the floor's speed over a rival, whatever the rounds drift by."""
+    arm, floor = synthetic(1.02, 0.001, 40, 0)
+    rival = 1.8 * floor
+    kept = stats.kept_gain(rival, arm, floor)
+    assert kept.lo <= 1 / 1.02 <= kept.hi and kept.half_width < 0.002
+    exact = stats.kept_gain(rival, floor * 1.25, floor)
+    assert (exact.lo, exact.median, exact.hi) == pytest.approx((0.8, 0.8, 0.8))
+
+
 @pytest.mark.parametrize(
     "arm, floor", [([1.0], [1.0]), ([1.0, 2.0], [1.0]), ([1.0, 0.0], [1.0, 1.0]), ([1.0, float("nan")], [1.0, 1.0])]
 )
