@@ -195,6 +195,18 @@ class Handle(AdapterFiles):
         with self._adapter.disabled():
             yield
 
+    def reference(self) -> nn.Module:
+        """The model without any adapter, as a second one on the same tensors: no memory but for its modules.
+
+        For trainers that ask for a reference model (TRL's ``DPOTrainer(model, ref_model=handle.reference())``); in a loop of
+        one's own `disabled` is simpler. What is loaded into one model's base is in the other's too. Not while an adapter is
+        merged, as those that train slices of the weights are.
+        """
+        from .reference import without_adapters
+
+        self._attached()
+        return without_adapters(self.model, handles)
+
     # ---- merging
 
     def merge(self) -> None:
