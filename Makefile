@@ -12,11 +12,12 @@ export FASTFT_HOSTCUDA := 1
 
 NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml fastft/__init__.py
 
-.PHONY: help setup demo test test-aot oldest proof lint format bench clean
+.PHONY: help setup demo test test-aot test-peft oldest proof lint format bench clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 	@echo "make test-aot  every shipped Triton configuration compiled ahead of time for every target"
+	@echo "make test-peft PEFT's own tests of LoRA on accelerated models (its source distribution is downloaded once)"
 	@echo "make oldest    compile and link every native source against the oldest torch that is supported (530 MB, once)"
 	@echo "make proof     rewrite fastft/proof.json, what 'fastft info' says was proven"
 	@echo "make lint      ruff and clang-format; make format applies them"
@@ -44,6 +45,24 @@ test: setup
 
 test-aot: setup
 	$(BIN)/python -m pytest -q tests/aot -m "aot_all or not aot_all" $(ARGS)
+
+# PEFT's tests come with its source distribution only, without the files that make a package of them.
+PEFT := 0.21.2
+PEFT_TESTS := .cache/peft-$(PEFT)
+
+$(PEFT_TESTS)/.ready: requirements/peft-tests.txt | $(VENV)/.built
+	rm -rf $(PEFT_TESTS) && mkdir -p $(@D)
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-build-isolation --no-binary peft \
+	    peft==$(PEFT) -d .cache
+	tar -xzf .cache/peft-$(PEFT).tar.gz -C .cache
+	touch $(PEFT_TESTS)/tests/__init__.py $(PEFT_TESTS)/tests/conftest.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/peft-tests.txt
+	@touch $@
+
+test-peft: setup $(PEFT_TESTS)/.ready
+	cd $(PEFT_TESTS) && PYTHONPATH=$(CURDIR)/tests/peft_gate HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS=1 \
+	    $(CURDIR)/$(BIN)/python -m pytest -q -o addopts= -p no:cacheprovider -p fastft_gate --disable-warnings --timeout 120 \
+	    -n 2 tests/test_custom_models.py -k-LoraConfig- $(ARGS)
 
 # Headers of a newer torch also declare what the oldest one lacks; only its own show that. -z defs finds the symbols.
 OLDEST := 2.11.0

@@ -11,6 +11,9 @@ _PUBLIC = {
     "attach": "fastft.methods.base",
     "load": "fastft.methods.base",
     "fuse": "fastft.methods.fusing",
+    "accelerate": "fastft.integrations.peft",
+    "restore": "fastft.integrations.peft",
+    "report": "fastft.integrations.peft_report",
     "testing": None,
     "ops": None,
 }

@@ -1,0 +1,81 @@
+"""PEFT models on our kernels: one call, and everything else stays PEFT's.
+
+model = fastft.accelerate(get_peft_model(base, LoraConfig(...)))
+print(fastft.report(model))     # which path each layer takes, and why
+fastft.restore(model)
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .peft_layers import FallbackError, Record, accelerate_layers
+from .peft_report import report
+from .peft_tuner import FastLoraModel, FastTuner
+from .swapping import Swapped, swap, unswap
+
+__all__ = ["FallbackError", "accelerate", "report", "restore"]
+
+
+def accelerate(peft_model: nn.Module, *, strict: bool = False, check=None) -> nn.Module:
+    """Run the LoRA layers of a PEFT model on fastft's ops, in place.
+
+    Parameters, names, state dict, files, adapters' switching, merging, disabling and hot-swapping stay as they are: only the
+    class of each `lora.Linear` changes (to a subclass of the same name), and that of the tuner, so that adapters which are
+    added later are accelerated too and batches with `adapter_names` are safe to run from several threads. What can't be
+    accelerated runs PEFT's own forward; `fastft.report` says what and why. Calling it again is fine.
+
+    Args:
+        peft_model: PeftModel, PeftMixedModel, or a module with injected adapters (after adding some, accelerate that again).
+        strict: a layer that would run PEFT's own forward raises instead. Layers of other classes than `lora.Linear` and
+            forwards without adapters (disabled, merged) don't.
+        check: a batch, as a dict of the model's arguments with labels or as a function of the model that returns the loss.
+            Loss and gradients are computed on it by PEFT and by fastft, without dropout, and compared (`peft_check`).
+
+    Returns:
+        `peft_model` itself.
+
+    Raises:
+        ValueError: there is no LoRA layer of PEFT in it. FallbackError: at a call, with `strict`.
+        CheckError: the comparison failed; the model is restored.
+    """
+    from peft.tuners.lora.layer import LoraLayer
+
+    if not any(isinstance(module, LoraLayer) for module in peft_model.modules()):
+        raise ValueError("there is no LoRA layer of PEFT in this model; accelerate it after get_peft_model or load_adapter")
+    if check is None:
+        return _accelerate(peft_model, strict)
+    from .peft_check import compare
+
+    restore(peft_model)
+    try:
+        compare(peft_model, check, lambda: _accelerate(peft_model, strict))
+    except BaseException:
+        restore(peft_model)
+        raise
+    return peft_model
+
+
+def _accelerate(model, strict):
+    from peft.tuners.lora.model import LoraModel
+    from peft.tuners.mixed.model import MixedModel
+
+    accelerate_layers(model, strict)
+    for module in model.modules():
+        if type(module) in (LoraModel, MixedModel):
+            swap(module, FastLoraModel if type(module) is LoraModel else FastTuner, Record("", strict))
+        elif isinstance(module, FastTuner):
+            module._fastft.strict = strict
+    return model
+
+
+def restore(peft_model: nn.Module) -> nn.Module:
+    """Undo `accelerate`: the classes and entries of every module are those from before. Returns the model.
+
+    Raises:
+        RuntimeError: a layer's class was changed once more since, as `fully_shard` does with the modules it is called on.
+    """
+    for module in peft_model.modules():
+        if isinstance(module, Swapped):
+            unswap(module)
+    return peft_model

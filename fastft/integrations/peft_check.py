@@ -1,0 +1,139 @@
+"""One batch on PEFT's path and on fastft's: do loss and gradients agree?
+
+How far two right implementations may differ depends on the dtype and on what the model makes of rounding errors on their
+way through it, so that is measured: PEFT's run is repeated with every LoRA layer's output, and the gradient that comes back
+through it, changed by as much as rounding does. A gradient may differ by `FACTOR` times what that changes it by; something
+wrong in a layer (a scale, a mask, a missing term) changes its gradients by several per cent at least, in any dtype.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+FACTOR = 4.0  # each side rounds some more often than once per layer: base, low-rank term, their sum, an adapter's gradient
+# Of one output: a 16-bit one is rounded once; a float32 one is also a sum of thousands of rounded terms.
+_NOISE = {torch.float32: 4.0, torch.bfloat16: 0.5, torch.float16: 0.5, torch.float64: 4.0}  # in units of the dtype's eps
+SHOWN = 10
+
+
+class CheckError(RuntimeError):
+    """Loss or gradients on fastft's path are not those of PEFT's."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of the loss or of one parameter's gradient: ‖ours - PEFT's‖ / ‖PEFT's‖, and how large it may be."""
+
+    name: str
+    error: float
+    allowed: float
+
+    @property
+    def excess(self) -> float:
+        return self.error / self.allowed if self.error == self.error else float("inf")
+
+
+def compare(model: nn.Module, batch, accelerate) -> list[Difference]:
+    """Check `batch` on `model` as it is, then again after `accelerate()`; prints the parameters that differ most.
+
+    The model runs in evaluation mode, so without any dropout. Gradients, training modes and the random state are as before.
+
+    Args:
+        batch: the model's arguments as a dict, among them labels, or a function of the model that returns the loss.
+
+    Raises:
+        CheckError: a difference is larger than allowed, after the table was printed.
+        ValueError: the model returns no loss.
+    """
+    with _undisturbed(model):
+        loss, gradients = _run(model, batch)
+        with _rounding_noise(model) as dtypes:
+            noisy_loss, noisy = _run(model, batch)
+        accelerate()
+        own_loss, own = _run(model, batch)
+    # One number can come out of the noise unchanged by luck, so the loss may differ by a rounding in any case.
+    eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
+    differences = [_difference("loss", own_loss, loss, noisy_loss, eps)]
+    for name, want in gradients.items():
+        differences.append(_difference(name, own.get(name), want, noisy[name]))
+    differences += [Difference(name, float("inf"), 1.0) for name in own.keys() - gradients.keys()]
+    worst = sorted(differences, key=lambda d: d.excess, reverse=True)
+    print(_table(worst[:SHOWN], len(differences)))
+    if wrong := [d for d in worst if not d.excess <= 1]:
+        listed = ", ".join(f"{d.name} by {d.error:.2g} (allowed {d.allowed:.2g})" for d in wrong[:5])
+        raise CheckError(f"{len(wrong)} of {len(differences)} differ from PEFT's: {listed}")
+    return differences
+
+
+def _run(model, batch):
+    model.zero_grad(set_to_none=True)
+    loss = batch(model) if callable(batch) else getattr(model(**batch), "loss", None)
+    if loss is None:
+        raise ValueError("the model returned no loss for this batch; it needs labels, or pass a function that returns a loss")
+    if loss.requires_grad:
+        loss.backward()
+    return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@contextmanager
+def _undisturbed(model):
+    training = {module: module.training for module in model.modules()}
+    gradients = {p: p.grad for p in model.parameters()}
+    devices = sorted({p.device.index for p in gradients if p.device.type == "cuda"})
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+
+
+@contextmanager
+def _rounding_noise(model):
+    """Yields the set of the dtypes that outputs of LoRA layers turn out to have."""
+    from peft.tuners.lora.layer import LoraLayer
+
+    dtypes = set()
+
+    def round_again(module, args, y):
+        if not isinstance(y, torch.Tensor) or y.dtype not in _NOISE:
+            return y
+        dtypes.add(y.dtype)
+        # In float32, so that the factor itself is not rounded away; the gradient is multiplied by it on its way back.
+        wide = torch.promote_types(y.dtype, torch.float32)
+        noise = torch.randn(y.shape, dtype=wide, device=y.device) * (_NOISE[y.dtype] * torch.finfo(y.dtype).eps)
+        return (y.to(wide) * (1 + noise)).to(y.dtype)
+
+    handles = [m.register_forward_hook(round_again) for m in model.modules() if isinstance(m, LoraLayer)]
+    try:
+        yield dtypes
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _difference(name, own, want, noisy, floor=0.0) -> Difference:
+    wide = torch.promote_types(want.dtype, torch.float32)
+    size, want = torch.linalg.vector_norm(want, dtype=wide).item(), want.to(wide)
+    floor = max(floor, torch.finfo(want.dtype).eps * FACTOR)  # where nothing before this rounds
+    if own is None:
+        return Difference(name, float("inf"), floor)
+    error = torch.linalg.vector_norm(own.to(wide) - want).item()
+    noise = torch.linalg.vector_norm(noisy.to(wide) - want).item()
+    if size == 0:  # as of an A whose B is still zero
+        return Difference(name, 0.0 if error == 0 else float("inf"), floor)
+    return Difference(name, error / size, max(FACTOR * noise / size, floor))
+
+
+def _table(worst, count) -> str:
+    lines = [("", "differs by", "allowed"), *((d.name, f"{d.error:.2e}", f"{d.allowed:.2e}") for d in worst)]
+    width = max(len(line[0]) for line in lines)
+    title = f"fastft beside PEFT on one batch, relative: the {len(worst)} largest of {count}, each by what it may be"
+    return "\n".join([title, *(f"{name:{width}}  {error:>10}  {allowed:>8}" for name, error, allowed in lines)])

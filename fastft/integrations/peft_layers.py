@@ -1,0 +1,220 @@
+"""PEFT's `lora.Linear` on our ops: its class is swapped in place, and each call decides which path it takes.
+
+* ``fused``: base and low-rank part by `lora_linear`, where the base is a bare `nn.Linear` or Conv1D.
+* ``low-rank part``: any other base layer (quantised, hooked, wrapped) computes itself, `lora_update` adds to it.
+* ``peft``: PEFT's own forward, with the reason in `fastft.report`.
+
+Nothing of an adapter is kept between calls, since PEFT replaces parameters, scales and whole layers as it likes.
+"""
+
+import torch
+from torch import nn
+
+from ..modules.norms import RowNorms, factor
+from ..modules.projection import Projection, project
+from ..ops.lora_linear import lora_update
+from .peft_eligible import PLAIN, Input, bare, base_obstacle, kinds_of_peft, tensor, unfit_factors, unfit_weight
+from .peft_mixed import Index, index_of
+from .swapping import Swapped, swap
+
+# Where PEFT's forward has no low-rank part either; `strict` lets them pass.
+DISABLED, MERGED, INACTIVE = "adapters are disabled", "merged into the base weight", "no active adapter in this layer"
+IDLE = frozenset((DISABLED, MERGED, INACTIVE))
+_ROUTED = ("adapter_names", "alora_offsets")  # arguments that PEFT doesn't hand to the base layer
+
+
+class FallbackError(RuntimeError):
+    """A layer would have run on PEFT's path under `strict=True`."""
+
+
+class Record:
+    """What an accelerated layer holds besides PEFT's own: its name, and what its calls were."""
+
+    def __init__(self, name: str, strict: bool):
+        self.name, self.strict = name, strict
+        self.norms = RowNorms()  # of the frozen base weight, for DoRA
+        self.fused = self.beside = self.peft = 0
+        self.reason: str | None = None  # of the last call that took PEFT's path
+
+
+def accelerate_layers(model: nn.Module, strict: bool) -> None:
+    """Swap every layer that is exactly PEFT's `lora.Linear`; those swapped before take over `strict`."""
+    from peft.tuners.lora.layer import Linear
+
+    kinds_of_peft()  # now, so that a compiled forward finds it cached
+    for name, module in model.named_modules():
+        if type(module) is Linear:
+            swap(module, FastLinear, Record(name, strict))
+        elif isinstance(module, FastLinear):
+            module._fastft.strict = strict
+
+
+class FastLinear(Swapped):
+    """Mixed into `peft.tuners.lora.layer.Linear`.
+
+    Modules and parameters are read from the dictionaries that hold them: `nn.Module.__getattr__` would be a third of what
+    deciding costs (it is a tenth of a microsecond against 0.6).
+    """
+
+    def forward(self, x, *args, **kwargs):
+        if (index := index_of(self)) is not None:
+            return _with_names(self, x, index, args, kwargs)
+        if kwargs:
+            if kwargs.get("adapter_names") is not None:  # PEFT checks them, and calls `_mixed_batch_forward` below
+                return self.plain.forward(self, x, *args, **kwargs)
+            kwargs = {name: value for name, value in kwargs.items() if name not in _ROUTED or value is not None}
+        given = Input.of(x)
+        plan = self.plan(given)
+        if type(plan) is str:
+            self._count_peft(plan)
+            return self.plain.forward(self, x, *args, **kwargs)
+        base = self.__dict__["_modules"]["base_layer"]
+        beside = args or kwargs or base_obstacle(base, given) is not None
+        if not torch.compiler.is_compiling():  # counts would be baked into the graph, and guarded
+            if beside:
+                self._fastft.beside += 1
+            else:
+                self._fastft.fused += 1
+        if any(one.magnitude is not None for one in plan):
+            plan = self._with_norms(base, plan)
+        if beside:
+            kwargs = {name: value for name, value in kwargs.items() if name not in _ROUTED}
+            return self._beside(base(x, *args, **kwargs), x, plan)
+        weight = base.weight
+        return project(x, weight if type(base) is nn.Linear else weight.t(), base.bias, plan)
+
+    def _mixed_batch_forward(self, x, *args, adapter_names, **kwargs):
+        names = adapter_names if isinstance(adapter_names, Index) else Index(adapter_names)
+        given = Input.of(x)
+        plan = given.reason or self._projections(given, [n for n in dict.fromkeys(names) if n in self.lora_A])
+        if not isinstance(plan, str) and any(one.magnitude is not None for one in plan):
+            plan = "DoRA in a mixed batch"
+        if isinstance(plan, str):
+            self._count_peft(plan)
+            return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in _ROUTED}
+        y, rows = self.base_layer(x, *args, **kwargs), dict(names.rows(x.device))
+        if plan:
+            self._fastft.beside += 1
+        for one in plan:
+            own = rows[one.name]
+            y[own] = _update(y[own], x[own], one)
+        return y
+
+    # ---- what PEFT changes weights with
+
+    def merge(self, *args, **kwargs):
+        self._fastft.norms = RowNorms()  # PEFT writes through weight.data, which no version counts
+        super().merge(*args, **kwargs)
+
+    def unmerge(self):
+        self._fastft.norms = RowNorms()
+        super().unmerge()
+
+    # ---- paths
+
+    def plan(self, given) -> list[Projection] | str:
+        """What the active adapters add to a forward on this `Input`, their norms left out, or why PEFT has to compute it.
+
+        The base layer may be any.
+        """
+        own = self.__dict__
+        if own["_disable_adapters"]:
+            return DISABLED
+        if own["merged_adapters"]:
+            return MERGED
+        held = own["_modules"]["lora_A"]._modules
+        names = [name for name in self.active_adapters if name in held]
+        if not names:
+            return INACTIVE
+        return given.reason or self._projections(given, names)
+
+    def _projections(self, given, names) -> list[Projection] | str:
+        out = []
+        for name in names:
+            one = self._projection(name, given)
+            if type(one) is str:
+                return one
+            if one.magnitude is not None and any(other.lora_bias is not None for other in out):
+                return "DoRA after an adapter with lora_bias, which PEFT multiplies too"
+            out.append(one)
+        return out
+
+    def _projection(self, name, given) -> Projection | str:
+        own, kinds = self.__dict__, kinds_of_peft()
+        modules, kind = own["_modules"], given.dtype
+        variant = own["lora_variant"].get(name)
+        dora = variant is not None and type(variant) is kinds.dora
+        if variant is not None and not dora and type(variant) not in kinds.as_plain:
+            return f"variant {type(variant).__name__}"
+        a, b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+        if not (bare(a, nn.Linear) and bare(b, nn.Linear)) or a._parameters.get("bias") is not None:
+            return "lora_A or lora_B is hooked or no plain Linear"
+        drop = modules["lora_dropout"]._modules[name]
+        if not (bare(drop, nn.Identity) or bare(drop, nn.Dropout)):
+            return f"dropout is a {type(drop).__name__}, or hooked"
+        p = drop.p if type(drop) is nn.Dropout and drop.training else 0.0
+        a, b, bias, scale = tensor(a, "weight"), tensor(b, "weight"), tensor(b, "bias"), own["scaling"][name]
+        if reason := unfit_factors(a, b, bias, given):
+            return reason
+        if a.dtype != kind and not (own["cast_input_dtype_enabled"] or given.autocast):
+            return "casts of the input are switched off"
+        if type(scale) is not float and isinstance(scale, torch.Tensor):
+            # Of hot-swapping: as a number it would stall a GPU, or be baked into a graph.
+            a, b, scale, bias = a.float(), b.float() * scale, 1.0, None if bias is None else bias * scale
+        elif a.dtype != b.dtype or (a.dtype != kind and a.dtype != torch.float32):
+            a, b = a.float(), b.float()  # never narrower than what PEFT computes in
+        if not dora:
+            return Projection(name, a, b, scale, p, bias)
+        base = modules["base_layer"]
+        if type(base) not in (nn.Linear, kinds.conv1d) or unfit_weight(base, given):
+            return f"DoRA on a base layer that computes itself ({type(base).__name__})"
+        if self.fan_in_fan_out != (type(base) is not nn.Linear):
+            return "DoRA with a fan_in_fan_out that is not the base layer's"
+        if p > 0 and self.training:
+            return "DoRA with dropout, which PEFT also applies to the input of the magnitude's correction"
+        magnitude = self.lora_magnitude_vector[name]
+        if not bare(magnitude, kinds.dora_layer) or type(magnitude.weight) not in PLAIN:
+            return "DoRA's magnitude is hooked or no plain tensor"
+        return Projection(name, a, b, scale, 0.0, bias, magnitude.weight)
+
+    def _with_norms(self, base, plan) -> list[Projection]:
+        norms, transposed = self._fastft.norms, type(base) is not nn.Linear
+        return [
+            one
+            if one.magnitude is None
+            else one._replace(weight_norm=norms(base.weight, one.lora_A, one.lora_B, one.scale, transposed))
+            for one in plan
+        ]
+
+    def _beside(self, y, x, plan):
+        for one in plan:
+            if one.magnitude is None:
+                y = _update(y, x, one)
+                continue
+            bias = self.base_layer.bias
+            u = _update(y if bias is None else (y - bias).to(y.dtype), x, one)
+            total = factor(one.magnitude, one.weight_norm) * u
+            y = (total if bias is None else total + bias).to(y.dtype)
+        return y
+
+    def _count_peft(self, reason) -> None:
+        record = self._fastft
+        if record.strict and reason not in IDLE:
+            raise FallbackError(f"{record.name}: {reason}; so PEFT's own forward would run, which strict=True forbids")
+        if not torch.compiler.is_compiling():
+            record.peft += 1
+            record.reason = reason
+
+
+@torch.compiler.disable
+def _with_names(layer, x, index, args, kwargs):
+    return layer.plain.forward(layer, x, *args, **{**kwargs, "adapter_names": index})
+
+
+def _update(y, x, one: Projection):
+    """y + the adapter's term on x, in the wider of their dtypes, rounded once to y's."""
+    kind = torch.promote_types(y.dtype, Input.of(x).dtype)
+    y_wide, x_wide = y.to(kind), x.to(kind)
+    total = lora_update(y_wide, x_wide, one.lora_A, one.lora_B, one.scale, one.dropout, lora_bias=one.lora_bias)
+    return total.to(y.dtype)

@@ -1,0 +1,120 @@
+"""Batches that name an adapter for each sample (PEFT's ``adapter_names=``), without hooks on the modules.
+
+PEFT hands the names to its layers by hooks that it hangs on the modules for the time of a call; so two threads get each
+other's names, and a call that fails leaves its hooks behind. Here they travel in a context variable: a table from module to
+names. Checkpointing runs forwards again during backward, maybe on another thread, when the call and its context are long
+over; so each region that is being checkpointed remembers the table that its forward saw (`_remember`).
+"""
+
+import functools
+import inspect
+import sys
+import threading
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch.utils import checkpoint
+
+from .swapping import Swapped
+
+_table: ContextVar[dict | None] = ContextVar("fastft_adapter_names", default=None)
+_lock, _running = threading.Lock(), 0
+_any_running = False  # in any thread; a plain global, which compiled graphs guard on, as they can't read the context
+_REENTRANT = checkpoint.CheckpointFunction.forward.__code__
+_NOT_REENTRANT = inspect.unwrap(checkpoint.checkpoint).__code__
+
+
+class Index(list):
+    """The adapter's name of every sample; ``__base__`` stands for none."""
+
+    def __init__(self, names):
+        super().__init__(names)
+        self._rows = {}
+
+    def rows(self, device) -> list[tuple[str, torch.Tensor]]:
+        """(adapter, positions of its samples), each adapter once, the base left out."""
+        if device not in self._rows:
+            places: dict[str, list[int]] = {}
+            for position, name in enumerate(self):
+                places.setdefault(name, []).append(position)
+            places.pop("__base__", None)
+            self._rows[device] = [(name, torch.tensor(rows, device=device)) for name, rows in places.items()]
+        return self._rows[device]
+
+
+@contextmanager
+def using(table: dict):
+    """Layers called inside find their names in `table`, module -> Index; those not in it where they found them before."""
+    token = _table.set({**(_table.get() or {}), **table})
+    _count(1)
+    try:
+        yield
+    finally:
+        _count(-1)
+        _table.reset(token)
+
+
+def _count(change: int) -> None:
+    global _running, _any_running
+    with _lock:
+        _running += change
+        _any_running = _running > 0
+
+
+def index_of(module) -> Index | None:
+    """The names for this call of `module`; None outside of mixed batches."""
+    return _look_up(module) if _any_running else None
+
+
+@torch.compiler.disable
+def _look_up(module):
+    table = _table.get()
+    if table is None or module not in table:
+        return None
+    _remember(table)
+    return table[module]
+
+
+def _remember(table) -> None:
+    """Give the table to every checkpointed region that is being run, for when it runs again.
+
+    Both kinds of checkpointing keep the function to run again in a place of their own, which only the frames of this
+    forward know.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _REENTRANT:
+            _wrap(frame.f_locals["ctx"], "run_function", table)
+        elif frame.f_code is _NOT_REENTRANT and (generator := frame.f_locals.get("gen")) is not None:
+            _wrap(generator.gi_frame.f_locals["new_frame"], "recompute_fn", table)
+        frame = frame.f_back
+
+
+def _wrap(owner, name, table) -> None:
+    function = getattr(owner, name)
+    if getattr(function, "fastft_table", None) is table:
+        return
+
+    @functools.wraps(function, updated=())
+    def run(*args, **kwargs):
+        with using(table):
+            return function(*args, **kwargs)
+
+    run.fastft_table = table
+    setattr(owner, name, run)
+
+
+class Routed(Swapped):
+    """Mixed into the classes of adapted modules that PEFT computes; gives them their names."""
+
+    def forward(self, *args, **kwargs):
+        index = index_of(self)
+        if index is None:
+            return super().forward(*args, **kwargs)
+        return _with_names(self, index, args, kwargs)
+
+
+@torch.compiler.disable
+def _with_names(module, index, args, kwargs):
+    return module.plain.forward(module, *args, **{**kwargs, "adapter_names": index})
