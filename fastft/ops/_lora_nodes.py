@@ -175,13 +175,13 @@ def _linear_backward(ctx, dy):
 
 
 class UpdateNode(torch.autograd.Function):
-    """y + bias + scale · S Bᵀ for a y that something else computed."""
+    """y + bias + scale · S Bᵀ for a y that something else computed; the bias's gradient is summed in the bias's dtype."""
 
     @staticmethod
     def forward(ctx, y, s, bias, b, scale):
-        out = y.clone(memory_format=torch.contiguous_format) if bias is None else (y + bias).contiguous()
+        out = y.clone(memory_format=torch.contiguous_format) if bias is None else (y + bias.to(y.dtype)).contiguous()
         lora_expand_(out, s, b, scale)
-        ctx.scale, ctx.scope = scale, Scope.captured()
+        ctx.scale, ctx.scope, ctx.bias_dtype = scale, Scope.captured(), None if bias is None else bias.dtype
         ctx.save_for_backward(s, b)
         return out
 
@@ -196,4 +196,5 @@ def _update_backward(ctx, dy):
     need_y, need_s, need_bias, need_b = ctx.needs_input_grad[:4]
     dy = dy.contiguous()
     ds, db = lora_grad_sb(dy, s, b, ctx.scale) if need_s or need_b else (None, None)
-    return dy if need_y else None, ds, dy.sum(0) if need_bias else None, db if need_b else None, None
+    dbias = dy.sum(0, dtype=ctx.bias_dtype) if need_bias else None
+    return dy if need_y else None, ds, dbias, db if need_b else None, None

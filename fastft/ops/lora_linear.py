@@ -95,7 +95,7 @@ class SharedInput:
                 f"lora_update: y is {y.dtype}{list(y.shape)} and x {self.x.dtype}{[*self.lead, self.x.shape[-1]]}; "
                 "they must share dtype and leading dimensions"
             )
-        bias = None if lora_bias is None else _with_lora_bias(None, lora_bias, scale, y.dtype)
+        bias = None if lora_bias is None else scale * lora_bias
         return UpdateNode.apply(_rows(y), s, bias, lora_B.contiguous(), float(scale)).view(y.shape)
 
     def _s(self, i, middle):
