@@ -37,6 +37,8 @@ class TrainConfig:
         "Of the base model. auto: bfloat16 on a GPU that has it.", "auto"
     )
     device: Literal["auto", "cpu", "cuda"] = _option("Where to train.", "auto")
+    load_in_4bit: bool = _option("QLoRA: quantise the base to NF4 when it is loaded (bitsandbytes).", False, of="lora")
+    load_in_8bit: bool = _option("Quantise the base to int8 when it is loaded (bitsandbytes).", False, of="lora")
     r: int = _option("Rank.", 8, of="lora")
     alpha: float = _option("The update's scale is alpha / r.", 16.0, of="lora")
     dropout: float = _option("Dropout before A.", 0.0, of="lora")
@@ -91,6 +93,10 @@ class TrainConfig:
         for name, ratio in self.ratios().items():
             if not 0 <= ratio <= 1:
                 raise UserError(f"{name} must be in [0, 1], not {ratio}")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise UserError("load_in_4bit and load_in_8bit exclude each other; give one of them")
+        if self.bits() and self.use_dora:
+            raise UserError("use_dora needs the norms of the weights' rows, which a quantised base does not have at hand")
         if self.method == "s2ft" and not any(self.ratios().values()):
             raise UserError(f"method s2ft trains nothing: all of {', '.join(self.ratios())} are 0")
         for name in (
@@ -125,11 +131,15 @@ class TrainConfig:
     def ratios(self) -> dict[str, float]:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name.endswith("_ratio")}
 
+    def bits(self) -> int | None:
+        """Of the base's quantised weights; None: it is not quantised."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
+
     def title(self) -> str:
         """The method and what matters most about it, for titles."""
         if self.method == "s2ft":
             return " ".join(["s2ft", *(f"{name}={ratio:g}" for name, ratio in self.ratios().items() if ratio)])
-        return f"{self.method} r={self.r}"
+        return f"{self.method} r={self.r}" + (f", {self.bits()}-bit base" if self.bits() else "")
 
     def targets(self) -> str | list[str] | None:
         """`target_modules` as the method takes it: names become a list; else "all-linear" or a regular expression. None for

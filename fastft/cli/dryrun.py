@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from typing import Any
 
-from ..modules.adapted_linear import features
+from ..modules.adapted_linear import features, is_linear
 from .config import TrainConfig
 from .data import Tokenized
 from .errors import UserError
@@ -54,7 +55,7 @@ def estimate(config: TrainConfig, rows: Tokenized) -> tuple[Any, dict[str, int]]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
     _hollow(model)
-    base = list(model.parameters())
+    base = _base(model, dtype, config.bits())
     longest = sorted((len(row["input_ids"]) for row in rows.rows), reverse=True)[: config.batch_size]
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     handle = _attach(config, model, fake)
@@ -66,7 +67,7 @@ def estimate(config: TrainConfig, rows: Tokenized) -> tuple[Any, dict[str, int]]
         layers = getattr(architecture, "num_hidden_layers", 1)
         kept = tokens.numel() * architecture.hidden_size * dtype.itemsize * layers + kept // layers
     sizes = {
-        f"base weights ({dtype})": sum(p.numel() * p.element_size() for p in base),
+        **base,
         **memory(handle),
         f"activations ({tokens.shape[0]} x {tokens.shape[1]} tokens)": kept,
     }
@@ -100,6 +101,25 @@ def _hollow(model: Any) -> None:
                         value = torch.zeros((), dtype=tensor.dtype, device="cpu").expand(tensor.shape)
                         made[tensor] = torch.nn.Parameter(value) if own is module._parameters else value
                     own[name] = made[tensor]
+
+
+def _base(model: Any, dtype: Any, bits: int | None) -> dict[str, int]:
+    """Bytes of the base's weights by kind, as `loading.load_base` would have them."""
+    head = model.get_output_embeddings()
+    linear = [module for module in model.modules() if bits and is_linear(module) and module is not head]
+    weights = {id(module.weight): module.weight for module in linear}
+    rest = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in weights)
+    if not weights:
+        return {f"base weights ({dtype})": rest}
+    if bits == 4:  # blocks of 64 with an 8-bit scale, of whose scales 256 share a float32
+        codes = sum(w.numel() * (4 + 8 / 64 + 32 / (64 * 256)) / 8 for w in weights.values())
+    else:  # a float32 for each row
+        codes = sum(w.numel() + 4 * features(module)[0] for module, w in zip(linear, weights.values()))
+    return {
+        f"base weights, {bits} bits": math.ceil(codes),
+        f"base weights that stay ({dtype})": rest,
+        "one layer's weight, dequantised": max(w.numel() for w in weights.values()) * dtype.itemsize,
+    }
 
 
 def _kept_for_backward(model: Any, tokens: Any) -> int:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+
+# transformers imports torchao where it is installed, which warns of its extensions for other devices, and of its enums.
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 def check_model(model: str) -> str:
@@ -41,5 +47,47 @@ def load(auto_class: str, model: str, **options: Any) -> Any:
     from_pretrained: Callable = getattr(transformers, auto_class).from_pretrained
     try:
         return from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"model {model}: {auto_class} cannot load it: {str(error).strip() or repr(error)}") from error
+
+
+def check_bitsandbytes(bits: int | None) -> None:
+    """Raises UserError if weights of that many bits are asked for and there is no library for them."""
+    if bits and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f'--load-in-{bits}bit needs bitsandbytes: pip install "fastft[qlora]"')
+
+
+def load_base(model: str, device: Any, dtype: Any, bits: int | None = None) -> Any:
+    """The causal language model on `device`. bits: 4 quantises its linear layers to NF4 with double quantisation, which
+    computes in `dtype`, 8 to int8; the output head and embeddings stay, as in transformers.
+
+    Raises:
+        UserError: the checkpoint is missing or unreadable, or bitsandbytes is missing.
+    """
+    check_bitsandbytes(bits)
+    options: dict[str, Any] = {"dtype": dtype}
+    if not bits and getattr(load("AutoConfig", model), "quantization_config", None) is None:
+        return load("AutoModelForCausalLM", model, **options).to(device)
+    if bits:
+        options["quantization_config"] = _quantization(bits, dtype)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of each cast of int8's activations
+    base = load("AutoModelForCausalLM", model, device_map={"": str(device)}, **options)
+    for module in base.modules():
+        # On CPUs that have AVX512-BF16 a layer without an adapter would rearrange its weight in the first evaluation, and
+        # then has no backward any more.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return base
+
+
+def _quantization(bits: int, dtype: Any) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from typing import Any
+
+from torch import nn
+
+from ..modules.quantized import quantization, sizes
 
 
 def share(handle: Any) -> tuple[int, int]:
     """(parameters that train, parameters of the model with them). Slices that train in place are the model's own."""
     trainable = sum(p.numel() for p in handle.parameters())
-    with_copies = sum(p.numel() for p in handle.model.parameters())
+    with_copies = parameter_count(handle.model)
     return trainable, with_copies - trainable if handle.method.trains_merged else with_copies
+
+
+def parameter_count(model: Any) -> int:
+    """Numbers that the model's parameters stand for: two where a byte holds two quantised ones."""
+    layers = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Linear) and quantization(m) is not None}
+    return sum(math.prod(sizes(layers[id(p)])) if id(p) in layers else p.numel() for p in model.parameters())
 
 
 def memory(handle: Any) -> dict[str, int]:

@@ -14,7 +14,7 @@ from ..checkpoint.files import WEIGHTS
 from .config import TrainConfig, make_config
 from .data import Record, Tokenized, read_jsonl, split, tokenize
 from .errors import UserError
-from .loading import load
+from .loading import check_bitsandbytes, load, load_base
 
 WRITTEN = ("config.yaml", "summary.json", "loss.png")  # besides adapter/ and checkpoint-N/
 # Options that may differ between a run and its continuation.
@@ -37,6 +37,8 @@ def run(
         if not dry_run:
             raise
         print(f"note: the run itself will be refused: {error}")
+    if not dry_run:
+        check_bitsandbytes(config.bits())
     records, held_out = _records(config)
     tokenizer = load("AutoTokenizer", config.model)
     train_rows = tokenize(records, tokenizer, config.max_length, config.packing)
@@ -250,7 +252,7 @@ def _train(
     from .report import plot, print_summary, summarize, write_summary
 
     device, dtype = choose_device_and_dtype(config)
-    model = load("AutoModelForCausalLM", config.model, dtype=dtype).to(device)
+    model = load_base(config.model, device, dtype, config.bits())
     if config.gradient_checkpointing:
         _recompute(model)
     checkpoint = last_checkpoint(out) if resume else None
@@ -266,7 +268,8 @@ def _train(
     trainer = make_trainer(model, handle, arguments, train_rows.rows, eval_rows.rows, pad_token_id=pad)
     speed = progress(trainer)
     trainable = sum(p.numel() for p in handle.parameters())
-    print(f"training {trainable:,} parameters on {device} ({dtype}); output in {out}")
+    base = f"{dtype}, base of {config.bits()} bits" if config.bits() else dtype
+    print(f"training {trainable:,} parameters on {device} ({base}); output in {out}")
     try:
         if checkpoint and int(checkpoint.name.removeprefix("checkpoint-")) >= steps:
             print(f"{checkpoint} is the run's end; more --max-steps or --epochs would continue it")

@@ -12,7 +12,7 @@ import math
 import sys
 import time
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,20 @@ def finish(trainer, checkpoint: Path) -> None:
 
     trainer._load_from_checkpoint(str(checkpoint))
     trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
+
+@contextmanager
+def adapters_acknowledged(model):
+    """Make a Trainer of an attached quantised model inside: Trainer refuses to train one on which it sees no adapters, and
+    it knows PEFT's only. (Outside, the model has to be saved as what it is, a base without PEFT's adapters.)"""
+    unseen = getattr(model, "is_quantized", False) and not getattr(model, "_hf_peft_config_loaded", False)
+    if unseen:
+        model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        if unseen:
+            del model._hf_peft_config_loaded
 
 
 def make_trainer(model, handle, arguments, train_rows, eval_rows=(), *, pad_token_id: int = 0, callbacks=()) -> Any:
@@ -142,14 +156,15 @@ def make_trainer(model, handle, arguments, train_rows, eval_rows=(), *, pad_toke
     if arguments.data_seed is None:
         # Else the order of the data follows torch's global seed of the moment, and a resumed run may see another order.
         arguments.data_seed = arguments.seed
-    trainer = AdapterTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=train_rows,
-        eval_dataset=list(eval_rows) or None,
-        data_collator=lambda rows: collate(rows, pad_token_id),
-        callbacks=[handle.callback(), *callbacks],
-    )
+    with adapters_acknowledged(model):
+        trainer = AdapterTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=train_rows,
+            eval_dataset=list(eval_rows) or None,
+            data_collator=lambda rows: collate(rows, pad_token_id),
+            callbacks=[handle.callback(), *callbacks],
+        )
     trainer.backends = Counter()
     return trainer
 
