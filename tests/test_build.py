@@ -119,6 +119,13 @@ def test_asking_for_native_code_without_tools_fails_clearly(source, tmp_path):
     assert done.returncode != 0 and "not found: cmake, ninja, a C++ compiler" in done.stderr, done.stderr
 
 
+def test_libraries_use_the_process_s_standard_library():
+    """A second, static copy of libstdc++ crashes in the locales of the first (seen on a machine that links one by default)."""
+    for library in (ROOT / "fastft" / "lib").glob("libfastft_c*.so"):
+        defined = subprocess.run(["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True).stdout
+        assert "_ZNSt6locale7classicEv" not in defined, library.name
+
+
 def test_libraries_use_the_stable_abi_only():
     """No C++ symbol of libtorch is needed, so one binary serves every torch >= 2.11."""
     for library in (ROOT / "fastft" / "lib").glob("libfastft_cpu_*.so"):
