@@ -7,7 +7,7 @@ from fastft.kernels._traffic import Traffic
 
 # csrc/cuda: tile.cuh, groups.cuh, update.cuh, reduce.cuh, dora.cu
 ROWS, COLS, WARP_RANKS, UPDATE_ROWS, STREAM_ROWS = 32, 128, 16, 64, 32
-TARGET_BLOCKS, MAX_GROUPS, MAX_CHUNKS = 264, 64, 16
+MULTIPROCESSORS, MAX_GROUPS, MAX_CHUNKS = 132, 64, 16
 
 
 def traffic(op, *, T, features, ranks=(0,), p=0.0, dtypes="16/16", bias=True) -> Traffic:
@@ -36,9 +36,9 @@ def _ceil(a, b):
     return -(-a // b)
 
 
-def _split(tiles, blocks, least):
+def _split(tiles, blocks, resident, least):
     """Parts that an inner dimension of `tiles` tiles is cut into (`split` in reduce.cuh)."""
-    wanted = min(max(_ceil(TARGET_BLOCKS, max(blocks, 1)), 1), _ceil(tiles, least))
+    wanted = min(max(resident * MULTIPROCESSORS // max(blocks, 1), 1), _ceil(tiles, least))
     return _ceil(tiles, _ceil(tiles, wanted))
 
 
@@ -55,6 +55,17 @@ def _rank_tiles(launches):
     return tiles, _ceil(total, size)
 
 
+def _resident(launches, parts):
+    """Blocks that share a multiprocessor (`kStreaming` in lora_kernels.cuh). parts: of `Arithmetic` in tile.cuh."""
+    slots = sum(max(_ceil(r, WARP_RANKS), 1) for ranks in launches for r in ranks)
+    return 3 if slots <= 1 and parts > 0 else 2
+
+
+def _parts(act, adapter):
+    """Of `Arithmetic` in tile.cuh, for bfloat16 activations where they have 16 bits."""
+    return 0 if act == 4 else 1 if adapter == 2 else 3
+
+
 def _reduced(moved, workspace, parts, name, size, width):
     """Blocks write `parts` float32 results of `size` elements each; a second kernel adds them up."""
     moved.stores[workspace] = moved.loads[workspace] = 4 * parts * size, 1
@@ -64,7 +75,7 @@ def _reduced(moved, workspace, parts, name, size, width):
 
 def _shrink(T, K, launches, mask, act, adapter):
     R, (tiles, for_split), n_m = sum(map(sum, launches)), _rank_tiles(launches), _ceil(T, ROWS)
-    parts = _split(_ceil(K, COLS), n_m * for_split, 4)
+    parts = _split(_ceil(K, COLS), n_m * for_split, _resident(launches, _parts(act, adapter)), 4)
     moved = Traffic({"x": (T * K * act, sum(map(len, tiles))), "a": (R * K * adapter, n_m)}, kernels=len(launches))
     if mask:
         moved.stores["mask"] = mask * sum(map(len, launches)), 1
@@ -74,7 +85,7 @@ def _shrink(T, K, launches, mask, act, adapter):
 
 def _grad_a(T, K, launches, mask, act, adapter):
     R, (tiles, for_split), n_k = sum(map(sum, launches)), _rank_tiles(launches), _ceil(K, COLS)
-    parts = _split(_ceil(T, ROWS), n_k * for_split, 4)
+    parts = _split(_ceil(T, ROWS), n_k * for_split, _resident(launches, _parts(act, adapter)), 4)
     moved = Traffic({"x": (T * K * act, sum(map(len, tiles))), "ds": (4 * T * R, n_k)}, kernels=len(launches))
     for groups in (tile for launch in tiles for tile in launch if mask):
         for g in groups:
@@ -86,10 +97,12 @@ def _grad_a(T, K, launches, mask, act, adapter):
 def _grad_sb(T, N, launches, mask, act, adapter):
     R, n_r, n_n = sum(map(sum, launches)), _rank_tiles(launches)[1], _ceil(N, COLS)
     chunks = _ceil(n_n, max(_ceil(n_n, MAX_CHUNKS), 1))
-    parts = _split(_ceil(T, ROWS), chunks * n_r, 4)
+    resident = _resident(launches, _parts(act, adapter)) if adapter == 2 else 2
+    parts = _split(_ceil(T, ROWS), chunks * n_r, resident, 4)
     moved = Traffic({"dy": (T * N * act, n_r), "s": (4 * T * R, n_n), "b": (N * R * adapter, parts)})
     _reduced(moved, "partial", chunks, "ds", T * R, 4)
     _reduced(moved, "partial_db", parts, "db", N * R, adapter)
+    moved.kernels -= 1  # both by one kernel
     if n_n > chunks:  # a block adds its further column tiles to what it stored for the first one
         moved.loads["partial, added to"] = moved.stores["partial, added to"] = 4 * T * R, n_n - chunks
     return moved
@@ -111,7 +124,7 @@ def _update(name, T, N, launches, mask, act, adapter, product, bias=None):
 
 
 def _dora_grad_y(T, N, launches, mask, act, adapter):
-    parts = _split(_ceil(T, STREAM_ROWS), _ceil(N, COLS), 4)
+    parts = _split(_ceil(T, STREAM_ROWS), _ceil(N, COLS), 2, 4)
     moved = Traffic({"dy": (T * N * act, 1), "u": (T * N * act, 1), "g": (4 * N, parts)}, {"dyg": (T * N * act, 1)})
     _reduced(moved, "partial", parts, "dots", N, 4)
     return moved

@@ -129,7 +129,7 @@ std::tuple<Tensor, Tensor> dora_grad_y(const Tensor& dy, const Tensor& u, const 
   DeviceScope device(dy);
   Tensor scaled = empty_on(dy, {tokens, features}, dy.scalar_type()), dots = empty_on(dy, {features}, ScalarType::Float);
   const int64_t col_tiles = ceil_div(features, kCols);
-  const Split parts = split(ceil_div(tokens, kAhead * kStepRows), col_tiles, 4);
+  const Split parts = split(ceil_div(tokens, kAhead * kStepRows), col_tiles, 2, 4);
   Tensor partial = empty_on(dy, {parts.count, features}, ScalarType::Float);
   if (col_tiles * parts.count > 0)
     dispatch_dtype(dy.scalar_type(), [&](auto type) {

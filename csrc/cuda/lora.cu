@@ -58,7 +58,8 @@ std::tuple<Tensor, Tensor> lora_shrink(const Tensor& x, const Tensor& a, std::ve
     using T = typename P::T;
     dispatch_ranks(slots, [&](auto tile) {
       constexpr int kRanks = decltype(tile)::value, kSlots = kRanks / kWarpRanks;
-      const Split parts = split(ceil_div(features, kCols), row_tiles * ceil_div(slots, kSlots), 4);
+      const Split parts =
+          split(ceil_div(features, kCols), row_tiles * ceil_div(slots, kSlots), kStreaming<kRanks, P::kParts>, 4);
       Tensor partial = empty_on(x, {parts.count, tokens, rank}, ScalarType::Float);
       each_launch(ranks, p > 0, [&](const Groups& some, int64_t first) {
         const dim3 grid(unsigned(row_tiles), unsigned(ceil_div(count_slots(some), kSlots)), unsigned(parts.count));
@@ -111,15 +112,15 @@ std::tuple<Tensor, Tensor> lora_grad_sb(const Tensor& dy, const Tensor& s, const
       // The workspaces hold (chunks T + parts N) R floats: about as many chunks as parts keeps them smallest.
       const int64_t tiles_per_chunk = std::max<int64_t>(ceil_div(col_tiles, 16), 1);
       const int64_t chunks = ceil_div(col_tiles, tiles_per_chunk);
-      const Split parts = split(ceil_div(tokens, kRows), chunks * rank_tiles, 4);
+      const Split parts = split(ceil_div(tokens, kRows), chunks * rank_tiles, kRanks == 16 && P::kParts == 1 ? 3 : 2, 4);
       Tensor ds_partial = empty_on(dy, {chunks, tokens, ranks}, ScalarType::Float);
       Tensor db_partial = empty_on(dy, {parts.count, features, ranks}, ScalarType::Float);
       if (chunks * rank_tiles * parts.count > 0)
         launch(grad_sb_kernel<T, kRanks, P::kParts>, dim3(unsigned(chunks), unsigned(rank_tiles), unsigned(parts.count)),
                dim3(kThreads), GradSb<T, kRanks, P::kParts>::kBytes, device.stream, input<T>(dy), rank_input(s),
                input<typename P::Adapter>(b), floats(ds_partial), floats(db_partial), int(tiles_per_chunk), int(parts.size));
-      reduce_into(ds, ds_partial, chunks, scale, device.stream);
-      reduce_into(db, db_partial, parts.count, scale, device.stream);
+      reduce(partial_sums<float>(ds, ds_partial, chunks), partial_sums<typename P::Adapter>(db, db_partial, parts.count),
+             static_cast<float>(scale), device.stream);
     });
   });
   return {ds, db};
@@ -144,7 +145,8 @@ Tensor lora_grad_a(const Tensor& ds, const Tensor& x, const Tensor& a, std::vect
     using T = typename P::T;
     dispatch_ranks(slots, [&](auto tile) {
       constexpr int kRanks = decltype(tile)::value, kSlots = kRanks / kWarpRanks;
-      const Split parts = split(ceil_div(tokens, kRows), col_tiles * ceil_div(slots, kSlots), 4);
+      const Split parts =
+          split(ceil_div(tokens, kRows), col_tiles * ceil_div(slots, kSlots), kStreaming<kRanks, P::kParts>, 4);
       Tensor partial = empty_on(x, {parts.count, rank, features}, ScalarType::Float);
       each_launch(ranks, p > 0, [&](const Groups& some, int64_t first) {
         const dim3 grid(unsigned(col_tiles), unsigned(ceil_div(count_slots(some), kSlots)), unsigned(parts.count));

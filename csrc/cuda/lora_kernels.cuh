@@ -9,8 +9,13 @@
 
 namespace fastft {
 
-// Blocks that share a multiprocessor: two, unless the 128 registers which that leaves a thread make ptxas (13.0) spill:
-// 24 to 56 bytes in grad_sb_kernel for sm_80, 48 to 64 in grad_a_kernel for sm_100.
+// Blocks that share a multiprocessor. What streams activations past 16 ranks on tensor cores has registers for three, which
+// each keep 8 KiB of loads in flight.
+template <int kRanks, int kParts>
+constexpr int kStreaming = kRanks == 16 && kParts > 0 ? 3 : 2;
+
+// Two otherwise, unless the 128 registers which that leaves a thread make ptxas (13.0) spill: 24 to 56 bytes in
+// grad_sb_kernel for sm_80, 48 to 64 in grad_a_kernel for sm_100.
 #ifdef __CUDA_ARCH__
 constexpr int kArch = __CUDA_ARCH__;
 #else
@@ -63,7 +68,7 @@ struct Shrink : Arithmetic<T, kParts> {
 };
 
 template <class T, int kRanks, int kParts>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kStreaming<kRanks, kParts>)
     shrink_kernel(Matrix<const T> x, Matrix<const typename Arithmetic<T, kParts>::Adapter> a, Groups groups,
                   const int64_t* seeds, uint32_t threshold, uint8_t* masks, float* partial, int tiles_per_part) {
   using P = Shrink<T, kRanks, kParts>;
@@ -210,7 +215,7 @@ struct GradSb : Arithmetic<T, kParts> {
 };
 
 template <class T, int kRanks, int kParts>
-__global__ void __launch_bounds__(kThreads, kGradSbBlocks)
+__global__ void __launch_bounds__(kThreads, kRanks == 16 && kParts == 1 ? 3 : kGradSbBlocks)
     grad_sb_kernel(Matrix<const T> dy, Matrix<const float> s, Matrix<const typename Arithmetic<T, kParts>::Adapter> b,
                    float* ds_partial, float* db_partial, int col_tiles_per_chunk, int row_tiles_per_part) {
   using P = GradSb<T, kRanks, kParts>;
@@ -283,7 +288,7 @@ struct GradA : Arithmetic<T, kParts> {
 };
 
 template <class T, int kRanks, int kParts>
-__global__ void __launch_bounds__(kThreads, kGradABlocks)
+__global__ void __launch_bounds__(kThreads, kRanks == 16 && kParts > 0 ? 3 : kGradABlocks)
     grad_a_kernel(Matrix<const T> x, Matrix<const float> ds, Groups groups, const uint8_t* masks, float* partial,
                   int row_tiles_per_part) {
   using P = GradA<T, kRanks, kParts>;

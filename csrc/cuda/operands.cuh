@@ -51,11 +51,15 @@ void dispatch_arithmetic(ScalarType activations, ScalarType adapter, F&& f) {
 
 constexpr size_t kMostShared = 99 * 1024;  // that a block may have on compute capability 8.6 and 8.9
 
+template <class T>
+PartialSums<T> partial_sums(const Tensor& out, const Tensor& partial, int64_t parts) {
+  return {static_cast<const float*>(partial.const_data_ptr()), parts, out.numel(), static_cast<T*>(out.mutable_data_ptr())};
+}
+
 inline void reduce_into(const Tensor& out, const Tensor& partial, int64_t parts, double scale, Stream stream) {
   dispatch_dtype(out.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
-    reduce(static_cast<const float*>(partial.const_data_ptr()), parts, out.numel(), static_cast<float>(scale),
-           static_cast<T*>(out.mutable_data_ptr()), stream);
+    reduce(PartialSums<float>{}, partial_sums<T>(out, partial, parts), static_cast<float>(scale), stream);
   });
 }
 
