@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from . import _config
-from ._lang import cast, dot, draw_mask, load_keep, rank_product, unpack_mask, zero_tiles
+from ._lang import add_dot, cast, dot, draw_mask, load_keep, rank_product, unpack_mask, zero_tiles
 from ._launch import ACTIVATION, FLOAT32, TRITON_DTYPES, Launch, Sum, adapter_dtypes, check, device_name, planned
 from ._tiles import cdiv, chunk_rows, rank_tiles, slabs, split, told_apart
 
@@ -390,7 +390,7 @@ def _lora_grad_a_kernel(
                 b_kept = tl.where(load_keep(p_mask, g, o_m, i_k, T, K, BLOCK_K), b_x, 0.0)
             m_ds = (o_m < T)[:, None] & (o_r < ranks[g])[None, :]
             b_ds = tl.load(p_ds + o_m[:, None] * R + (first + o_r)[None, :], mask=m_ds, other=0.0)
-            added += (dot(tl.trans(b_ds), b_kept, sums[g], DTYPE),)
+            added += (add_dot(tl.trans(b_ds), b_kept, sums[g], DTYPE, 0.0 * inverse_keep),)
             first += ranks[g]
         sums = added
     first = 0
