@@ -56,8 +56,8 @@ class LoRA(Method):
         init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/r, B zero), "orthogonal"
             (https://datta0.github.io/posts/rethink-lora-init), False (both random). The same seed gives PEFT's A.
         fan_in_fan_out: for PEFT's sake; the layer's class decides how its weight is stored (True on an nn.Linear warns).
-        adapter_dtype: dtype of A and B. None: float32 on 16-bit weights, as PEFT; torch.bfloat16 on bfloat16 weights
-            halves the adapter's memory and traffic.
+        adapter_dtype: dtype of A and B. None: float32 on 16-bit and quantised weights, as PEFT; torch.bfloat16 on bfloat16
+            weights halves the adapter's memory and traffic.
         group_projections: q, k and v of an attention, and gate and up of an MLP, share one read of their input, in
             backward too. `handle.groups` says which do.
         pack_weights: the base weights of such a group moreover lie in one buffer, so that on GPUs one GEMM computes all.
