@@ -21,6 +21,8 @@ _INDEX = (torch.int32,)
 def config_for(op: str, *args) -> dict:
     """The configuration that ``op(*args)`` is launched with: a pure function of device, dtype and dim."""
     problem = {"dtype": f"{8 * args[0].element_size()}"}
+    if op == "exchange_slice_":  # its two writes
+        op, args = "write_slice_", (args[0], args[2], args[1])
     if op in ("write_slice_", "slice_adamw_"):
         problem["dim"] = str(_checked_dim(op, args[2]))
     return _config.lookup(device_name(args[0].device), "partial", op, **problem)
@@ -150,6 +152,18 @@ def _plan_write(config, weight, index, base, delta, dim):
 def write_slice_(weight, index, dim, base, delta, *, config=None):
     tensors = weight, index, base, delta
     planned(_plan_write, config, tensors, dim)(*tensors)
+
+
+def exchange_slice_(weight, dim, old_index, old_base, index, delta, *, config=None):
+    """Three launches: a weight row's slices may lie in several programs."""
+    write_slice_(weight, old_index, dim, old_base, None, config=config)
+    if _checked_dim("exchange_slice_", dim) == 1:
+        base = gather_columns(weight, index)
+    else:
+        check("exchange_slice_", apart=("weight",), weight=(weight, ACTIVATION, tuple(weight.shape)))
+        base = weight.index_select(0, index)
+    write_slice_(weight, index, dim, base, delta, config=config)
+    return base
 
 
 @triton.jit(do_not_specialize=["C"])

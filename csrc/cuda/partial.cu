@@ -42,6 +42,13 @@ __global__ void __launch_bounds__(kThreads)
     if (tile.row + i < x.rows) put(out, (tile.row + i) * count + tile.column, held[i]);
 }
 
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    gather_rows_kernel(Matrix<const T> x, const int32_t* index, int64_t size, T* out) {
+  const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (at < size) put(out, at, get(x.data, get(index, at / x.cols) * x.stride + at % x.cols));
+}
+
 // z is float32 (kWide) or has the dtype of y.
 template <class T, bool kWide>
 __global__ void __launch_bounds__(kThreads) scatter_add_columns_kernel(Matrix<T> y, const int32_t* index, int64_t count,
@@ -327,6 +334,33 @@ void write_slice_(const Tensor& weight, const Tensor& index, int64_t dim, const 
   });
 }
 
+// Three launches: a weight row's slices may lie in several blocks.
+Tensor exchange_slice_(const Tensor& weight, int64_t dim, const Tensor& old_index, const Tensor& old_base,
+                       const Tensor& index, const Tensor& delta) {
+  const char* op = "exchange_slice_";
+  check_slice(op, weight, old_index, dim, old_base, {});
+  const int64_t count = index.numel();
+  const bool columns = dim == 1;
+  Tensor base = empty_on(weight, {columns ? weight.size(0) : count, columns ? count : weight.size(1)}, weight.scalar_type());
+  check_slice(op, weight, index, dim, base, {{"delta", &delta}});
+  write_slice_(weight, old_index, dim, old_base, std::nullopt);
+  if (base.numel() == 0) return base;
+  DeviceScope device(weight);
+  dispatch_slice(weight, dim, [&](auto type, auto along) {
+    using T = typename decltype(type)::type;
+    const auto* at = static_cast<const int32_t*>(index.const_data_ptr());
+    auto* kept = static_cast<T*>(base.mutable_data_ptr());
+    if constexpr (along.value == 1)
+      launch(gather_columns_kernel<T>, column_grid(weight.size(0), count), dim3(kThreads), 0, device.stream,
+             input<T>(weight), at, count, kept);
+    else
+      launch(gather_rows_kernel<T>, dim3(unsigned(ceil_div(base.numel(), kThreads))), dim3(kThreads), 0, device.stream,
+             input<T>(weight), at, base.numel(), kept);
+  });
+  write_slice_(weight, index, dim, base, delta);
+  return base;
+}
+
 void slice_adamw_(const Tensor& weight, const Tensor& index, int64_t dim, const Tensor& base, const Tensor& delta,
                   const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq, double lr, double beta1, double beta2,
                   double eps, double weight_decay, int64_t step) {
@@ -360,6 +394,7 @@ STABLE_TORCH_LIBRARY_IMPL(FASTFT_NAMESPACE, FASTFT_DISPATCH_KEY, m) {
   m.impl("gather_columns", TORCH_BOX(&gather_columns));
   m.impl("scatter_add_columns_", TORCH_BOX(&scatter_add_columns_));
   m.impl("write_slice_", TORCH_BOX(&write_slice_));
+  m.impl("exchange_slice_", TORCH_BOX(&exchange_slice_));
   m.impl("slice_adamw_", TORCH_BOX(&slice_adamw_));
 }
 

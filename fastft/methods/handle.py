@@ -175,14 +175,22 @@ class Handle(AdapterFiles):
     def switch(self) -> None:
         """Make this adapter the only active one of the model. What other adapters trained stays attached.
 
-        Slices are exchanged in place, in time proportional to them: the weights' pristine bits, then this adapter's.
+        Slices are exchanged in place, in one walk over the weights that hold any: in time proportional to the slices.
         """
         self._attached()
-        for handle in handles(self.model).values():
-            if handle is not self and handle._adapter.active:
-                handle.set_active(False)
-        if not self._adapter.active:
-            self.set_active(True)
+        others = [handle for handle in handles(self.model).values() if handle is not self and handle._adapter.active]
+        for handle in others:
+            handle._adapter.active = False
+        try:
+            self.check_copies()
+        except ValueError:
+            for handle in others:
+                handle._adapter.active = True
+            raise
+        self._adapter.active = True
+        sliced = {id(m): m for h in (self, *others) for m in h.targets.values() if h.name in m._slices}
+        for module in sliced.values():
+            module.rebuild()
 
     @contextmanager
     def disabled(self):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..ops.partial import write_slice_
+from ..ops.partial import exchange_slice_, write_slice_
 from ..ops.partial_linear import Part
 
 _PRISTINE = "_pristine_"
@@ -101,9 +101,13 @@ class Mergeable(nn.Module):
         if len(dims) > 1 or (slices and "weight" in whole):  # then what is touched is no slice
             whole.add("weight")
         sliced = tuple(slices) if "weight" not in whole else ()
+        stored = self._stored()
+        if not whole and not stored and sliced:
+            return self._exchange(SliceStore(sliced, *dims))
         if self._slice_store is not None and self._slice_store.names != sliced:
-            self._restore_slices()
-        for own, value in self._stored().items():
+            self._write(self._slice_store, None)
+            self._drop_slices()
+        for own, value in stored.items():
             if own not in whole:
                 getattr(self, own).copy_(value)
                 delattr(self, _PRISTINE + own)
@@ -111,17 +115,31 @@ class Mergeable(nn.Module):
             if _PRISTINE + own not in self._buffers:
                 self.register_buffer(_PRISTINE + own, getattr(self, own).detach().clone(), persistent=False)
         if sliced and self._slice_store is None:
-            store = SliceStore(sliced, *dims)
-            kept = self.weight.detach().index_select(store.dim, store.index(self))
-            self.register_buffer(_SLICE, kept, persistent=False)
-            self._slice_store = store
+            return self._exchange(SliceStore(sliced, *dims))
         self.refresh()
 
-    def _restore_slices(self) -> None:
-        store = self._slice_store
-        self._write(store, None)
+    def _exchange(self, store) -> None:
+        """Let these slices stand in the weight instead of those that do."""
+        self.check_whole()
+        old, index = self._slice_store, store.index(self)
+        if old is not None and (old.names == store.names or old.dim != store.dim):
+            if old.names == store.names:
+                return self.refresh()
+            self._write(old, None)
+            self._drop_slices()
+            old = None
+        kept = self.weight.detach() if old is None else self._buffers[_SLICE]
+        out = (index[:0], kept.narrow(store.dim, 0, 0).contiguous()) if old is None else (old.index(self), kept)
+        base = exchange_slice_(self.weight, store.dim, *out, index, self._sum_of_slices(store))
+        torch.autograd.graph.increment_version(self.weight)  # a graph that saved the weight must notice
+        self._slice_store = store
+        self.register_buffer(_SLICE, base, persistent=False)
+        self.note_written(store.names)
+
+    def _drop_slices(self) -> None:
         self._slice_store = None
-        delattr(self, _SLICE)
+        self._buffers.pop(_SLICE, None)
+        self._non_persistent_buffers_set.discard(_SLICE)
 
     def check_whole(self) -> None:
         """Raises RuntimeError where something sharded the weight, so that its slices can be neither read nor written."""
@@ -158,11 +176,12 @@ class Mergeable(nn.Module):
 
     def _sum_of_slices(self, store) -> torch.Tensor:
         """The deltas of all slices on the store's indices, float32 (float64)."""
-        kept = self._buffers[_SLICE]
-        wide = torch.promote_types(kept.dtype, torch.float32)
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
         if len(store.names) == 1:
             return self.slice_value(store.names[0]).detach().to(wide).contiguous()
-        total, union = torch.zeros_like(kept, dtype=wide), store.index(self)
+        union, shape = store.index(self), list(self.weight.shape)
+        shape[store.dim] = len(union)
+        total = torch.zeros(shape, dtype=wide, device=union.device)
         for name in store.names:
             at = torch.searchsorted(union, self.slice_part(name).index)
             total.index_add_(store.dim, at, self.slice_value(name).to(wide))
@@ -183,9 +202,7 @@ class Mergeable(nn.Module):
             self._merged.clear()
             for own in self._stored():
                 delattr(self, _PRISTINE + own)
-            if self._slice_store is not None:
-                self._slice_store = None
-                delattr(self, _SLICE)
+            self._drop_slices()
         for other in merged:
             if other is not adapter:
                 self.set_merged(other, True)
@@ -211,7 +228,8 @@ class Mergeable(nn.Module):
         stored = self._stored()
         with torch.no_grad():
             if self._slice_store is not None:
-                self._restore_slices()
+                self._write(self._slice_store, None)
+                self._drop_slices()
             for own, value in stored.items():
                 getattr(self, own).copy_(value)
             super()._load_from_state_dict(*args, **kwargs)

@@ -10,9 +10,10 @@
     nothing    -                 -                                       nothing
 
 What trains is held as a float32 delta, the slice's distance from the pretrained weight: W's slice = round(base + delta). The
-delta is at once the master of a 16-bit weight. `write_slice_` writes it, `slice_adamw_` makes an update and writes it in one
-pass. With delta = 0 no value changes (a base of -0.0 is written as 0.0); without a delta bits are copied. A delta can also
-be applied beside the weight (`delta_linear`):
+delta is at once the master of a 16-bit weight. `write_slice_` writes it; `slice_adamw_` makes an update and writes it in one
+pass; `exchange_slice_` takes one slice out (its base goes back), keeps the base of another and writes that one, in one walk
+over the weight. With delta = 0 no value changes (a base of -0.0 is written as 0.0); without a delta bits are copied. A delta
+can also be applied beside the weight (`delta_linear`):
 
     columns: Y += X[:, C] deltaᵀ            rows: Y[:, R] += X deltaᵀ
 
@@ -55,6 +56,17 @@ def _write_reference(weight, index, dim, base, delta):
     weight.index_copy_(dim, index.long(), value)
 
 
+def _exchange_reference(weight, dim, old_index, old_base, index, delta):
+    weight.index_copy_(dim, old_index.long(), old_base)
+    base = weight.index_select(dim, index)
+    _write_reference(weight, index, dim, base, delta)
+    return base
+
+
+def _exchange_fake(weight, dim, old_index, old_base, index, delta):
+    return torch.empty_like(delta, dtype=weight.dtype)
+
+
 def _adamw_reference(weight, index, dim, base, delta, grad, exp_avg, exp_avg_sq, lr, beta1, beta2, eps, weight_decay, step):
     delta.mul_(1 - lr * weight_decay)
     exp_avg.lerp_(grad, 1 - beta1)
@@ -94,6 +106,12 @@ write_slice_ = Op(
     "write_slice_(Tensor(a!) weight, Tensor index, int dim, Tensor base, Tensor? delta) -> ()",
     _write_reference,
     _nothing_fake,
+    _refuse_dtypes(0),
+)
+exchange_slice_ = Op(
+    "exchange_slice_(Tensor(a!) weight, int dim, Tensor old_index, Tensor old_base, Tensor index, Tensor delta) -> Tensor",
+    _exchange_reference,
+    _exchange_fake,
     _refuse_dtypes(0),
 )
 slice_adamw_ = Op(

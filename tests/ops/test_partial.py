@@ -128,6 +128,26 @@ def test_write(backend, apart, with_delta):
             assert wide[:, :3].isnan().all() and wide[:, 3 + weight.shape[1] :].isnan().all(), what
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_exchange(backend, apart):
+    """The old slice's base goes back, the new one's is kept and written with its delta, also where both lie."""
+    for weight, index, dim, old_base in slices(backend):
+        size = weight.shape[dim]
+        for fresh in (choose(size, min(len(index), size), backend, seed=8), index[:0], index):
+            for old in ((index, old_base), (index[:0], old_base.narrow(dim, 0, 0).contiguous())):
+                shape = [*weight.shape]
+                shape[dim] = len(fresh)
+                delta = draw(*shape, dtype=F32, device=backend, seed=6)
+                restored = weight.index_copy(dim, old[0].long(), old[1])
+                base = restored.index_select(dim, fresh)
+                want = restored.index_copy(dim, fresh.long(), (base.float() + delta).to(base.dtype))
+                got = wider(weight)[1] if apart else weight.clone()
+                kept = partial.exchange_slice_(got, dim, *old, fresh, delta)
+                what = f"{list(weight.shape)} {len(old[0])} -> {len(fresh)} dim {dim} {weight.dtype}"
+                assert kept.is_contiguous() and torch.equal(bits(kept), bits(base)), what
+                assert torch.equal(bits(got), bits(want)), what
+
+
 def adamw(base, delta, grad, m, v, step, lr, beta1, beta2, eps, weight_decay):
     """The formulas (Loshchilov & Hutter 2019, algorithm 2) in the dtype of the arguments."""
     delta = delta * (1 - lr * weight_decay)
@@ -231,6 +251,8 @@ def test_wrong_arguments_are_refused_by_the_kernels(backend):
         lambda: partial.write_slice_(w, index, 1, z.to(F32), None),
         lambda: partial.write_slice_(w, index, 1, z, delta.to(BF16)),
         lambda: partial.write_slice_(w, index, 1, z, delta[:, :4].contiguous()),
+        lambda: partial.exchange_slice_(w, 1, index, z.to(F32), index, delta),
+        lambda: partial.exchange_slice_(w, 1, index, z, index[:4], delta),
         lambda: partial.slice_adamw_(w, index, 1, z, delta, delta.to(BF16), delta, delta, *rest),
         lambda: partial.slice_adamw_(w, index, 1, z, delta, delta, delta[:5], delta, *rest),
     ):
@@ -285,6 +307,7 @@ def test_opcheck():
         (ops.scatter_add_columns_, (x.clone(), index, z)),
         (ops.write_slice_, (x.clone(), index, 1, z, None)),
         (ops.write_slice_, (x.clone(), index, 1, z, z.clone())),
+        (ops.exchange_slice_, (x.clone(), 1, index, z, choose(40, 5, "cpu", seed=9), z.clone())),
         (ops.slice_adamw_, (x.clone(), index, 1, z, *state, *HYPER.values(), 3)),
     ):
         torch.library.opcheck(op.default, args)
