@@ -22,7 +22,7 @@ from . import graphs, stats
 Run = Callable[[], dict[str, torch.Tensor]]
 Build = Callable[[Any], Run]
 
-MIN_SAMPLE = {"cpu": 0.01, "cuda": 0.005}  # seconds: shorter calls are repeated within a sample
+MIN_SAMPLE = {"cpu": 0.01, "cuda": 0.003}  # seconds: shorter calls are repeated within a sample
 MAX_SETS = 16
 
 

@@ -83,20 +83,7 @@ def test_rows_of_another_timing_have_a_name_of_their_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(run.results, "environment", lambda device: dict.fromkeys(run.results.FIELDS, "0"))
     monkeypatch.setattr(run.runner, "measure", lambda case, *rest: asked.append((case.name, rest[-1])) or [])
-    common = [
-        "lora",
-        "--device",
-        "cuda",
-        "--shape",
-        "tiny",
-        "--dtype",
-        "fp32",
-        "--dropout",
-        "0",
-        "--peers",
-        "none",
-        "--quick",
-    ]
+    common = ["--device", "cuda", "--shape", "tiny", "--dtype", "fp32", "--dropout", "0", "--peers", "none", "--quick"]
     for more in ([], ["--timing", "eager"]):
         assert run.main(["lora", *common, *more]) == 0
     assert asked == [("layer r=16 p=0", "graph"), ("layer r=16 p=0 eager", "eager")]
