@@ -73,7 +73,7 @@ def _run(model, batch):
     model.zero_grad(set_to_none=True)
     loss = batch(model) if callable(batch) else getattr(model(**batch), "loss", None)
     if loss is None:
-        raise ValueError("the model returned no loss for this batch; it needs labels, or pass a function that returns a loss")
+        raise ValueError("the model returned no loss for this batch; it needs labels, or pass a function that returns one")
     if loss.requires_grad:
         loss.backward()
     return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}

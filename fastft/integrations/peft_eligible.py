@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -22,13 +21,18 @@ class Kinds(NamedTuple):
     as_plain: tuple[type, ...]  # variants whose forward is plain LoRA's
 
 
-@functools.cache
-def kinds_of_peft() -> Kinds:
-    from peft.tuners.lora import dora, variants
-    from transformers.pytorch_utils import Conv1D
+_kinds: Kinds | None = None
 
-    same = tuple(v for v in (getattr(variants, "MiCALinearVariant", None),) if v is not None)
-    return Kinds(Conv1D, variants.DoraLinearVariant, dora.DoraLinearLayer, same)
+
+def kinds_of_peft() -> Kinds:
+    global _kinds
+    if _kinds is None:  # (no functools.cache, which torch.compile warns of)
+        from peft.tuners.lora import dora, variants
+        from transformers.pytorch_utils import Conv1D
+
+        same = tuple(v for v in (getattr(variants, "MiCALinearVariant", None),) if v is not None)
+        _kinds = Kinds(Conv1D, variants.DoraLinearVariant, dora.DoraLinearLayer, same)
+    return _kinds
 
 
 class Input(NamedTuple):

@@ -13,7 +13,7 @@ from torch import nn
 from ..modules.norms import RowNorms, factor
 from ..modules.projection import Projection, project
 from ..ops.lora_linear import lora_update
-from .peft_eligible import PLAIN, Input, bare, base_obstacle, kinds_of_peft, tensor, unfit_factors, unfit_weight
+from .peft_eligible import DTYPES, PLAIN, Input, bare, base_obstacle, kinds_of_peft, tensor, unfit_factors, unfit_weight
 from .peft_mixed import Index, index_of
 from .swapping import Swapped, swap
 
@@ -215,6 +215,9 @@ def _with_names(layer, x, index, args, kwargs):
 def _update(y, x, one: Projection):
     """y + the adapter's term on x, in the wider of their dtypes, rounded once to y's."""
     kind = torch.promote_types(y.dtype, Input.of(x).dtype)
+    if kind not in DTYPES:  # what base layers may return
+        kind = torch.float32
+        return y + _update(torch.zeros_like(y, dtype=kind), x.to(kind), one).to(y.dtype)
     y_wide, x_wide = y.to(kind), x.to(kind)
     total = lora_update(y_wide, x_wide, one.lora_A, one.lora_B, one.scale, one.dropout, lora_bias=one.lora_bias)
     return total.to(y.dtype)

@@ -120,7 +120,7 @@ def _probe(module) -> torch.Tensor:
     """An input of no rows as the layer's base would get."""
     weight = getattr(module.get_base_layer(), "weight", None)
     tensors = [weight, *(a.weight for a in module.lora_A.values())]
-    like = next((t for t in tensors if isinstance(t, torch.Tensor) and t.dtype in DTYPES), torch.empty(0))
+    like = next((t for t in tensors if isinstance(t, torch.Tensor) and t.dtype in {*DTYPES, torch.float64}), torch.empty(0))
     return torch.empty(0, module.in_features, dtype=like.dtype, device=like.device)
 
 

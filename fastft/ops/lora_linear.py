@@ -69,7 +69,9 @@ class SharedInput:
             raise TypeError(
                 f"lora_linear: x is {self.x.dtype} but weight is {weight.dtype}; cast one, or use torch.autocast"
             )
-        if lora_bias is not None:
+        if lora_bias is not None and lora_bias.dtype != weight.dtype and magnitude is None:
+            s, lora_B = _as_column(s, lora_B, lora_bias)
+        elif lora_bias is not None:
             bias = _with_lora_bias(bias, lora_bias, scale, weight.dtype)
         self.left, lora_B = self.left - 1, lora_B.contiguous()
         # Dynamo (torch 2.13) takes the alias for an in-place change of x; compiled, autograd adds the dX of the projections.
@@ -193,6 +195,12 @@ def _rows(t):
     """t [..., F] as a contiguous [T, F]; a view where the layout allows."""
     features = t.shape[-1]
     return t.reshape(t.numel() // features if features else t.shape[:-1].numel(), features).contiguous()
+
+
+def _as_column(s, b, lora_bias):
+    """S and B with the bias as one more column, on an S of ones: as the wider dtype's it is not rounded, nor is its gradient."""
+    wide = torch.promote_types(b.dtype, lora_bias.dtype)
+    return torch.nn.functional.pad(s, (0, 1), value=1.0), torch.cat([b.to(wide), lora_bias[:, None].to(wide)], 1)
 
 
 def _with_lora_bias(bias, lora_bias, scale, dtype):

@@ -1,0 +1,333 @@
+"""Which path a call takes, and what is said about it: fallbacks, `report`, `strict` and `check`."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+import fastft
+from fastft.integrations.peft_check import CheckError
+from fastft.integrations.peft_layers import FallbackError, FastLinear
+from tests.integrations.peft_models import K, N, accelerated, layer, one, peft, peft_llama, randomize, step
+from tests.methods.models import assert_same, llama, snapshot, tokens
+
+X = torch.randn(5, K, generator=torch.Generator().manual_seed(0))
+
+
+def compare(model, fast, x=X):
+    """Outputs and gradients of one call; returns (path, reason) that the report gives."""
+    results = []
+    for m in (model, fast):
+        m.zero_grad(set_to_none=True)
+        y = one(m)(x)
+        if y.requires_grad:
+            y.square().sum().backward()
+        results.append((y.detach(), {n: p.grad for n, p in m.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+    (row,) = fastft.report(fast)
+    return row
+
+
+class Twice(nn.Linear):
+    """A base layer that only it knows how to compute."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def hooked(lin):
+    lin.base_layer.register_forward_hook(lambda module, args, y: 3 * y)
+
+
+def replaced(lin):
+    forward = lin.base_layer.forward
+    lin.base_layer.forward = lambda x: forward(x) + 1
+
+
+def parametrised(lin):
+    parametrize.register_parametrization(lin.base_layer, "weight", nn.Softplus())
+
+
+@pytest.mark.parametrize("change", [hooked, replaced, parametrised], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("config", [{}, {"lora_bias": True}, {"adapters": ("default", "b")}, {"use_dora": True}], ids=str)
+def test_base_layers_that_compute_themselves(change, config):
+    model = layer(**config)
+    change(one(model))
+    fast = fastft.accelerate(layer(**config))
+    change(one(fast))
+    row = compare(model, fast)
+    if config.get("use_dora") and change is parametrised:
+        assert row.path == "peft" and "DoRA on a base layer that computes itself" in row.reason and row.calls["peft"] == 1
+    else:
+        assert row.path == "low-rank part" and "the base layer is" in row.reason and row.calls["low-rank part"] == 1
+
+
+def test_other_base_layers():
+    model = layer()
+    twice = Twice(K, N)
+    for m in (model, fast := accelerated(model)):
+        one(m).base_layer = twice
+    row = compare(model, fast)
+    assert (row.path, row.reason) == ("low-rank part", "the base layer is a Twice")
+    for kind in (torch.float64, torch.bfloat16):  # outputs of another dtype than the input's
+
+        class Cast(nn.Linear):
+            def forward(self, x, kind=kind):
+                return super().forward(x).to(kind)
+
+        for m in (model, fast):
+            one(m).base_layer = Cast(K, N) if m is model else one(model).base_layer
+        with torch.no_grad():
+            ours, theirs = one(fast)(X), one(model)(X)
+        assert ours.dtype == theirs.dtype == kind
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
+def hook_factor(lin):
+    lin.lora_A["default"].register_forward_hook(lambda module, args, y: 2 * y)
+
+
+def parametrise_factor(lin):
+    parametrize.register_parametrization(lin.lora_B["default"], "weight", nn.Tanh())
+
+
+def other_dropout(lin):
+    lin.lora_dropout["default"] = nn.Sequential(nn.Tanh())
+
+
+def disable(lin):
+    lin.enable_adapters(False)
+
+
+def nobody(lin):
+    lin._active_adapter = []
+
+
+FALLBACKS = {
+    "lora_A or lora_B is hooked": hook_factor,
+    "lora_A or lora_B is hooked or no plain Linear": parametrise_factor,
+    "dropout is a Sequential": other_dropout,
+    "adapters are disabled": disable,
+    "no active adapter": nobody,
+    "merged into the base weight": lambda lin: lin.merge(),
+}
+
+
+@pytest.mark.parametrize("reason", FALLBACKS)
+def test_fallbacks(reason):
+    model = layer()
+    FALLBACKS[reason](one(model))
+    row = compare(model, accelerated(model))
+    assert row.path == "peft" and reason in row.reason and row.calls == {"fused": 0, "low-rank part": 0, "peft": 1}
+
+
+def test_fallbacks_of_inputs():
+    for make, reason in (
+        (lambda m, x: (m.double(), x.double()), "the input is float64"),
+        (lambda m, x: (m, x.as_subclass(type("Own", (torch.Tensor,), {}))), "the input is a Own"),
+        (lambda m, x: (m.to("meta"), x.to("meta")), "the input is on meta"),
+    ):
+        model, x = make(layer(), X)
+        fast = accelerated(model)
+        assert one(fast)(x).shape == (5, N)
+        (row,) = fastft.report(fast)
+        assert reason in row.reason and row.calls["peft"] == 1, row
+    fast = fastft.accelerate(layer())
+    torch.func.jvp(one(fast), (X,), (X,))
+    torch.func.vmap(one(fast))(X)
+    torch.jit.trace(one(fast), X, check_trace=False)
+    assert fastft.report(fast).calls["fused"] == 0
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, y: seen.append(type(module)))
+    try:
+        one(fast)(X)
+    finally:
+        handle.remove()
+    assert seen.count(nn.Linear) == 3
+    with pytest.raises(RuntimeError):  # PEFT's own words
+        one(fast)(torch.randn(5, K + 1))
+    exported = torch.export.export(one(fastft.accelerate(layer())), (X,))
+    assert not [node for node in exported.graph.nodes if "fastft" in str(node.target)]
+
+
+def test_casts_switched_off():
+    model = layer(dtype=torch.bfloat16)
+    for m in (model, fast := accelerated(model)):
+        with peft.helpers.disable_input_dtype_casting(m), pytest.raises(RuntimeError):
+            one(m)(X.bfloat16())
+    assert fastft.report(fast).calls["peft"] == 1
+    assert compare(model, fast, X.bfloat16()).calls["fused"] == 1
+
+
+def test_variants():
+    for config, name in (
+        (
+            {"velora_config": peft.VeloraConfig(num_groups=4)} if hasattr(peft, "VeloraConfig") else None,
+            "VeloraLinearVariant",
+        ),
+        ({"alora_invocation_tokens": [1]}, "ALoraLinearVariant"),
+    ):
+        if config is None:
+            continue
+        model = layer(**config)
+        row = compare(model, accelerated(model))
+        assert row.path == "peft" and row.reason == f"variant {name}"
+    model = layer(init_lora_weights="mica", r=4)
+    assert compare(model, accelerated(model)).path == "fused"
+
+
+def test_dora_with_dropout():
+    model = layer(use_dora=True, lora_dropout=0.5).train()
+    fast = accelerated(model)
+    torch.manual_seed(0)
+    want = one(model)(X)
+    torch.manual_seed(0)
+    assert torch.equal(one(fast)(X), want)
+    assert "DoRA with dropout" in fastft.report(fast).rows[0].reason
+    assert compare(model.eval(), fast.eval()).path == "fused"
+    mixed = {"adapters": ("default", "b"), "configs": {"default": {"lora_bias": True}, "b": {"use_dora": True}}}
+    model = layer(**mixed)
+    assert "DoRA after an adapter with lora_bias" in compare(model, accelerated(model)).reason
+
+
+# ---- report
+
+
+def test_report_of_all_kinds_of_layers():
+    class Everything(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.emb, self.conv, self.lin = nn.Embedding(9, 8), nn.Conv2d(1, 4, 3), nn.Linear(8, 8)
+            self.mha, self.config = nn.MultiheadAttention(8, 2), {"model_type": "test"}
+
+    model = peft.get_peft_model(Everything(), peft.LoraConfig(r=2, target_modules=["emb", "conv", "lin", "mha"]))
+    before = fastft.report(model)
+    assert {row.path for row in before} == {"peft"}
+    assert before["base_model.model.lin"].reason == "not accelerated: call fastft.accelerate"
+    report = fastft.report(fastft.accelerate(model))
+    rows = {row.kind: row for row in report}
+    assert report["base_model.model.lin"].path == "fused"
+    for kind in ("Embedding", "Conv2d", "MultiheadAttention"):
+        assert rows[f"lora.{kind}"].path == "peft" and "left to PEFT" in rows[f"lora.{kind}"].reason
+    with pytest.raises(KeyError, match="is no adapted layer of this model"):
+        fastft.report(model)["mha.in_proj"]
+
+
+def test_report_is_a_table_of_like_layers():
+    model = fastft.accelerate(peft_llama())
+    step(model)
+    report = fastft.report(model)
+    assert len(report) == len(list(report)) == 14 and report.calls == {"fused": 14, "low-rank part": 0, "peft": 0}
+    lines = str(report).splitlines()
+    assert len(lines) == 8 and lines[0].split() == ["layer", "n", "kind", "path", "calls", "reason"]
+    assert lines[1].split() == [
+        "base_model.model.model.layers.*.self_attn.q_proj",
+        "2",
+        "lora.Linear",
+        "fused",
+        "2",
+        "fused",
+    ]
+    hooked(model.base_model.model.model.layers[1].mlp.up_proj)
+    line = next(line for line in str(fastft.report(model)).splitlines() if "layers.1.mlp.up_proj" in line)
+    assert line.split()[1:5] == ["1", "lora.Linear", "low-rank", "part"] and "the base layer is hooked" in line
+    assert len(fastft.report(llama())) == 0
+
+
+def test_report_of_attached_models():
+    model = llama()
+    handle = fastft.attach(
+        model, fastft.LoRA(r=2, target_modules=["q_proj", "k_proj", "up_proj"], modules_to_save=["lm_head"])
+    )
+    report = fastft.report(model)
+    assert report["model.layers.0.self_attn.q_proj"].path == "fused"
+    assert report["model.layers.0.self_attn.q_proj"].reason == "shares its input with model.layers.0.self_attn.k_proj"
+    assert report["lm_head"].path == "plain" and len(report) == 7
+    handle.merge()
+    assert "merged: default" in str(fastft.report(model))
+    handle.detach()
+    assert len(fastft.report(model)) == 0
+
+
+# ---- strict
+
+
+def test_strict():
+    model = fastft.accelerate(peft_llama(lora_dropout=0.1), strict=True).train()
+    step(model)
+    with model.disable_adapter():  # nothing that we could compute
+        model(input_ids=tokens())
+    hook = model.base_model.model.model.layers[1].mlp.up_proj.lora_A["default"].register_forward_hook(lambda *a: None)
+    with pytest.raises(
+        FallbackError, match=r"model.layers.1.mlp.up_proj: lora_A or lora_B is hooked .* strict=True forbids"
+    ):
+        step(model)
+    step(fastft.accelerate(model))
+    fastft.accelerate(model, strict=True)
+    hook.remove()
+    model.add_adapter("b", peft.LoraConfig(r=2, target_modules=["lm_head"], use_dora=True, lora_dropout=0.1))
+    model.set_adapter("b")
+    with pytest.raises(FallbackError, match="lm_head: DoRA with dropout"):  # also what came later
+        step(model.train())
+
+
+# ---- check
+
+
+def test_check_passes_and_leaves_no_trace(capsys):
+    for config, batch in (
+        ({"lora_dropout": 0.1}, {"input_ids": tokens(), "labels": tokens()}),
+        ({"use_dora": True}, lambda model: model(input_ids=tokens(), labels=tokens()).loss * 3),
+    ):
+        model = peft_llama(**config).train()
+        step(model)
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        before, state = snapshot(fastft.accelerate(copy.deepcopy(model))), torch.get_rng_state()
+        assert fastft.accelerate(model, check=batch) is model
+        assert model.training and torch.equal(state, torch.get_rng_state())
+        assert all(p.grad is gradients[name] for name, p in model.named_parameters())
+        assert snapshot(model)[1] == before[1]
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 12 and ("of 29" in lines[0] or "of 43" in lines[0]), lines[0]
+    fastft.accelerate(model, check=batch)  # again, on an accelerated one
+
+
+def test_check_at_bfloat16_and_under_autocast():
+    def loss(model):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(input_ids=tokens(), labels=tokens()).loss
+
+    fastft.accelerate(peft_llama(dtype=torch.bfloat16), check={"input_ids": tokens(), "labels": tokens()})
+    fastft.accelerate(peft_llama(), check=loss)
+    fastft.accelerate(peft.get_peft_model(llama(), peft.LoraConfig(target_modules="all-linear")), check=loss)  # B is zero
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_check_finds_errors(dtype, monkeypatch, capsys):
+    model = peft_llama(dtype=dtype)
+    before, projection = snapshot(model), FastLinear._projection
+
+    def wrong(self, name, given):
+        one = projection(self, name, given)
+        return one._replace(scale=one.scale * 1.5) if self._fastft.name.endswith("layers.1.mlp.up_proj") else one
+
+    monkeypatch.setattr(FastLinear, "_projection", wrong)
+    batch = {"input_ids": tokens(), "labels": tokens()}
+    with pytest.raises(CheckError, match=r"of 29 differ from PEFT's: .*layers.1.mlp.up_proj.lora_[AB].default.weight by 0"):
+        fastft.accelerate(model, check=batch)
+    assert "layers.1.mlp.up_proj.lora_" in capsys.readouterr().out.splitlines()[2]
+    assert_same(before, snapshot(model))  # restored
+    with pytest.raises(ValueError, match="returned no loss"):
+        fastft.accelerate(model, check={"input_ids": tokens()})
+    assert_same(before, snapshot(model))
+
+
+def test_usage_of_trainers():
+    """The config of an accelerated model is PEFT's (Trainer writes it beside its checkpoints)."""
+    model = fastft.accelerate(randomize(peft_llama()))
+    json.dumps({name: str(config.to_dict()) for name, config in model.peft_config.items()})
+    assert model.get_nb_trainable_parameters() == peft_llama().get_nb_trainable_parameters()
+    assert [s.module_type for s in model.get_layer_status()] == ["lora.Linear"] * 14
