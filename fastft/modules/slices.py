@@ -6,7 +6,7 @@ While it is active and merged, which it is from the start, round(pretrained + de
 the frozen layer's. Unmerged, the weight has its pretrained bits and the delta is applied beside it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ class SliceSettings:
     """Where a slice lies: unit u is the `size` features from ``offset + u * size`` on, of the rows or columns.
 
     part: the same as an index, on the weight's device; made when it is asked for. version: of the units that it follows.
+    cast: (version of the delta, the delta in the weight's 16-bit dtype), for inference beside the weight.
     """
 
     kind: str
@@ -28,6 +29,7 @@ class SliceSettings:
     offset: int = 0
     part: Part | None = None
     version: tuple[int, int] | None = None
+    cast: tuple | None = field(default=None, repr=False)
 
     def index(self, units: torch.Tensor) -> torch.Tensor:
         """int32 [units · size], ascending as the units are."""
@@ -122,6 +124,10 @@ class Sliced:
 
     def _sliced_forward(self, input):
         """The output where slices are attached, with other adapters besides (but no DoRA: attaching refuses that)."""
+        if len(self._adapters) == 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            y = self._inference(input)
+            if y is not None:
+                return y
         on = [adapter for adapter in self._adapters.values() if adapter.on()]
         replaced = self._copies(on)
         names = [adapter.name for adapter in on if adapter.name in self._slices or adapter.name in self._settings]
@@ -149,6 +155,30 @@ class Sliced:
                 one = self._projection(name, replaced.get("weight"))
                 y = lora_update(y, input, one.lora_A, one.lora_B, one.scale, one.dropout, lora_bias=one.lora_bias)
         return y
+
+    def _inference(self, input):
+        """The output without gradients with the one adapter there is, by the shortest way: a token's products take less time
+        than the general way's lists. None where it does not lead."""
+        ((name, adapter),) = self._adapters.items()
+        if "modules_to_save" in self._modules:
+            return None
+        self._write_changes()
+        on, stands = adapter.on(), self._slice_store is not None
+        if on == stands:  # the weight holds what this forward wants
+            return self.plain.forward(self, input)
+        if stands:
+            return None
+        stored = {"fan_in_fan_out": self.fan_in_fan_out}
+        return delta_linear(input, self.weight, self.bias, self.slice_part(name), self._cast(name), **stored)
+
+    def _cast(self, name):
+        """The delta as inference multiplies it: of a 16-bit weight rounded to its dtype, once for all forwards."""
+        delta, settings, dtype = self.slice_delta[name], self._slices[name], self.weight.dtype
+        if delta.dtype == dtype or dtype == torch.float64:
+            return delta
+        if settings.cast is None or settings.cast[0] != _version(delta) or settings.cast[1].device != delta.device:
+            settings.cast = _version(delta), delta.detach().to(dtype)
+        return settings.cast[1]
 
     def _write_changes(self) -> None:
         """Deltas that were changed in place by something else than an optimizer are written before they are used."""

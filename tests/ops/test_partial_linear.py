@@ -72,6 +72,27 @@ def test_gradients_are_the_part_of_the_full_ones(backend, kind, tokens, transpos
         assert_close(got.to(dtype), *wanted, f"{kind} {dtype} {tokens}")
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kind", ["rows", "columns", "all"])
+def test_slices_that_are_padded_for_tensor_cores(monkeypatch, kind, transposed):
+    from fastft.ops import partial_linear as module
+
+    x, weight, bias, dy = layer(100, F32, transposed=transposed, n=37, k=51)
+    chosen = part(kind, n=37, k=51)
+    trained = torch.zeros(chosen.shape(weight, transposed), requires_grad=True)
+
+    def gradient():
+        y = partial_linear(x, weight, bias, chosen, trained, fan_in_fan_out=transposed)
+        return torch.autograd.grad(y, trained, dy)[0]
+
+    monkeypatch.setattr(module, "_NARROW", 0)
+    want = gradient()
+    monkeypatch.setattr(module, "_TENSOR_CORES", ("cpu",))
+    got = gradient()
+    assert got.shape == want.shape
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_gradcheck(kind, transposed):
