@@ -5,8 +5,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <initializer_list>
-#include <sstream>
 #include <string>
 
 namespace fastft {
@@ -27,11 +27,9 @@ inline const char* dtype_name(ScalarType dtype) {
 }
 
 inline std::string shape_text(const Tensor& t) {
-  std::ostringstream out;
-  out << '[';
-  for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
-  out << ']';
-  return out.str();
+  std::string out;
+  for (int64_t i = 0; i < t.dim(); ++i) out += (i ? ", " : "[") + std::to_string(t.size(i));
+  return out.empty() ? "[]" : out + "]";
 }
 
 enum class Where { cpu, cuda };
@@ -41,21 +39,21 @@ inline void check_kind(const char* op, const char* name, const Tensor& t, Where 
                        std::initializer_list<ScalarType> dtypes, std::initializer_list<int64_t> sizes) {
   STD_TORCH_CHECK(where == Where::cuda ? t.is_cuda() : t.is_cpu(), op, ": ", name, " must be on the ",
                   where == Where::cuda ? "CUDA device" : "CPU");
-  bool known = false;
-  std::string wanted;
-  for (ScalarType dtype : dtypes) {
-    known |= t.scalar_type() == dtype;
-    wanted += (wanted.empty() ? "" : " or ") + std::string(dtype_name(dtype));
+  // Texts are made where they are needed: as streams and strings they were a good part of what a call costs the host.
+  const ScalarType dtype = t.scalar_type();
+  if (std::find(dtypes.begin(), dtypes.end(), dtype) == dtypes.end()) {
+    std::string wanted;
+    for (ScalarType one : dtypes) wanted += (wanted.empty() ? "" : " or ") + std::string(dtype_name(one));
+    STD_TORCH_CHECK(false, op, ": ", name, " is ", dtype_name(dtype), ", must be ", wanted);
   }
-  STD_TORCH_CHECK(known, op, ": ", name, " is ", dtype_name(t.scalar_type()), ", must be ", wanted);
   bool fits = t.dim() == static_cast<int64_t>(sizes.size());
-  std::ostringstream shape;
-  int64_t axis = 0;
-  for (int64_t size : sizes) {
-    fits = fits && t.size(axis) == size;
-    shape << (axis++ ? ", " : "") << size;
+  for (size_t axis = 0; fits && axis < sizes.size(); ++axis)
+    fits = t.size(static_cast<int64_t>(axis)) == sizes.begin()[axis];
+  if (!fits) {
+    std::string shape;
+    for (int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
+    STD_TORCH_CHECK(false, op, ": ", name, " has shape ", shape_text(t), ", must be [", shape, "]");
   }
-  STD_TORCH_CHECK(fits, op, ": ", name, " has shape ", shape_text(t), ", must be [", shape.str(), "]");
 }
 
 // The same, and contiguous.
