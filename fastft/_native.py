@@ -1,7 +1,7 @@
 """Loads the csrc libraries for this CPU and GPU. Importing never fails: what could not be loaded has a reason.
 
 The libraries lie in ``fastft/lib``: one CPU library per instruction set, built from the same sources, and one CUDA
-library. ``FASTFT_CPU_ISA=default|avx2|avx512`` overrides the choice (for tests and bug reports).
+library. ``FASTFT_CPU_ISA=default|avx2|avx512`` overrides the choice (for tests and bug reports), ``FASTFT_LIB`` the folder.
 """
 
 import functools
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 ISAS = ("avx512", "avx2", "default")
-LIB = Path(__file__).parent / "lib"
+LIB = Path(os.environ.get("FASTFT_LIB") or Path(__file__).parent / "lib")
 
 
 def _cpu_flags() -> frozenset[str]:

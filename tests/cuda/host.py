@@ -1,9 +1,6 @@
 """The host build of the CUDA sources (csrc/hostcuda): where it lies, and how a process runs under its sanitizer."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +8,8 @@ import torch
 import fastft
 from fastft import _native
 from fastft.ops import registry
-from tests import golden
+from tests import golden, sanitizer
 
-ROOT = Path(__file__).parents[2]
 LIBRARY = _native.LIB / "libfastft_cuda_host.so"
 
 
@@ -51,24 +47,8 @@ def run_cases(request, *files):
 
 
 def under_sanitizer(*arguments, seed=0):
-    """Run this Python with `arguments`, AddressSanitizer loaded first; the completed process with its output as text."""
-    compiler = os.environ.get("CXX", "c++")
-    libraries = [
-        subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-        for name in ("libasan.so", "libstdc++.so")  # libstdc++ too, or the sanitizer misses its exceptions
-    ]
-    environment = {
-        **os.environ,
-        "LD_PRELOAD": " ".join(libraries),
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python itself leaks at exit
-        "OMP_NUM_THREADS": "1",
-        "PYTHONMALLOC": "malloc",
-        "PYTHONPATH": str(ROOT),
-        "FASTFT_HOSTCUDA_SEED": str(seed),
-    }
-    return subprocess.run(
-        [sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=500
-    )
+    """Run this Python under AddressSanitizer; blocks take turns in the order that `seed` shuffles."""
+    return sanitizer.under_sanitizer(*arguments, OMP_NUM_THREADS="1", FASTFT_HOSTCUDA_SEED=str(seed))
 
 
 def passed(process):
