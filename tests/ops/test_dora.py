@@ -252,7 +252,7 @@ def test_row_norm_where_the_update_almost_cancels_the_weight(weight, adapter, ep
         norm = dora.dora_norm(w, dora.squared_row_norm(w), a, b, 1.0).double()
     assert ((norm.square() - want.square()).abs() <= 2 * eps * size.square()).all()
     assert (norm >= 0.99 * eps**0.5 * w.double().norm(dim=1)).all()
-    if rest == 1e-1:  # about 1/20 of the weight's norm: (‖W‖ + ‖sBA‖) / norm is up to 60, and its square times eps the error
+    if rest == 1e-1:  # about 1/20 of the weight's norm: (‖W‖ + ‖sBA‖) / norm is up to 64, and its square times eps the error
         assert ((norm - want).abs() <= 4e3 * eps * want).all()
 
 
