@@ -86,6 +86,21 @@ def test_options(config, conv):
     check(layer(base, **options).eval(), inputs(3, 7))
 
 
+def test_the_short_way_and_the_general_one(monkeypatch):
+    """The commonest case is decided on a way of its own; the general one must give the same."""
+    model, x = layer(lora_dropout=0.5), inputs(5)
+    lin = one(accelerated(model))
+    assert lin._simple(x) is not None
+    torch.manual_seed(0)
+    short = lin(x)
+    monkeypatch.setattr(type(lin), "_simple", lambda self, x: None)
+    torch.manual_seed(0)
+    assert torch.equal(lin(x), short)
+    for p in (0.0, 0.5):
+        check(layer(lora_dropout=p).eval(), x)
+        check(layer(lora_dropout=p, dtype=BF16).eval(), inputs(5, dtype=BF16))
+
+
 @pytest.mark.parametrize("kind", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("keep_fp32", [True, False], ids=["float32 adapters", "16-bit adapters"])
 @pytest.mark.parametrize("config", [{}, {"lora_bias": True}, {"adapters": ("default", "b")}], ids=str)
