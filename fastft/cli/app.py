@@ -30,9 +30,11 @@ def info() -> None:
 
 
 def train(config: str | None, resume: bool, overwrite: bool, dry_run: bool, **options: Any) -> None:
-    from .train import resume_options, run
+    from .folder import resume_options
+    from .launch import rank_0_speaks
+    from .train import run
 
-    with _friendly():
+    with _friendly(), rank_0_speaks():
         if resume:
             config, options = resume_options(config, options)
         run(make_config(options, config), resume=resume, overwrite=overwrite, dry_run=dry_run)

@@ -39,6 +39,7 @@ def summarize(config, trainer, speed, handle, model, train_rows, eval_rows) -> d
         "trainable_fraction": trainable / whole,
         "adapter_memory_bytes": memory(handle),
         "slices": per_layer(handle),
+        "processes": trainer.args.world_size,
         "rows": {"train": len(train_rows.rows), "held_out": len(eval_rows.rows)},
         "tokens": {"train": train_rows.tokens, "held_out": eval_rows.tokens},
         "data": train_rows.notes,

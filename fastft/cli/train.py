@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.files import WEIGHTS
-from .config import TrainConfig, make_config
+from . import launch
+from .config import TrainConfig
 from .data import Record, Tokenized, read_jsonl, split, tokenize
 from .errors import UserError
+from .folder import check_out, clear
 from .loading import check_bitsandbytes, load, load_base
-
-WRITTEN = ("config.yaml", "summary.json", "loss.png")  # besides adapter/ and checkpoint-N/
-# Options that may differ between a run and its continuation.
-RESUMABLE = {"epochs", "max_steps", "log_steps", "eval_steps", "save_steps", "keep_checkpoints", "device"}
 
 
 def run(
     config: TrainConfig, *, resume: bool = False, overwrite: bool = False, dry_run: bool = False
 ) -> dict[str, Any] | None:
-    """Train and report. Returns the summary (None for a dry run).
+    """Train and report. Returns the summary (None for a dry run, and in other ranks than 0).
 
     Raises:
         UserError: anything the user can put right; nothing was trained then.
     """
     # Quick checks before slow imports and downloads.
+    launch.check()
     out = Path(config.out).expanduser()
     try:
-        _check_out(out, resume, overwrite)
+        check_out(out, resume, overwrite)
     except UserError as error:
         if not dry_run:
             raise
@@ -52,77 +48,10 @@ def run(
     if dry_run:
         from .dryrun import report
 
-        report(config, train_rows)
+        if launch.rank() == 0:
+            report(config, train_rows)
         return None
     return _train(config, out, resume, tokenizer, train_rows, eval_rows)
-
-
-def resume_options(config: str | None, options: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
-    """What `--resume` continues: OUT/config.yaml where no --config is given, so that `--resume --out OUT` is enough.
-
-    Raises:
-        UserError: nothing to continue, or an option that decides the numbers differs from the run's.
-    """
-    out = options.get("out") or (make_config(options, config).out if config else None)
-    if out is None:
-        raise UserError("--resume needs --out, or --config with the key out")
-    saved = Path(out).expanduser() / "config.yaml"
-    _check_out(saved.parent, resume=True, overwrite=False)
-    if not saved.is_file():
-        raise UserError(f"--resume: {out} has no config.yaml, so it is no run's folder")
-    if config is None:
-        config = str(saved)
-    old = dataclasses.asdict(make_config({}, str(saved)))
-    new = dataclasses.asdict(make_config(options, config))
-    changed = [f"{k} was {old[k]!r}, is {new[k]!r}" for k in old if old[k] != new[k] and k not in RESUMABLE | {"out"}]
-    if changed:
-        raise UserError(f"--resume: the run in {out} had other options: {'; '.join(changed)}")
-    return config, options
-
-
-def _check_out(out: Path, resume: bool, overwrite: bool) -> None:
-    if resume and overwrite:
-        raise UserError("--resume continues a run and --overwrite replaces it; give one of them")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out {out} is a file")
-    if resume:
-        from ..integrations.transformers import last_checkpoint
-
-        if last_checkpoint(out) is None:
-            raise UserError(f"--resume: {out} has no complete checkpoint; start without --resume (or with --overwrite)")
-        return
-    if not out.is_dir() or not any(out.iterdir()):
-        return
-    if not overwrite:
-        raise UserError(
-            f"out {out} is not empty; use --resume to continue its run, --overwrite to replace it, or another folder"
-        )
-    if any(True for _ in _of_a_run(out)) and not _is_run(out):
-        raise UserError(f"out {out} holds files named like a run's but no run's config.yaml, so --overwrite leaves it alone")
-
-
-def _of_a_run(out: Path) -> Iterator[Path]:
-    """What a run writes, as far as it is there."""
-    files = [out / name for name in WRITTEN] + [out / "adapter" / name for name in ("adapter_config.json", WEIGHTS)]
-    yield from (path for path in files if path.is_file())
-    yield from (path for path in out.glob("checkpoint-*") if path.name[11:].isdigit() and path.is_dir())
-
-
-def _is_run(out: Path) -> bool:
-    try:
-        make_config({}, str(out / "config.yaml"))
-    except UserError:
-        return False
-    return True
-
-
-def _clear(out: Path) -> None:
-    """Remove an earlier run; files that are not a run's stay."""
-    for path in list(_of_a_run(out)):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
 
 
 def _records(config: TrainConfig) -> tuple[list[Record], list[Record]]:
@@ -142,7 +71,9 @@ def choose_device_and_dtype(config: TrainConfig) -> tuple[Any, Any]:
 
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda: torch sees no GPU here; use --device cpu (fastft info tells more)")
-    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = torch.device("cpu")
+    if config.device != "cpu" and torch.cuda.is_available():
+        device = torch.device("cuda", launch.local_rank()) if launch.processes() > 1 else torch.device("cuda")
     if config.dtype == "auto":
         return device, torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     return device, getattr(torch, config.dtype)
@@ -195,7 +126,8 @@ def attach(config: TrainConfig, model: Any, rows: list[Any], pad: int, checkpoin
 
 def _steps(config: TrainConfig, rows: int) -> int:
     """Optimizer steps of the whole run, counted as Trainer counts them."""
-    an_epoch = math.ceil(math.ceil(rows / config.batch_size) / config.gradient_accumulation)
+    batches = math.ceil(math.ceil(rows / config.batch_size) / launch.processes())
+    an_epoch = math.ceil(batches / config.gradient_accumulation)
     return config.max_steps or math.ceil(an_epoch * config.epochs)
 
 
@@ -247,29 +179,35 @@ def _recompute(model: Any) -> None:
 
 def _train(
     config: TrainConfig, out: Path, resume: bool, tokenizer: Any, train_rows: Tokenized, eval_rows: Tokenized
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     from ..integrations.transformers import finish, last_checkpoint, make_trainer, progress
     from .report import plot, print_summary, summarize, write_summary
 
     device, dtype = choose_device_and_dtype(config)
+    checkpoint = last_checkpoint(out) if resume else None
+    if checkpoint:
+        launch.check_resume(checkpoint)
     model = load_base(config.model, device, dtype, config.bits())
     if config.gradient_checkpointing:
         _recompute(model)
-    checkpoint = last_checkpoint(out) if resume else None
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     handle = attach(config, model, train_rows.rows, pad, checkpoint)
-    if not resume:  # only now, when nothing of the user's input can be wrong any more
-        _clear(out)
-    out.mkdir(parents=True, exist_ok=True)
-    config.save(out / "config.yaml")
-
     steps = _steps(config, len(train_rows.rows))
     arguments = _arguments(config, out, device, steps, bool(eval_rows.rows), start=checkpoint is None)
+    launch.wait()  # from here on the folder changes, which all have looked at
+    if launch.rank() == 0:
+        if not resume:  # only now, when nothing of the user's input can be wrong any more
+            clear(out)
+        out.mkdir(parents=True, exist_ok=True)
+        config.save(out / "config.yaml")
+    launch.wait()
+
     trainer = make_trainer(model, handle, arguments, train_rows.rows, eval_rows.rows, pad_token_id=pad)
     speed = progress(trainer)
     trainable = sum(p.numel() for p in handle.parameters())
     base = f"{dtype}, base of {config.bits()} bits" if config.bits() else dtype
-    print(f"training {trainable:,} parameters on {device} ({base}); output in {out}")
+    where = f"{launch.processes()} processes, {device.type}" if launch.processes() > 1 else device
+    print(f"training {trainable:,} parameters on {where} ({base}); output in {out}")
     try:
         if checkpoint and int(checkpoint.name.removeprefix("checkpoint-")) >= steps:
             print(f"{checkpoint} is the run's end; more --max-steps or --epochs would continue it")
@@ -284,6 +222,9 @@ def _train(
         "eval_loss" in h and h["step"] == trainer.state.global_step for h in trainer.state.log_history
     ):
         trainer.evaluate()
+    launch.wait()
+    if launch.rank() != 0:
+        return None
     handle.save(out / "adapter")
     summary = summarize(config, trainer, speed, handle, model, train_rows, eval_rows)
     write_summary(summary, out / "summary.json")

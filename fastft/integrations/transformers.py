@@ -142,11 +142,15 @@ def make_trainer(model, handle, arguments, train_rows, eval_rows=(), *, pad_toke
             started = time.monotonic()
             self.model.eval()
             total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-            for inputs in self.get_eval_dataloader(eval_dataset):
-                inputs = self._prepare_inputs(inputs)
+            rows = self.eval_dataset if eval_dataset is None else eval_dataset
+            # Each process takes its own, and one may have fewer: accelerate would let some rows count twice.
+            rows = rows[self.args.process_index :: self.args.world_size]
+            for at in range(0, len(rows), self.args.eval_batch_size):
+                inputs = self._prepare_inputs(self.data_collator(rows[at : at + self.args.eval_batch_size]))
                 count = (inputs["labels"][:, 1:] != -100).sum()
                 total += torch.stack([self.model(**inputs).loss.double() * count, count.double()])
-            total = self.accelerator.reduce(total)
+            if self.args.world_size > 1:
+                torch.distributed.all_reduce(total)
             metrics = {f"{metric_key_prefix}_loss": (total[0] / total[1]).item()}
             self.log(metrics)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -187,7 +191,7 @@ def progress(trainer) -> Any:
             self.seconds = self.tokens_per_second = 0.0
 
         def on_train_begin(self, args, state, control, **kwargs):
-            if sys.stderr.isatty():
+            if sys.stderr.isatty() and state.is_world_process_zero:
                 from tqdm.auto import tqdm
 
                 self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
@@ -232,7 +236,7 @@ def progress(trainer) -> Any:
         def _say(self, line: str) -> None:
             if self.bar is not None:
                 self.bar.write(line, file=sys.stderr)
-            else:
+            elif trainer.is_world_process_zero():
                 print(line, file=sys.stderr, flush=True)
 
     callback = Progress()

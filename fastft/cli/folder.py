@@ -1,0 +1,85 @@
+"""The folder of a `fastft train` run: what it holds, whether a run may write there, what --resume continues."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.files import WEIGHTS
+from .config import make_config
+from .errors import UserError
+
+WRITTEN = ("config.yaml", "summary.json", "loss.png")  # besides adapter/ and checkpoint-N/
+# Options that may differ between a run and its continuation.
+RESUMABLE = {"epochs", "max_steps", "log_steps", "eval_steps", "save_steps", "keep_checkpoints", "device"}
+
+
+def resume_options(config: str | None, options: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """What `--resume` continues: OUT/config.yaml where no --config is given, so that `--resume --out OUT` is enough.
+
+    Raises:
+        UserError: nothing to continue, or an option that decides the numbers differs from the run's.
+    """
+    out = options.get("out") or (make_config(options, config).out if config else None)
+    if out is None:
+        raise UserError("--resume needs --out, or --config with the key out")
+    saved = Path(out).expanduser() / "config.yaml"
+    check_out(saved.parent, resume=True, overwrite=False)
+    if not saved.is_file():
+        raise UserError(f"--resume: {out} has no config.yaml, so it is no run's folder")
+    if config is None:
+        config = str(saved)
+    old = dataclasses.asdict(make_config({}, str(saved)))
+    new = dataclasses.asdict(make_config(options, config))
+    changed = [f"{k} was {old[k]!r}, is {new[k]!r}" for k in old if old[k] != new[k] and k not in RESUMABLE | {"out"}]
+    if changed:
+        raise UserError(f"--resume: the run in {out} had other options: {'; '.join(changed)}")
+    return config, options
+
+
+def check_out(out: Path, resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise UserError("--resume continues a run and --overwrite replaces it; give one of them")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out {out} is a file")
+    if resume:
+        from ..integrations.transformers import last_checkpoint
+
+        if last_checkpoint(out) is None:
+            raise UserError(f"--resume: {out} has no complete checkpoint; start without --resume (or with --overwrite)")
+        return
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(
+            f"out {out} is not empty; use --resume to continue its run, --overwrite to replace it, or another folder"
+        )
+    if any(True for _ in _of_a_run(out)) and not _is_run(out):
+        raise UserError(f"out {out} holds files named like a run's but no run's config.yaml, so --overwrite leaves it alone")
+
+
+def _of_a_run(out: Path) -> Iterator[Path]:
+    """What a run writes, as far as it is there."""
+    files = [out / name for name in WRITTEN] + [out / "adapter" / name for name in ("adapter_config.json", WEIGHTS)]
+    yield from (path for path in files if path.is_file())
+    yield from (path for path in out.glob("checkpoint-*") if path.name[11:].isdigit() and path.is_dir())
+
+
+def _is_run(out: Path) -> bool:
+    try:
+        make_config({}, str(out / "config.yaml"))
+    except UserError:
+        return False
+    return True
+
+
+def clear(out: Path) -> None:
+    """Remove an earlier run; files that are not a run's stay."""
+    for path in list(_of_a_run(out)):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
