@@ -5,8 +5,6 @@ Few examples, the same each time, unless FASTFT_EXAMPLES says how many new ones 
 
 import math
 import os
-from contextlib import contextmanager
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,15 +12,14 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import fastft
 from fastft import _native
 from fastft.ops.lora_linear import SharedInput, lora_linear, lora_update
 from fastft.ops.partial_linear import Part, delta_linear, delta_update, partial_linear
-from tests.golden import assert_close, ran
+from tests.ops.drawing import check, gradients, layout, on
 from tests.ops.layers import BF16, F16, F32
 
 drawn = settings(
-    max_examples=int(os.environ.get("FASTFT_EXAMPLES", 20)),
+    max_examples=int(os.environ.get("FASTFT_EXAMPLES", 50)),
     derandomize="FASTFT_EXAMPLES" not in os.environ,
     deadline=None,
     suppress_health_check=list(HealthCheck),
@@ -36,16 +33,9 @@ DTYPES = st.sampled_from([(F32, F32), (BF16, BF16), (BF16, F32), (F16, F16), (F1
 SIZES = st.one_of(st.integers(0, 20), st.sampled_from([31, 32, 33, 63, 64, 65, 96, 127, 129, 200]))
 RANKS = st.one_of(st.integers(0, 9), st.sampled_from([15, 16, 17, 33, 64, 70]))
 LEADS = st.one_of(st.lists(st.integers(0, 6), max_size=3), SIZES.map(lambda t: [t]))
-STRIDES = st.sampled_from(["contiguous", "transposed", "sliced", "offset", "expanded"])
 OPTIONS = st.fixed_dictionaries({name: st.booleans() for name in ("bias", "lora_bias", "dora", "base", "A")})
 SLICES = st.sampled_from(["rows", "columns"])
 PARTS = st.sampled_from(["rows", "columns", "entries", "all", "nothing"])
-
-
-@contextmanager
-def on(isa):
-    with fastft.testing.cpu_isa(isa), fastft.testing.use("cpu"), ran("cpu", f"tests on {isa}", f"fastft_cpu_{isa}"):
-        yield
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -55,79 +45,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def laid_out(t, strides):
-    """The values of t with other strides (of "expanded" other values too: the last row's in all of them)."""
-    if t.dim() < 2 or strides == "contiguous":
-        return t
-    if strides == "transposed":
-        return t.transpose(0, -1).contiguous().transpose(0, -1)
-    if strides == "expanded":
-        return t[..., -1:, :].expand(t.shape)
-    wide = torch.full((*t.shape[:-1], 2 * t.shape[-1] + 3), float("nan"), dtype=t.dtype)
-    view = wide[..., 3::2] if strides == "sliced" else wide[..., 1 : 1 + t.shape[-1]]
-    return view[..., : t.shape[-1]].copy_(t)
-
-
-class Layout(NamedTuple):
-    """A tensor without its values."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    strides: str
-    trains: bool
-
-    def fill(self, generator):
-        values = torch.randn(self.shape, generator=generator).to(self.dtype)
-        return laid_out(values, self.strides).requires_grad_(self.trains)
-
-
-def layout(data, *shape, dtype, trains=True):
-    strides = data.draw(STRIDES, "strides") if len(shape) > 1 and math.prod(shape) else "contiguous"
-    return Layout(shape, dtype, strides, trains)
-
-
-def gradients(f, tensors, dys):
-    """Outputs of f and gradients of the tensors that require one."""
-    tensors = [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in tensors]
-    ys = f(*tensors)
-    trained = [t for t in tensors if t is not None and t.requires_grad]
-    live = [(y, dy) for y, dy in zip(ys, dys) if y.requires_grad]
-    found = []
-    if live:
-        outputs, theirs = zip(*live)
-        found = torch.autograd.grad(outputs, trained, theirs, allow_unused=True)
-    return [*(y.detach() for y in ys), *(torch.zeros_like(t) if g is None else g for g, t in zip(found, trained))]
-
-
-def check(ours, plain, layouts, outputs, scales=(1.0,), derived=lambda *tensors: tensors):
-    """golden's rule for outputs and gradients, on as many random values in these layouts as it takes to compare 128 numbers
-    of each: of a few numbers, which composition errs more is luck.
-
-    plain(*tensors, scales): the composition; on absolute values it sums what the terms can be.
-    """
-    pooled = []
-    for seed in range(16):
-        generator = torch.Generator().manual_seed(seed)
-        tensors = derived(*(one if one is None else one.fill(generator) for one in layouts))
-        dys = [one.fill(generator) for one in outputs]
-        exact = [t if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
-        absolute = [t if t is None else t.detach().abs().requires_grad_(t.requires_grad) for t in exact]
-        rows = (
-            gradients(ours, tensors, dys),
-            gradients(lambda *t: plain(*t, scales=scales), exact, [dy.double() for dy in dys]),
-            gradients(lambda *t: plain(*t, scales=scales), tensors, dys),
-            gradients(lambda *t: plain(*t, scales=[abs(s) for s in scales]), absolute, [dy.double().abs() for dy in dys]),
-        )
-        pooled.append(rows)
-        if seed >= 3 and all(not t.numel() or t.numel() * (seed + 1) >= 128 for t in rows[0]):
-            break
-    for i in range(len(pooled[0][0])):
-        assert pooled[0][0][i].dtype == pooled[0][2][i].dtype
-        assert all(draw[0][i].shape == draw[1][i].shape for draw in pooled)
-        together = [torch.cat([draw[kind][i].flatten() for draw in pooled]) for kind in range(4)]
-        assert_close(*together, f"result {i} of {layouts}")
 
 
 # ---- LoRA and DoRA
@@ -151,20 +68,20 @@ def explicit(x, w, bias, a, b, lora_bias, magnitude, norm, scale):
 def test_adapters_on_one_input(data, isa, dtypes, lead, k, sizes):
     """`SharedInput.project` of one to three adapters in any order, and `lora_linear` of one."""
     act, wide = dtypes
-    layouts = [layout(data, *lead, k, dtype=act, trains=data.draw(st.booleans(), "x trains"))]
+    layouts = [layout(data, *lead, k, dtype=act, trains=data.draw(st.booleans(), "x trains"), dims=("t", "k"))]
     scales, options = [], []
-    for n, r in sizes:
-        chosen = data.draw(OPTIONS, "options")
+    for i, (n, r) in enumerate(sizes):
+        chosen, N, R = data.draw(OPTIONS, "options"), f"n{i}", f"r{i}"
         options.append(chosen)
         scales.append(data.draw(st.sampled_from([1.0, 0.5, -3.7, 0.0]), "scale"))
         layouts += [
-            layout(data, n, k, dtype=act, trains=chosen["base"]),
-            layout(data, n, dtype=act, trains=chosen["base"]) if chosen["bias"] else None,
-            layout(data, r, k, dtype=wide, trains=chosen["A"]),
-            layout(data, n, r, dtype=wide),
-            layout(data, n, dtype=wide) if chosen["lora_bias"] and not chosen["dora"] else None,
-            layout(data, n, dtype=F32) if chosen["dora"] else None,  # of the magnitude, and of the norm
-            layout(data, n, dtype=F32, trains=False) if chosen["dora"] else None,
+            layout(data, n, k, dtype=act, trains=chosen["base"], dims=(N, "k")),
+            layout(data, n, dtype=act, trains=chosen["base"], dims=(N,)) if chosen["bias"] else None,
+            layout(data, r, k, dtype=wide, trains=chosen["A"], dims=(R, "k")),
+            layout(data, n, r, dtype=wide, dims=(N, R)),
+            layout(data, n, dtype=wide, dims=(N,)) if chosen["lora_bias"] and not chosen["dora"] else None,
+            layout(data, n, dtype=F32, dims=(N,)) if chosen["dora"] else None,  # of the magnitude, and of the norm
+            layout(data, n, dtype=F32, trains=False, dims=(N,)) if chosen["dora"] else None,
         ]
     order = data.draw(st.permutations(range(len(sizes))), "order")
 
@@ -193,21 +110,27 @@ def test_adapters_on_one_input(data, isa, dtypes, lead, k, sizes):
         return [explicit(x, *own[7 * i : 7 * i + 7], scale) for i, scale in enumerate(scales)]
 
     with on(isa):
-        check(ours, plain, layouts, [layout(data, *lead, n, dtype=act, trains=False) for n, _ in sizes], scales, derived)
+        outputs = [layout(data, *lead, n, dtype=act, trains=False, dims=("t", f"n{i}")) for i, (n, _) in enumerate(sizes)]
+        check(ours, plain, layouts, outputs, scales, derived)
 
 
 @drawn
 @given(st.data(), ISAS, DTYPES, LEADS, SIZES, SIZES, RANKS)
 def test_update_of_any_base(data, isa, dtypes, lead, k, n, r):
     act, wide = dtypes
-    layouts = [layout(data, *lead, n, dtype=act), layout(data, *lead, k, dtype=act)]
-    layouts += [layout(data, r, k, dtype=wide), layout(data, n, r, dtype=wide)]
+    output = layout(data, *lead, n, dtype=act, trains=False, dims=("t", "n"))
+    layouts = [
+        layout(data, *lead, n, dtype=act, dims=("t", "n")),
+        layout(data, *lead, k, dtype=act, dims=("t", "k")),
+        layout(data, r, k, dtype=wide, dims=("r", "k")),
+        layout(data, n, r, dtype=wide, dims=("n", "r")),
+    ]
 
     def plain(y, x, a, b, scales):
         return [(y + F.linear(F.linear(x.to(a.dtype), a), b) * scales[0]).to(y.dtype)]
 
     with on(isa):
-        check(lambda *t: [lora_update(*t, 0.5)], plain, layouts, [layout(data, *lead, n, dtype=act, trains=False)], (0.5,))
+        check(lambda *t: [lora_update(*t, 0.5)], plain, layouts, [output], (0.5,))
 
 
 # ---- partial linears
