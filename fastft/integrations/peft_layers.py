@@ -111,7 +111,9 @@ class FastLinear(Swapped):
         if not (bare(b, nn.Linear) and (bare(drop, nn.Identity) or bare(drop, nn.Dropout))):
             return None
         base, a, b, scale = base._parameters, a._parameters, b._parameters, own["scaling"][active]
-        weight, a_bias, a, bias, b = base.get("weight"), a["bias"], a.get("weight"), b["bias"], b.get("weight")
+        # .get: DataParallel's replicas and FSDP hold them as attributes instead, which the general way finds.
+        weight, a_bias, a = base.get("weight"), a.get("bias"), a.get("weight")
+        bias, b = b.get("bias"), b.get("weight")
         if not (type(weight) is type(a) is type(b) is nn.Parameter and a_bias is bias is None and type(scale) is float):
             return None
         if unfit(x) or x.dtype is not weight.dtype or a.dtype is not b.dtype:

@@ -147,6 +147,18 @@ def test_strides_and_inputs_without_gradient():
     check(model, inputs(3, grad=False))
 
 
+def test_parameters_held_as_attributes():
+    """As DataParallel's replicas and FSDP do."""
+    model, x = layer(lora_bias=True), inputs(3)
+    lin = one(fastft.accelerate(copy.deepcopy(model)))
+    for part in (lin.base_layer, lin.lora_A["default"], lin.lora_B["default"]):
+        held = dict(part._parameters)
+        part._parameters.clear()
+        part.__dict__.update({name: t if t is None else t.data for name, t in held.items()})
+    torch.testing.assert_close(lin(x), one(model)(x))
+    assert lin._fastft.fused == 1
+
+
 def test_what_trains_decides():
     """Frozen factors, a trained base bias (PEFT's bias="lora_only") and a trained base weight."""
     for names in (["lora_B"], ["lora_A"], ["lora_", "base_layer.bias"], ["lora_", "base_layer"]):
