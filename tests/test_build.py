@@ -120,7 +120,7 @@ def test_asking_for_native_code_without_tools_fails_clearly(source, tmp_path):
 
 
 def test_libraries_use_the_process_s_standard_library():
-    """A second, static copy of libstdc++ crashes in the locales of the first (seen where a toolchain links one by default)."""
+    """A second, static copy of libstdc++ crashes in the locales of the first (seen with a toolchain that links one)."""
     for library in (ROOT / "fastft" / "lib").glob("libfastft_c*.so"):
         defined = subprocess.run(["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True).stdout
         assert "_ZNSt6locale7classicEv" not in defined, library.name

@@ -198,7 +198,7 @@ def _rows(t):
 
 
 def _as_column(s, b, lora_bias):
-    """S and B with the bias as one more column, on an S of ones: in the wider dtype neither it nor its gradient is rounded."""
+    """S and B with the bias as one more column, on an S of ones: the wider dtype rounds neither it nor its gradient."""
     wide = torch.promote_types(b.dtype, lora_bias.dtype)
     return torch.nn.functional.pad(s, (0, 1), value=1.0), torch.cat([b.to(wide), lora_bias[:, None].to(wide)], 1)
 
