@@ -11,7 +11,7 @@ import fastft
 from tests.golden import assert_close, ran
 
 STRIDES = st.sampled_from(["contiguous", "transposed", "sliced", "offset", "expanded"])
-ORDERS = 4
+FEWEST, MOST = 24, 64  # random draws of the values of an example
 
 
 @contextmanager
@@ -61,6 +61,8 @@ def rows(t, dims):
 
 def in_another_order(f, tensors, dys, dims, outputs, seed):
     """`gradients` of f with every sum in another order: a permutation of each named dimension, undone in the results."""
+    if not all(outputs):
+        return gradients(f, tensors, dys)
     generator, orders = torch.Generator().manual_seed(seed), {}
 
     def move(t, own, back=False):
@@ -91,35 +93,38 @@ def gradients(f, tensors, dys):
 
 
 def check(ours, plain, layouts, outputs, scales=(1.0,), derived=lambda *tensors: tensors):
-    """golden's rule for outputs and gradients, on as many random values in these layouts as it takes to compare 128 numbers
-    of each: of a few numbers, which composition errs more is luck. So is the order of sums, of which plain PyTorch has those
-    of `ORDERS` in which it errs most, as in golden.plain_product.
+    """golden's rule for outputs and gradients, on many random values in these layouts: of a few numbers, and of the equal rows
+    of an expanded tensor, it is luck which composition errs more, and so is the order of sums. (With fewer than 16 draws the
+    magnitude's gradient failed now and then, though over 200 of them it errs half as much as the composition's.)
 
     plain(*tensors, scales): the composition; on absolute values it sums what the terms can be.
     """
     pooled = []
     dims, out_dims = [one and one.dims for one in layouts], [one.dims for one in outputs]
-    for seed in range(16):
+    for seed in range(MOST):
         generator = torch.Generator().manual_seed(seed)
         tensors = derived(*(one if one is None else one.fill(generator) for one in layouts))
         dys = [one.fill(generator) for one in outputs]
         exact = [t if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
         absolute = [t if t is None else t.detach().abs().requires_grad_(t.requires_grad) for t in exact]
-        got = gradients(ours, tensors, dys)
-        want = gradients(lambda *t: plain(*t, scales=scales), exact, [dy.double() for dy in dys])
-        terms = gradients(lambda *t: plain(*t, scales=[abs(s) for s in scales]), absolute, [dy.double().abs() for dy in dys])
-        others = [
-            in_another_order(lambda *t: plain(*t, scales=scales), tensors, dys, dims, out_dims, order)
-            for order in range(ORDERS if all(out_dims) else 0)
-        ] or [gradients(lambda *t: plain(*t, scales=scales), tensors, dys)]
-        draws = []
-        for i, (g, w, m) in enumerate(zip(got, want, terms, strict=True)):
-            candidates = [other[i].reshape(w.shape) for other in others]
-            worst = max(candidates, key=lambda p: (p.double() - w).abs().max().item()) if w.numel() else candidates[0]
-            assert g.dtype == worst.dtype and g.shape == w.shape
-            draws.append([part.flatten() for part in (g, w, worst, m)])
+
+        def composed(*t):
+            return plain(*t, scales=scales)
+
+        def terms(*t):
+            return plain(*t, scales=[abs(s) for s in scales])
+
+        draws = (
+            gradients(ours, tensors, dys),
+            gradients(composed, exact, [dy.double() for dy in dys]),
+            in_another_order(composed, tensors, dys, dims, out_dims, seed),
+            gradients(terms, absolute, [dy.double().abs() for dy in dys]),
+        )
+        for got, want, other, _ in zip(*draws, strict=True):
+            assert got.dtype == other.dtype and got.shape == want.shape
         pooled.append(draws)
-        if seed >= 3 and all(not t.numel() or t.numel() * (seed + 1) >= 128 for t in got):
+        if seed >= FEWEST - 1 and all(not t.numel() or t.numel() * (seed + 1) >= 512 for t in draws[0]):
             break
-    for i, parts in enumerate(zip(*pooled)):
-        assert_close(*(torch.cat(part) for part in zip(*parts)), f"result {i} of {layouts}")
+    for i in range(len(pooled[0][0])):
+        together = (torch.cat([draws[kind][i].flatten() for draws in pooled]) for kind in range(4))
+        assert_close(*together, f"result {i} of {layouts}")

@@ -19,7 +19,7 @@ from tests.ops.drawing import check, gradients, layout, on
 from tests.ops.layers import BF16, F16, F32
 
 drawn = settings(
-    max_examples=int(os.environ.get("FASTFT_EXAMPLES", 50)),
+    max_examples=int(os.environ.get("FASTFT_EXAMPLES", 25)),
     derandomize="FASTFT_EXAMPLES" not in os.environ,
     deadline=None,
     suppress_health_check=list(HealthCheck),
