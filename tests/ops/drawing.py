@@ -94,8 +94,8 @@ def gradients(f, tensors, dys):
 
 def check(ours, plain, layouts, outputs, scales=(1.0,), derived=lambda *tensors: tensors):
     """golden's rule for outputs and gradients, on many random values in these layouts: of a few numbers, and of the equal
-    rows of an expanded tensor, it is luck which composition errs more, and so is the order of sums. (With fewer than 16 draws
-    the magnitude's gradient failed now and then, though over 200 of them it errs half as much as the composition's.)
+    rows of an expanded tensor, it is luck which composition errs more, and so is the order of sums. (With fewer than 16
+    draws the magnitude's gradient failed now and then, though over 200 of them it errs half as much as the composition's.)
 
     plain(*tensors, scales): the composition; on absolute values it sums what the terms can be.
     """
