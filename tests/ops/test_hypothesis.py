@@ -68,20 +68,19 @@ def explicit(x, w, bias, a, b, lora_bias, magnitude, norm, scale):
 def test_adapters_on_one_input(data, isa, dtypes, lead, k, sizes):
     """`SharedInput.project` of one to three adapters in any order, and `lora_linear` of one."""
     act, wide = dtypes
-    layouts = [layout(data, *lead, k, dtype=act, trains=data.draw(st.booleans(), "x trains"), dims=("t", "k"))]
-    scales, options = [], []
-    for i, (n, r) in enumerate(sizes):
-        chosen, N, R = data.draw(OPTIONS, "options"), f"n{i}", f"r{i}"
-        options.append(chosen)
+    layouts = [layout(data, *lead, k, dtype=act, trains=data.draw(st.booleans(), "x trains"))]
+    scales = []
+    for n, r in sizes:
+        chosen = data.draw(OPTIONS, "options")
         scales.append(data.draw(st.sampled_from([1.0, 0.5, -3.7, 0.0]), "scale"))
         layouts += [
-            layout(data, n, k, dtype=act, trains=chosen["base"], dims=(N, "k")),
-            layout(data, n, dtype=act, trains=chosen["base"], dims=(N,)) if chosen["bias"] else None,
-            layout(data, r, k, dtype=wide, trains=chosen["A"], dims=(R, "k")),
-            layout(data, n, r, dtype=wide, dims=(N, R)),
-            layout(data, n, dtype=wide, dims=(N,)) if chosen["lora_bias"] and not chosen["dora"] else None,
-            layout(data, n, dtype=F32, dims=(N,)) if chosen["dora"] else None,  # of the magnitude, and of the norm
-            layout(data, n, dtype=F32, trains=False, dims=(N,)) if chosen["dora"] else None,
+            layout(data, n, k, dtype=act, trains=chosen["base"]),
+            layout(data, n, dtype=act, trains=chosen["base"]) if chosen["bias"] else None,
+            layout(data, r, k, dtype=wide, trains=chosen["A"]),
+            layout(data, n, r, dtype=wide),
+            layout(data, n, dtype=wide) if chosen["lora_bias"] and not chosen["dora"] else None,
+            layout(data, n, dtype=F32) if chosen["dora"] else None,  # of the magnitude, and of the norm
+            layout(data, n, dtype=F32, trains=False) if chosen["dora"] else None,
         ]
     order = data.draw(st.permutations(range(len(sizes))), "order")
 
@@ -110,7 +109,7 @@ def test_adapters_on_one_input(data, isa, dtypes, lead, k, sizes):
         return [explicit(x, *own[7 * i : 7 * i + 7], scale) for i, scale in enumerate(scales)]
 
     with on(isa):
-        outputs = [layout(data, *lead, n, dtype=act, trains=False, dims=("t", f"n{i}")) for i, (n, _) in enumerate(sizes)]
+        outputs = [layout(data, *lead, n, dtype=act, trains=False) for n, _ in sizes]
         check(ours, plain, layouts, outputs, scales, derived)
 
 
@@ -118,12 +117,12 @@ def test_adapters_on_one_input(data, isa, dtypes, lead, k, sizes):
 @given(st.data(), ISAS, DTYPES, LEADS, SIZES, SIZES, RANKS)
 def test_update_of_any_base(data, isa, dtypes, lead, k, n, r):
     act, wide = dtypes
-    output = layout(data, *lead, n, dtype=act, trains=False, dims=("t", "n"))
+    output = layout(data, *lead, n, dtype=act, trains=False)
     layouts = [
-        layout(data, *lead, n, dtype=act, dims=("t", "n")),
-        layout(data, *lead, k, dtype=act, dims=("t", "k")),
-        layout(data, r, k, dtype=wide, dims=("r", "k")),
-        layout(data, n, r, dtype=wide, dims=("n", "r")),
+        layout(data, *lead, n, dtype=act),
+        layout(data, *lead, k, dtype=act),
+        layout(data, r, k, dtype=wide),
+        layout(data, n, r, dtype=wide),
     ]
 
     def plain(y, x, a, b, scales):
