@@ -150,8 +150,8 @@ def attach(model: nn.Module, method: Method, adapter_name: str = "default") -> H
     """
     if not isinstance(method, Method):
         raise TypeError(f"attach needs a method such as fastft.LoRA(...), not {type(method).__name__}")
-    model = _plain_model(model)
-    _check_name(model, adapter_name)
+    model = plain_model(model)
+    check_name(model, adapter_name)
     method = method.bind(model)
     matched = match(model, method)
     _check_quantized(method, matched.targets)
@@ -159,7 +159,7 @@ def attach(model: nn.Module, method: Method, adapter_name: str = "default") -> H
     if method.pack_weights:
         check_packable(model, matched.targets)
     tensors = {name: method.initial(name, module) for name, module in matched.targets.items()}
-    return _install(model, method, adapter_name, matched, tensors, _own_values(matched))
+    return install_adapter(model, method, adapter_name, matched, tensors, _own_values(matched))
 
 
 def load(model: nn.Module, directory, adapter_name: str = "default") -> Handle:
@@ -172,8 +172,8 @@ def load(model: nn.Module, directory, adapter_name: str = "default") -> Handle:
         FileNotFoundError: no such folder or files. AdapterFileError (a ValueError): a damaged file, tensors that do not
             fit the model (the first five are named), options that are not supported. Otherwise as `attach`.
     """
-    model = _plain_model(model)
-    _check_name(model, adapter_name)
+    model = plain_model(model)
+    check_name(model, adapter_name)
     found: dict[str, Any] = {}
 
     def expected(config):
@@ -202,16 +202,16 @@ def load(model: nn.Module, directory, adapter_name: str = "default") -> Handle:
         name: {own: values[matched.copy_key(name, own)].to(getattr(module, own), copy=True) for own in owned}
         for name, (module, owned) in matched.copies.items()
     }
-    return _install(model, method, adapter_name, matched, tensors, copies)
+    return install_adapter(model, method, adapter_name, matched, tensors, copies)
 
 
-def _plain_model(model):
+def plain_model(model):
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model must be an nn.Module, not {type(model).__name__}")
     return getattr(model, "_orig_mod", model)  # torch.compile's wrapper
 
 
-def _check_name(model, name):
+def check_name(model, name):
     taken = handles(model)
     if not isinstance(name, str) or not _ADAPTER_NAME.fullmatch(name) or hasattr(nn.ParameterDict, name):
         raise ValueError(f"adapter name {name!r}: use 1 to 64 letters, digits, '_' or '-' (and no name of a dict method)")
@@ -237,7 +237,7 @@ def _own_values(matched: Matched) -> dict[str, dict[str, torch.Tensor]]:
     }
 
 
-def _install(model, method, adapter_name, matched, tensors, copies) -> Handle:
+def install_adapter(model, method, adapter_name, matched, tensors, copies) -> Handle:
     """Everything is known to fit; only from here on is the model touched."""
     adapter = Adapter(adapter_name)
     handle = Handle(model, method, adapter, matched)

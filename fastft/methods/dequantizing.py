@@ -3,7 +3,7 @@
 import torch
 
 from ..modules.quantized import held_like, make_plain, quantization, undequantizable
-from .targets import DTYPES, _base_modules
+from .targets import DTYPES, base_modules
 
 
 def check_target(target, model) -> None:
@@ -46,7 +46,7 @@ def fold_dequantized(model, modules, adapter, target) -> None:
 def _dtype_of_the_rest(model) -> torch.dtype:
     """The dtype of the first parameter that is neither quantised nor an adapter's, mostly the embeddings': in which the
     layers are called. Where there is none, the one that a quantised layer computes in."""
-    modules = _base_modules(model).values()
+    modules = base_modules(model).values()
     layers = [module for module in modules if quantization(module) is not None]
     for module in modules:
         for parameter in module._parameters.values() if module not in layers else ():

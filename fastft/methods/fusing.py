@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from .base import _check_name, _install, _plain_model
+from .base import check_name, install_adapter, plain_model
 from .handle import Handle, handles
 from .targets import Matched
 
@@ -24,8 +24,8 @@ def fuse(model, weights: dict[str, float], adapter_name: str = "fused") -> Handl
         ValueError: an unknown adapter, one of another method, or adapters that train rows here and columns there of one
             module; a factor that is not finite. Nothing is changed then.
     """
-    model = _plain_model(model)
-    _check_name(model, adapter_name)
+    model = plain_model(model)
+    check_name(model, adapter_name)
     found = handles(model)
     if not weights:
         raise ValueError("fuse needs at least one adapter: {name: factor}")
@@ -46,7 +46,7 @@ def fuse(model, weights: dict[str, float], adapter_name: str = "fused") -> Handl
         tensors[path], chosen[path] = _sum(path, module, parts)
     first = sources[0].method
     method = replace(first, target_modules=list(chosen), chosen=chosen, units=None)
-    fused = _install(model, method, adapter_name, Matched(targets, {}), tensors, {})
+    fused = install_adapter(model, method, adapter_name, Matched(targets, {}), tensors, {})
     for handle in sources:
         handle.set_active(False)
     return fused

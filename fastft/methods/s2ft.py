@@ -141,7 +141,7 @@ class S2FT(Method):
             )
         structures = [replace(c, slices={k: s for k, s in c.slices.items() if s.module in allowed}) for c in structures]
         structures = [c for c in structures if c.slices.keys() & ratios.keys()]
-        scores = None if self.select == "random" else unit_scores(model, structures, ratios, self.select, self.calibration)
+        scores = unit_scores(model, structures, ratios, self.select, self.calibration)
         units = choose(structures, ratios, scores, largest=self.largest, multiple=self.multiple, seed=self.seed)
         slices = wanted_slices(structures, ratios)
         chosen = {
@@ -158,10 +158,10 @@ class S2FT(Method):
                 raise ValueError(
                     f"{name}.weight is shared with {', '.join(tied[f'{name}.weight'])}; S²FT changes it in place"
                 )
-            if any("lora_magnitude" in holder for holder in module._modules):
+            if "lora_magnitude" in module._modules:
                 raise ValueError(f"{name!r} holds a DoRA adapter, which multiplies the weight; the two don't mix")
             one = self.chosen[name]
-            size = module.weight.shape[int((one.kind == "columns") != is_transposed(module))]
+            size = module.weight.shape[_dim(one, module)]
             last = max(one.units, 1 + max(self.units[name].tolist())) if self.units else one.units
             if last * one.size + one.offset > size:
                 raise ValueError(f"{last} units of {one.size} {one.kind} from {one.offset} on don't fit {name!r}: {size}")

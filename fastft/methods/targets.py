@@ -103,7 +103,7 @@ def match(model: nn.Module, options: TargetOptions, *, lenient: bool = False) ->
         ValueError: an entry or everything matches nothing, shared weights, overlapping options, unsupported modules.
         TypeError: weights that are not plain floating-point parameters.
     """
-    modules = _base_modules(model)
+    modules = base_modules(model)
     targets = _resolve_targets(model, modules, options)
     names = [name for name in modules if _is_target(name, targets, options)]
     saved = _saved_modules(modules, options.modules_to_save or [])
@@ -123,7 +123,7 @@ def match(model: nn.Module, options: TargetOptions, *, lenient: bool = False) ->
     return matched
 
 
-def _base_modules(model) -> dict[str, nn.Module]:
+def base_modules(model) -> dict[str, nn.Module]:
     """All modules of the model by name, without the parts that adapters added."""
     modules, added = {}, set()
     for name, module in model.named_modules():
@@ -150,13 +150,11 @@ def _resolve_targets(model, modules, options) -> str | set[str]:
     # Subclasses of nn.Linear (attention's own projection) are selected too, and refused by name later: leaving them out in
     # silence would train less than was asked for.
     return {
-        name
-        for name, module in modules.items()
-        if name and _any_linear(module) and not any(module is head for head in heads)
+        name for name, module in modules.items() if name and any_linear(module) and not any(module is head for head in heads)
     }
 
 
-def _any_linear(module) -> bool:
+def any_linear(module) -> bool:
     return isinstance(module, nn.Linear) or is_linear(module) or quantization(module) is not None
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..modules.adapted_linear import LINEAR_CLASSES, features, is_linear, is_transposed
 from ..modules.quantized import quantization
 from .grouping import _CROSS
-from .targets import _any_linear, _base_modules
+from .targets import any_linear, base_modules
 
 # Names of a block's layers in transformers' models, below the block: (down, up, gate). The gate's outputs go through the
 # activation where there is one. One name for up and gate: a fused layer, the gate's rows first.
@@ -102,7 +102,7 @@ def coupled_units(model: nn.Module, by_group: bool) -> list[Coupled]:
         ValueError: nothing is found; weights whose shapes fit neither each other nor the heads that the attention or the
             config tells; a layer that only resembles a linear one.
     """
-    modules = _base_modules(model)
+    modules = base_modules(model)
     found = []
     for name in modules:
         for down, up, gate in _FEED_FORWARD:
@@ -130,7 +130,7 @@ def _join(name: str, child: str) -> str:
 
 def _all_linear(modules, name: str, *children: str) -> bool:
     inner = [modules.get(_join(name, child)) for child in children]
-    if not all(module is not None and _any_linear(module) for module in inner):
+    if not all(module is not None and any_linear(module) for module in inner):
         return False
     for child, module in zip(children, inner):
         _check_plain(_join(name, child), module)

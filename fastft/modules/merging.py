@@ -16,23 +16,24 @@ from ..ops.partial import exchange_slice_, write_slice_
 from ..ops.partial_linear import Part
 
 _PRISTINE = "_pristine_"
-_SLICE = "_pristine_slice"
+SLICE = "_pristine_slice"
 
 
 def pristine(module: nn.Module, own: str) -> torch.Tensor:
     """One of a module's own tensors as it is without deltas; a copy where only a slice of it is kept."""
     stored = module._buffers.get(_PRISTINE + own)
-    if stored is None and own == "weight" and _SLICE in module._buffers:
+    if stored is None and own == "weight" and SLICE in module._buffers:
         module.check_whole()
         with torch.no_grad():
             stored = module.weight.detach().clone(memory_format=torch.contiguous_format)
-            write_slice_(stored, module._slice_store.index(module), module._slice_store.dim, module._buffers[_SLICE], None)
+            write_slice_(stored, module._slice_store.index(module), module._slice_store.dim, module._buffers[SLICE], None)
     return getattr(module, own) if stored is None else stored
 
 
 @dataclass(eq=False)
 class SliceStore:
-    """Whose slices of the weight are kept in ``_pristine_slice``, along which dimension of the stored weight."""
+    """Whose slices of the weight stand in it, along which dimension of the stored weight; ``_pristine_slice`` is what they
+    were before."""
 
     names: tuple[str, ...]
     dim: int
@@ -101,45 +102,41 @@ class Mergeable(nn.Module):
         if len(dims) > 1 or (slices and "weight" in whole):  # then what is touched is no slice
             whole.add("weight")
         sliced = tuple(slices) if "weight" not in whole else ()
-        stored = self._stored()
-        if not whole and not stored and sliced:
-            return self._exchange(SliceStore(sliced, *dims))
-        if self._slice_store is not None and self._slice_store.names != sliced:
-            self._write(self._slice_store, None)
+        store = SliceStore(sliced, *dims) if sliced else None
+        old = self._slice_store
+        if old is not None and (store is None or old.dim != store.dim):
+            self._write(old, None)
             self._drop_slices()
-        for own, value in stored.items():
+        for own, value in self._stored().items():
             if own not in whole:
                 getattr(self, own).copy_(value)
                 delattr(self, _PRISTINE + own)
         for own in whole:
             if _PRISTINE + own not in self._buffers:
                 self.register_buffer(_PRISTINE + own, getattr(self, own).detach().clone(), persistent=False)
-        if sliced and self._slice_store is None:
-            return self._exchange(SliceStore(sliced, *dims))
-        self.refresh()
+        if store is None or (self._slice_store is not None and self._slice_store.names == sliced):
+            self.refresh()
+        else:
+            self._exchange(store)
 
     def _exchange(self, store) -> None:
-        """Let these slices stand in the weight instead of those that do."""
+        """Let these slices stand in the weight instead of those that do, if any; both lie along one dimension."""
         self.check_whole()
         old, index = self._slice_store, store.index(self)
-        if old is not None and (old.names == store.names or old.dim != store.dim):
-            if old.names == store.names:
-                return self.refresh()
-            self._write(old, None)
-            self._drop_slices()
-            old = None
-        kept = self.weight.detach() if old is None else self._buffers[_SLICE]
-        out = (index[:0], kept.narrow(store.dim, 0, 0).contiguous()) if old is None else (old.index(self), kept)
+        if old is None:
+            out = index[:0], self.weight.detach().narrow(store.dim, 0, 0).contiguous()
+        else:
+            out = old.index(self), self._buffers[SLICE]
         base = exchange_slice_(self.weight, store.dim, *out, index, self._sum_of_slices(store))
         torch.autograd.graph.increment_version(self.weight)  # a graph that saved the weight must notice
         self._slice_store = store
-        self.register_buffer(_SLICE, base, persistent=False)
+        self.register_buffer(SLICE, base, persistent=False)
         self.note_written(store.names)
 
     def _drop_slices(self) -> None:
         self._slice_store = None
-        self._buffers.pop(_SLICE, None)
-        self._non_persistent_buffers_set.discard(_SLICE)
+        self._buffers.pop(SLICE, None)
+        self._non_persistent_buffers_set.discard(SLICE)
 
     def check_whole(self) -> None:
         """Raises RuntimeError where something sharded the weight, so that its slices can be neither read nor written."""
@@ -152,7 +149,7 @@ class Mergeable(nn.Module):
 
     def _write(self, store, delta) -> None:
         self.check_whole()
-        write_slice_(self.weight, store.index(self), store.dim, self._buffers[_SLICE], delta)
+        write_slice_(self.weight, store.index(self), store.dim, self._buffers[SLICE], delta)
         torch.autograd.graph.increment_version(self.weight)  # a graph that saved the weight must notice
 
     @torch.no_grad()

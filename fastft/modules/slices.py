@@ -13,7 +13,7 @@ from torch import nn
 
 from ..ops.lora_linear import lora_update
 from ..ops.partial_linear import Part, delta_linear, delta_update, partial_linear
-from .merging import pristine
+from .merging import SLICE, pristine
 
 
 @dataclass(eq=False)
@@ -93,7 +93,7 @@ class Sliced:
         if not alone or delta.dtype != torch.float32 or not delta.is_contiguous():
             return None
         self.check_whole()
-        return self.weight.detach(), store.index(self), store.dim, self._buffers["_pristine_slice"]
+        return self.weight.detach(), store.index(self), store.dim, self._buffers[SLICE]
 
     def note_written(self, names):
         for name in names:

@@ -56,7 +56,6 @@ class SliceAdamW(torch.optim.Optimizer):
                 module, name = self._slices.get(parameter, (None, None))
                 site = None if module is None else module.slice_site(name)
                 state = self._state(parameter)
-                state["step"] += 1
                 if site is None:
                     others.append(parameter)
                     if module is not None and name in module.standing():
@@ -78,6 +77,7 @@ class SliceAdamW(torch.optim.Optimizer):
 
 
 def _update_slice(delta, state, group, module, name, site):
+    state["step"] += 1
     moments = state["exp_avg"], state["exp_avg_sq"]
     rest = group["lr"], *group["betas"], group["eps"], group["weight_decay"], int(state["step"])
     slice_adamw_(*site, delta.detach(), delta.grad.contiguous(), *moments, *map(float, rest[:-1]), rest[-1])
@@ -88,9 +88,7 @@ def _update_slice(delta, state, group, module, name, site):
 def _update_others(parameters, states, group):
     if not parameters:
         return
-    found = [states[p] for p in parameters]
-    for state in found:
-        state["step"] -= 1  # PyTorch's function counts itself
+    found = [states[p] for p in parameters]  # PyTorch's function counts the step itself
     beta1, beta2 = group["betas"]
     adamw(
         parameters,
