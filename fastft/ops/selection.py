@@ -1,0 +1,69 @@
+"""The k largest of a matrix of scores, of which only a block of rows exists at a time.
+
+    bin(s) = (the bits of |s| as float32) >> 15:  65,536 bins that ascend with |s|, 256 of them a factor of two
+
+`count_bins_` adds a block's scores to a histogram; from the whole matrix's the bin of the k-th largest follows. Then
+`count_at_least` counts, row by row, the scores in that bin and above, and `take_at_least_` writes where they are: a few more
+than k, of which the smallest of the last bin are left out. So the matrix is looked at twice and never copied, and of equal
+scores those that come first are taken, whatever the order in which threads get to them.
+
+Shapes: scores [R, B] (R rows of a block, float32, bfloat16 or float16; rows may lie apart), counts int64 [65536], offsets
+int64 [R]. NaNs count as the largest: the last 127 bins are theirs, 0xFF00 holds infinities too.
+"""
+
+import torch
+
+from .registry import Op
+from .sparse import KERNEL_DTYPES
+
+BINS, SHIFT = 1 << 16, 15
+
+
+def keys(scores):
+    """int32, ascending with |score|."""
+    return scores.abs().float().contiguous().view(torch.int32) & 0x7FFFFFFF
+
+
+def _count_bins_reference(counts, scores):
+    counts.add_(torch.bincount((keys(scores) >> SHIFT).flatten(), minlength=BINS))
+
+
+def _count_reference(scores, bin):
+    return ((keys(scores) >> SHIFT) >= bin).sum(1)
+
+
+def _count_fake(scores, bin):
+    return scores.new_empty(scores.shape[0], dtype=torch.int64)
+
+
+def _take_reference(columns, found, scores, offsets, bin):
+    key = keys(scores)
+    mask = (key >> SHIFT) >= bin
+    row, column = mask.nonzero(as_tuple=True)
+    at = offsets[row] + (mask.cumsum(1) - 1)[mask]
+    columns[at] = column.to(columns.dtype)
+    found[at] = key[mask]
+
+
+def _nothing_fake(*args):
+    return None
+
+
+def _refuse_dtypes(position):
+    def reason(*args):
+        given = args[position].dtype
+        return None if given in KERNEL_DTYPES else f"kernels take {', '.join(map(str, KERNEL_DTYPES))}, not {given}"
+
+    return dict.fromkeys(("cpu", "cuda", "triton"), reason)
+
+
+count_bins_ = Op(
+    "count_bins_(Tensor(a!) counts, Tensor scores) -> ()", _count_bins_reference, _nothing_fake, _refuse_dtypes(1)
+)
+count_at_least = Op("count_at_least(Tensor scores, int bin) -> Tensor", _count_reference, _count_fake, _refuse_dtypes(0))
+take_at_least_ = Op(
+    "take_at_least_(Tensor(a!) columns, Tensor(b!) keys, Tensor scores, Tensor offsets, int bin) -> ()",
+    _take_reference,
+    _nothing_fake,
+    _refuse_dtypes(2),
+)
