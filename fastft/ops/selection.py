@@ -8,7 +8,7 @@ than k, of which the smallest of the last bin are left out. So the matrix is loo
 scores those that come first are taken, whatever the order in which threads get to them.
 
 Shapes: scores [R, B] (R rows of a block, float32, bfloat16 or float16; rows may lie apart), counts int64 [65536], offsets
-int64 [R]. NaNs count as the largest: the last 127 bins are theirs, 0xFF00 holds infinities too.
+int64 [R]. NaNs count as the largest: the last 255 bins are theirs, 0xFF00 holds infinities.
 """
 
 import torch
@@ -20,8 +20,8 @@ BINS, SHIFT = 1 << 16, 15
 
 
 def keys(scores):
-    """int32, ascending with |score|."""
-    return scores.abs().float().contiguous().view(torch.int32) & 0x7FFFFFFF
+    """int32, ascending with |score|; a NaN keeps its bits (abs() would replace those of a bfloat16)."""
+    return scores.float().contiguous().view(torch.int32) & 0x7FFFFFFF
 
 
 def _count_bins_reference(counts, scores):
