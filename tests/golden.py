@@ -78,22 +78,23 @@ def ulp(value, dtype):
     return torch.ldexp(torch.full_like(value, info.eps), exponent)
 
 
-def plain_product(left, right):
-    """left @ right as PyTorch computes it; below float64 with that order of summation, of eight, that errs most.
+def plain_product(left, right, at=...):
+    """(left @ right)[at] as PyTorch computes it; below float64 with that order of summation, of eight, that errs most.
 
     Which order a kernel sums in is its own choice, and the largest error of one order is luck: with 65 terms one was seen to
     err 2.6 times as another, so a single one is no measure. On the CPU wherever the operands are: its products are running
     sums, which any kernel may form, and a GPU's library has orders of its own (its largest error of eight, seen with 65
     terms, was 0.3 of that of the running sum from the first term to the last).
     """
-    if left.dtype == torch.float64 or not left.shape[0] * right.shape[1]:
-        return left @ right
+    if left.dtype == torch.float64 or not left.shape[0] * right.shape[1] or (at is not ... and not len(at[0])):
+        return (left @ right)[at]
     device, left, right = left.device, left.cpu(), right.cpu()
     generator = torch.Generator().manual_seed(3)
     orders = [torch.randperm(left.shape[1], generator=generator) for _ in range(8)]
-    products = torch.stack([left[:, order] @ right[order] for order in orders])
-    error = (products.double() - left.double() @ right.double()).abs()
-    return products[error.amax((1, 2)).argmax()].to(device)
+    at = tuple(i.cpu() for i in at) if at is not ... else at
+    products = torch.stack([(left[:, order] @ right[order])[at] for order in orders])
+    error = (products.double() - (left.double() @ right.double())[at]).abs()
+    return products[error.flatten(1).amax(1).argmax()].to(device)
 
 
 def assert_close(got, want, plain, magnitude, what):
