@@ -63,7 +63,7 @@ def make_inputs(shape: shapes.Model, dtype: torch.dtype, ratio: float, device, s
         parts = []
         for i in range(2):
             handle = fastft.attach(copy.deepcopy(model), method(ratio, i))
-            parts.append({name: module.slice_part(handle.name) for name, module in handle.targets.items()})
+            parts.append({name: module.part_of(handle.name) for name, module in handle.targets.items()})
         n, k, layers = shape.hidden, shape.intermediate, shape.layers
         rank = max(1, round(sum(len(part.index) for part in parts[0].values()) * n / layers / (k + n)))
         names = [name for name in step.linear_names(model) if name.endswith(tuple(TARGET_MODULES))]

@@ -55,7 +55,7 @@ def make_inputs(shape: shapes.Model, dtype: str, options, device, seed: int) -> 
         model = step.make_model(shape, DTYPES[dtype], device)
         ids = torch.randint(shape.vocab, (shape.batch, shape.length), device=device)
     handle = fastft.attach(copy.deepcopy(model), fastft.S2FT(**options))  # on a copy: what it would choose
-    return Inputs(model, ids, options, {n: m.slice_part(handle.name) for n, m in handle.targets.items()})
+    return Inputs(model, ids, options, {n: m.part_of(handle.name) for n, m in handle.targets.items()})
 
 
 def fused_adamw(model, trained, d: Inputs):

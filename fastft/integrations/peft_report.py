@@ -126,7 +126,7 @@ def _probe(module) -> torch.Tensor:
 
 def _attached(name, module) -> Row:
     kind = f"fastft {module.plain.__name__}"
-    if not isinstance(module, AdaptedLinear) or not (module._settings or module._slices):
+    if not isinstance(module, AdaptedLinear) or not (module._settings or module._parts):
         return Row(name, kind, PLAIN, "trained copies of its own tensors")
     notes = [f"merged: {', '.join(module._merged)}"] if module._merged else []
     for group in module._groups.values():

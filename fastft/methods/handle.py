@@ -46,7 +46,7 @@ def _note_update(optimizer, args, kwargs) -> None:
             handle._updated = handle._ever_updated = True
             if not getattr(optimizer, "writes_slices", False):
                 for module in handle.targets.values():
-                    if handle.name in module._slices:
+                    if handle.name in module._parts:
                         module.refresh()
 
 
@@ -169,7 +169,7 @@ class Handle(AdapterFiles):
             self.check_copies()
         self._adapter.active = active
         for module in self.targets.values():
-            if self.name in module._slices:
+            if self.name in module._parts:
                 module.rebuild()
 
     def switch(self) -> None:
@@ -188,7 +188,7 @@ class Handle(AdapterFiles):
                 handle._adapter.active = True
             raise
         self._adapter.active = True
-        sliced = {id(m): m for h in (self, *others) for m in h.targets.values() if h.name in m._slices}
+        sliced = {id(m): m for h in (self, *others) for m in h.targets.values() if h.name in m._parts}
         for module in sliced.values():
             module.rebuild()
 

@@ -67,7 +67,7 @@ class AdapterFiles:
 
         values = read_adapter(directory, expected)
         self.method.check_file(directory, self.targets, values)
-        stood = [module for module in self.targets.values() if self.name in module._slices and self.name in module._merged]
+        stood = [module for module in self.targets.values() if self.name in module._parts and self.name in module._merged]
         for module in stood:  # the slices may lie elsewhere afterwards
             module.set_merged(self._adapter, False)
         with torch.no_grad():

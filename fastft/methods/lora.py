@@ -169,7 +169,7 @@ class LoRA(Method):
         module.add_lora(adapter, settings=LoRASettings(self.scale(name), self.lora_dropout), **tensors)
 
     def check(self, matched, model):
-        sliced = [name for name, module in matched.items() if self.use_dora and getattr(module, "_slices", None)]
+        sliced = [name for name, module in matched.items() if self.use_dora and getattr(module, "_parts", None)]
         if sliced:
             raise ValueError(
                 f"use_dora: {_some(sliced)} hold an adapter that trains a slice of the weight; the two don't mix"

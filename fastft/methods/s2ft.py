@@ -199,7 +199,7 @@ class S2FT(Method):
         slices = {
             module.slice_delta[handle.name]: (module, handle.name)
             for module in handle.targets.values()
-            if handle.name in module._slices
+            if handle.name in module._parts
         }
         for module, _ in slices.values():
             module.check_whole()

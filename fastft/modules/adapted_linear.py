@@ -23,6 +23,7 @@ from .adapter import Adapter
 from .merging import Mergeable, pristine
 from .norms import RowNorms, factor
 from .packed import unshare
+from .parts import TrainsParts
 from .projection import Projection, project
 from .quantized import quantization, sizes
 from .slices import Sliced
@@ -43,7 +44,7 @@ class LoRASettings:
 
 
 # What `adapt` gives a module besides another class.
-_STATE = ("_adapters", "_merged", "_slice_store", "_settings", "_slices", "_written", "_norms", "_groups")
+_STATE = ("_adapters", "_merged", "_store", "_settings", "_parts", "_written", "_norms", "_groups")
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -72,9 +73,9 @@ def adapt(module: nn.Module, adapter: Adapter) -> None:
         module.__class__ = adapted_class(type(module), quantization(module) is not None)
         module._adapters = {}
         module._merged = []
-        module._slice_store = None
+        module._store = None
         module._settings = {}  # of the adapters that have a low-rank delta here, by name
-        module._slices = {}  # of the adapters whose delta is a slice of the weight, by name
+        module._parts = {}  # of the adapters whose delta is a part of the weight, by name
         module._written = {}  # the version of each slice's delta that was written into the weight
         module._norms = RowNorms()
         module._groups = {}  # the ProjectionGroup of each adapter that has one here, by name
@@ -150,7 +151,7 @@ class Adapted(Mergeable):
                 del held[adapter.name]
                 if not len(held):
                     delattr(self, holder)
-        for record in (self._settings, self._slices, self._written):
+        for record in (self._settings, self._parts, self._written):
             record.pop(adapter.name, None)
         if adapter.name in self._groups:
             self._groups.pop(adapter.name).release()
@@ -196,7 +197,7 @@ class Adapted(Mergeable):
         return self._plain_forward(self._copies([a for a in self._adapters.values() if a.on()]), *args, **kwargs)
 
 
-class AdaptedLinear(Sliced, Adapted):
+class AdaptedLinear(Sliced, TrainsParts, Adapted):
     """Mixed into `nn.Linear` and transformers' Conv1D. Every active adapter turns the layer's W and bias into
 
         W + scale · B A and bias + scale · lora_bias;    with DoRA g ∘ (W + scale · B A), g = magnitude / ‖W₀ + scale · B A‖;
@@ -253,8 +254,8 @@ class AdaptedLinear(Sliced, Adapted):
     # ---- forward
 
     def forward(self, input):
-        if self._slices:
-            return self._sliced_forward(input)
+        if self._parts:
+            return self._parts_forward(input)
         on = [adapter for adapter in self._adapters.values() if adapter.on()]
         replaced = self._copies(on)
         names = [adapter.name for adapter in on if adapter.name in self._settings]

@@ -1,54 +1,36 @@
 """Deltas in a module's own tensors, and how they come out without a trace.
 
-Two kinds of delta can stand in a tensor: one that changes all of it (LoRA, merged on request), and a slice of a weight
-(rows or columns, as S²FT trains: there from the start, while the adapter is active). While any does, the values from before
-are kept: the whole tensor in the buffer ``_pristine_<name>``, or of slices along one dimension only the union of what they
-touch, in ``_pristine_slice``. The tensors are always recomputed as round(pristine + all standing deltas in float32), so any
-order of merging, switching and detaching is exact, and ``state_dict`` shows the pristine base.
+Two kinds of delta can stand in a tensor: one that changes all of it (LoRA, merged on request), and a part of a weight: rows
+or columns as S²FT trains, single entries as SpIEL and LIFT do; there from the start, while the adapter is active. While any
+does, the values from before are kept: the whole tensor in the buffer ``_pristine_<name>``, or of parts of one kind only
+what they touch, in ``_pristine_part`` (see `stores`). The tensors are always recomputed as round(pristine + all standing
+deltas in float32), so any order of merging, switching and detaching is exact, and ``state_dict`` shows the pristine base.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from ..ops.partial import exchange_slice_, write_slice_
 from ..ops.partial_linear import Part
+from .stores import EntryStore, SliceStore
 
 _PRISTINE = "_pristine_"
-SLICE = "_pristine_slice"
+_PART = "_pristine_part"
 
 
 def pristine(module: nn.Module, own: str) -> torch.Tensor:
     """One of a module's own tensors as it is without deltas; a copy where only a slice of it is kept."""
     stored = module._buffers.get(_PRISTINE + own)
-    if stored is None and own == "weight" and SLICE in module._buffers:
+    if stored is None and own == "weight" and _PART in module._buffers:
         module.check_whole()
         with torch.no_grad():
             stored = module.weight.detach().clone(memory_format=torch.contiguous_format)
-            write_slice_(stored, module._slice_store.index(module), module._slice_store.dim, module._buffers[SLICE], None)
+            module._store.restore(module, stored, module._buffers[_PART])
     return getattr(module, own) if stored is None else stored
-
-
-@dataclass(eq=False)
-class SliceStore:
-    """Whose slices of the weight stand in it, along which dimension of the stored weight; ``_pristine_slice`` is what they
-    were before."""
-
-    names: tuple[str, ...]
-    dim: int
-    union: torch.Tensor | None = None  # of their indices, ascending; on the weight's device
-
-    def index(self, module) -> torch.Tensor:
-        if self.union is None or self.union.device != module.weight.device:
-            parts = [module.slice_part(name).index for name in self.names]
-            self.union = parts[0] if len(parts) == 1 else torch.cat(parts).unique()
-        return self.union
 
 
 class Mergeable(nn.Module):
     """Mixed into adapted modules; `_adapters` holds the adapters by name, `_merged` the names of those that stand in the
-    own tensors (slices only while active), `_slice_store` what is kept of slices."""
+    own tensors (parts of the weight only while active), `_store` what is kept where only such parts do."""
 
     def edited(self, name: str) -> tuple[str, ...]:
         """The own tensors that adapter `name`'s delta changes."""
@@ -58,16 +40,20 @@ class Mergeable(nn.Module):
         """Why adapter `name` can't be merged here, or None."""
         return None
 
-    def slice_part(self, name: str) -> Part | None:
-        """The rows or columns of the weight that adapter `name`'s delta is, or None if it has no such delta here."""
+    def part_of(self, name: str) -> Part | None:
+        """The part of the weight that adapter `name`'s delta is, or None if it has no such delta here."""
         return None
 
-    def slice_value(self, name: str) -> torch.Tensor:
-        """The delta of that slice, oriented as the stored weight."""
+    def delta_of(self, name: str) -> torch.Tensor:
+        """The delta of that part, oriented as the stored weight."""
+        raise NotImplementedError
+
+    def entry_deltas(self, name: str) -> list:
+        """[(Entries, delta)] of adapter `name`, where its part is of entries."""
         raise NotImplementedError
 
     def note_written(self, names) -> None:
-        """The slices of these adapters have just been written into the weight."""
+        """The parts of these adapters have just been written into the weight."""
 
     def _add_delta(self, totals: dict[str, torch.Tensor], name: str) -> None:
         """Add adapter `name`'s delta to the totals of the tensors it edits, in place, in their layout and (float32 or
@@ -80,7 +66,7 @@ class Mergeable(nn.Module):
     def standing(self) -> list[str]:
         """The adapters whose deltas are in the own tensors, in the order of attaching, whatever the order of merging."""
         merged = [name for name in self._adapters if name in self._merged]
-        return [name for name in merged if self.slice_part(name) is None or self._adapters[name].active]
+        return [name for name in merged if self.part_of(name) is None or self._adapters[name].active]
 
     def set_merged(self, adapter, merged: bool) -> None:
         """Put the adapter's delta into the own tensors, or take it out. The pristine bits come back with the last one."""
@@ -96,17 +82,19 @@ class Mergeable(nn.Module):
     def rebuild(self) -> None:
         """Keep what has to be kept and write what has to stand, after adapters were merged, taken out or switched."""
         standing = self.standing()
-        slices = {name: part for name in standing if (part := self.slice_part(name)) is not None}
-        whole = {own for name in standing if name not in slices for own in self.edited(name)}
-        dims = {part.dim(self.fan_in_fan_out) for part in slices.values()}
-        if len(dims) > 1 or (slices and "weight" in whole):  # then what is touched is no slice
+        parts = {name: part for name in standing if (part := self.part_of(name)) is not None}
+        whole = {own for name in standing if name not in parts for own in self.edited(name)}
+        dims = {None if part.kind == "entries" else part.dim(self.fan_in_fan_out) for part in parts.values()}
+        if len(dims) > 1 or (parts and "weight" in whole):  # then what is touched is no part of one kind
             whole.add("weight")
-        sliced = tuple(slices) if "weight" not in whole else ()
-        store = SliceStore(sliced, *dims) if sliced else None
-        old = self._slice_store
-        if old is not None and (store is None or old.dim != store.dim):
-            self._write(old, None)
-            self._drop_slices()
+        store = None
+        if parts and "weight" not in whole:
+            (dim,) = dims
+            store = EntryStore(tuple(parts)) if dim is None else SliceStore(tuple(parts), dim)
+        old = self._store
+        same = store is not None and type(store) is type(old) and store.names == old.names
+        if old is not None and not same and (store is None or not store.succeeds(old)):
+            self._drop_parts(restore=True)
         for own, value in self._stored().items():
             if own not in whole:
                 getattr(self, own).copy_(value)
@@ -114,75 +102,72 @@ class Mergeable(nn.Module):
         for own in whole:
             if _PRISTINE + own not in self._buffers:
                 self.register_buffer(_PRISTINE + own, getattr(self, own).detach().clone(), persistent=False)
-        if store is None or (self._slice_store is not None and self._slice_store.names == sliced):
+        if store is None or same:
             self.refresh()
         else:
             self._exchange(store)
 
     def _exchange(self, store) -> None:
-        """Let these slices stand in the weight instead of those that do, if any; both lie along one dimension."""
+        """Let these parts stand in the weight instead of those that do, if any."""
         self.check_whole()
-        old, index = self._slice_store, store.index(self)
-        if old is None:
-            out = index[:0], self.weight.detach().narrow(store.dim, 0, 0).contiguous()
-        else:
-            out = old.index(self), self._buffers[SLICE]
-        base = exchange_slice_(self.weight, store.dim, *out, index, self._sum_of_slices(store))
+        base = store.exchange(self, self._store, self._buffers.get(_PART))
         torch.autograd.graph.increment_version(self.weight)  # a graph that saved the weight must notice
-        self._slice_store = store
-        self.register_buffer(SLICE, base, persistent=False)
+        self._store = store
+        self.register_buffer(_PART, base, persistent=False)
         self.note_written(store.names)
 
-    def _drop_slices(self) -> None:
-        self._slice_store = None
-        self._buffers.pop(SLICE, None)
-        self._non_persistent_buffers_set.discard(SLICE)
+    def _drop_parts(self, restore: bool) -> None:
+        """Forget the store; with `restore` put the pristine bits back before."""
+        if restore:
+            self.check_whole()
+            self._store.restore(self, self.weight, self._buffers[_PART])
+            torch.autograd.graph.increment_version(self.weight)
+        self._store = None
+        self._buffers.pop(_PART, None)
+        self._non_persistent_buffers_set.discard(_PART)
 
     def check_whole(self) -> None:
-        """Raises RuntimeError where something sharded the weight, so that its slices can be neither read nor written."""
+        """Raises RuntimeError where something sharded the weight, so that parts of it can be neither read nor written."""
         if type(self.weight) is not nn.Parameter or self.weight.dim() != 2:
             raise RuntimeError(
-                f"the weight is a {type(self.weight).__name__} of shape {list(self.weight.shape)}, in which no slice can "
-                "train: fully_shard, FSDP and ZeRO's stage 3 don't go with adapters that train slices of the weights in "
+                f"the weight is a {type(self.weight).__name__} of shape {list(self.weight.shape)}, in which no part can "
+                "train: fully_shard, FSDP and ZeRO's stage 3 don't go with adapters that train parts of the weights in "
                 "place; use DistributedDataParallel"
             )
-
-    def _write(self, store, delta) -> None:
-        self.check_whole()
-        write_slice_(self.weight, store.index(self), store.dim, self._buffers[SLICE], delta)
-        torch.autograd.graph.increment_version(self.weight)  # a graph that saved the weight must notice
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Recompute what stands in the own tensors, after the adapters' values changed."""
         stored, standing = self._stored(), self.standing()
         totals = {own: value.to(torch.promote_types(value.dtype, torch.float32), copy=True) for own, value in stored.items()}
-        slices = [name for name in standing if self.slice_part(name) is not None]
-        if self._slice_store is not None:
-            self._write(self._slice_store, self._sum_of_slices(self._slice_store))
+        if self._store is not None:
+            self.check_whole()
+            self._store.write(self, self._buffers[_PART])
+            torch.autograd.graph.increment_version(self.weight)
         for name in standing if totals else ():
-            part = self.slice_part(name)
+            part = self.part_of(name)
             if part is None:
                 self._add_delta(totals, name)
+            elif part.kind == "entries":
+                weight = totals["weight"]
+                for entries, delta in self.entry_deltas(name):
+                    weight[entries.rows(), entries.columns.long()] += delta.to(weight.dtype)
             else:
                 weight = totals["weight"]
-                weight.index_add_(part.dim(self.fan_in_fan_out), part.index, self.slice_value(name).to(weight.dtype))
+                weight.index_add_(part.dim(self.fan_in_fan_out), part.index, self.delta_of(name).to(weight.dtype))
         for own, total in totals.items():
             getattr(self, own).copy_(total)
-        self.note_written(slices)
+        self.note_written([name for name in standing if self.part_of(name) is not None])
 
-    def _sum_of_slices(self, store) -> torch.Tensor:
-        """The deltas of all slices on the store's indices, float32 (float64)."""
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        if len(store.names) == 1:
-            return self.slice_value(store.names[0]).detach().to(wide).contiguous()
-        union, shape = store.index(self), list(self.weight.shape)
-        shape[store.dim] = len(union)
-        total = torch.zeros(shape, dtype=wide, device=union.device)
-        for name in store.names:
-            at = torch.searchsorted(union, self.slice_part(name).index)
-            total.index_add_(store.dim, at, self.slice_value(name).to(wide))
-        return total
+    def update_site(self, name):
+        """What an op needs to update the delta of adapter `name` and write it into the weight in one pass, where it stands
+        there alone: (weight, index, dim, base) of a slice, (weight, starts, columns, base) of entries. Else None, and
+        whoever changes the delta calls `refresh`."""
+        delta = self.delta_of(name)
+        if self._store is None or delta.dtype != torch.float32 or not delta.is_contiguous():
+            return None
+        self.check_whole()
+        return self._store.site(self, name, self._buffers[_PART])
 
     @torch.no_grad()
     def fold(self, adapter) -> None:
@@ -192,14 +177,14 @@ class Mergeable(nn.Module):
             self.set_merged(other, False)
         for own, value in self._copies([adapter]).items():
             getattr(self, own).copy_(value)
-        if adapter.name in self._settings or self.slice_part(adapter.name) is not None:
+        if adapter.name in self._settings or self.part_of(adapter.name) is not None:
             active, adapter.active = adapter.active, True
             self.set_merged(adapter, True)
             adapter.active = active
             self._merged.clear()
             for own in self._stored():
                 delattr(self, _PRISTINE + own)
-            self._drop_slices()
+            self._drop_parts(restore=False)
         for other in merged:
             if other is not adapter:
                 self.set_merged(other, True)
@@ -207,12 +192,12 @@ class Mergeable(nn.Module):
     def _stored(self) -> dict[str, torch.Tensor]:
         """The pristine bits of tensors that are kept whole."""
         own = {key[len(_PRISTINE) :]: value for key, value in self._buffers.items() if key.startswith(_PRISTINE)}
-        own.pop("slice", None)
+        own.pop("part", None)
         return own
 
     def _touched(self) -> list[str]:
         """The own tensors in which deltas stand."""
-        return [*self._stored(), *(["weight"] if self._slice_store is not None else [])]
+        return [*self._stored(), *(["weight"] if self._store is not None else [])]
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -224,9 +209,8 @@ class Mergeable(nn.Module):
             return super()._load_from_state_dict(*args, **kwargs)
         stored = self._stored()
         with torch.no_grad():
-            if self._slice_store is not None:
-                self._write(self._slice_store, None)
-                self._drop_slices()
+            if self._store is not None:
+                self._drop_parts(restore=True)
             for own, value in stored.items():
                 getattr(self, own).copy_(value)
             super()._load_from_state_dict(*args, **kwargs)

@@ -5,7 +5,7 @@
     `Part`     trains            backward computes besides dX = dY W     and keeps for it
     columns    W[:, C]           dYᵀ X[:, C]  [N, C]                     a compact copy of X[:, C]   (gather_columns)
     rows       W[R, :]           dY[:, R]ᵀ X  [R, K]                     X, by reference
-    entries    W.flatten()[E]    (dYᵀ X).flatten()[E], a block of rows at a time      X, by reference
+    entries    W at entries E    (dYᵀ X) at E, and nothing else of it (`sparse`)      X, by reference
     all        W                 dYᵀ X                                   X, by reference
     nothing    -                 -                                       nothing
 

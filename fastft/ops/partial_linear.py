@@ -7,20 +7,20 @@
 The kernels are in `partial`; the table of what each part costs is in its docstring.
 """
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from .entries import Entries
 from .lora_linear import _autocast, _rows
 from .partial import gather_columns, scatter_add_columns_
 from .registry import Scope
+from .sparse_linear import Sampling, entries_gradient, product
 
 KINDS = ("all", "rows", "columns", "entries", "nothing")
-_BLOCK = 256  # rows of dYᵀX that "entries" holds at a time
 # Below so many columns the transposed product and its copy are faster (1024 tokens, 2048 rows, float32, one run on a 2-core
 # Xeon: 8 columns 0.38 against 0.70 ms, 61 columns 1.4 against 1.8, 128 columns 2.3 against 2.1).
 _NARROW = 64
@@ -36,13 +36,13 @@ class Part:
     """Which part of a linear's weight [N, K] trains.
 
     Attributes:
-        kind: "all", "rows" (outputs), "columns" (inputs), "entries" (n · K + k) or "nothing".
-        index: for rows and columns int32, for entries int64, [C], ascending, each once; None otherwise.
+        kind: "all", "rows" (outputs), "columns" (inputs), "entries" (of the stored weight) or "nothing".
+        index: for rows and columns int32 [C], ascending, each once; for entries `Entries`; None otherwise.
     """
 
     kind: str
-    index: torch.Tensor | None = None
-    _bounds: dict = field(default_factory=dict, init=False, repr=False)
+    index: torch.Tensor | Entries | None = None
+    _sampling: list[Sampling] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -52,7 +52,7 @@ class Part:
 
     @staticmethod
     def of(kind: str, index, size: int, device=None) -> "Part":
-        """Rows, columns or entries by any sequence of integers, checked against `size`, how many there are.
+        """Rows or columns by any sequence of integers, checked against `size`, how many there are.
 
         Raises:
             ValueError: an index out of [0, size), or given twice.
@@ -62,7 +62,7 @@ class Part:
             raise ValueError(f"{kind} {index[0].item()} to {index[-1].item()} of a weight that has {size}")
         if (index.diff() == 0).any():
             raise ValueError(f"{kind} {index[:-1][index.diff() == 0][0].item()} is given twice")
-        return Part(kind, index.to(device, torch.int64 if kind == "entries" else torch.int32))
+        return Part(kind, index.to(device, torch.int32))
 
     def dim(self, fan_in_fan_out: bool = False) -> int:
         """The dimension of the stored weight that a slice of rows or columns is taken along."""
@@ -75,17 +75,16 @@ class Part:
         if self.index is None:
             return (0,)
         if self.kind == "entries":
-            return tuple(self.index.shape)
+            return (len(self.index),)
         sizes = list(weight.shape)
         sizes[self.dim(fan_in_fan_out)] = len(self.index)
         return tuple(sizes)
 
-    def bounds(self, rows: int, columns: int) -> list[int]:
-        """Where in the index of entries each block of `_BLOCK` rows begins; read from the device once."""
-        if (rows, columns) not in self._bounds:
-            starts = torch.arange(0, rows + _BLOCK, _BLOCK, device=self.index.device) * columns
-            self._bounds[rows, columns] = torch.searchsorted(self.index, starts).tolist()
-        return self._bounds[rows, columns]
+    def sampling(self) -> Sampling:
+        """How the gradient of entries is computed; looked at once."""
+        if not self._sampling:
+            self._sampling.append(Sampling.of(self.index))
+        return self._sampling[0]
 
 
 def slice_dim(kind: str, fan_in_fan_out: bool = False) -> int:
@@ -97,14 +96,15 @@ class _PartialNode(torch.autograd.Function):
     """x [T, K] -> x Wᵀ + bias; the gradient of each trained tensor is its part's of W."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, parts, transposed, *trained):
+    def forward(ctx, x, weight, bias, parts, observers, transposed, *trained):
         y = F.linear(x, weight, bias)
-        ctx.parts, ctx.transposed, ctx.scope = parts, transposed, Scope.captured()
+        ctx.parts, ctx.observers, ctx.transposed, ctx.scope = parts, observers, transposed, Scope.captured()
         ctx.kinds = [t.dtype for t in trained]
-        needed = [need and part.kind != "nothing" for part, need in zip(parts, ctx.needs_input_grad[5:])]
+        needed = [need and part.kind != "nothing" for part, need in zip(parts, ctx.needs_input_grad[6:])]
         # The compact copy is what lets go of x; a view of x's columns would keep all of it.
         copies = [gather_columns(x, p.index) if need and p.kind == "columns" else None for p, need in zip(parts, needed)]
         whole = ctx.needs_input_grad[1] or any(need and p.kind != "columns" for p, need in zip(parts, needed))
+        whole = whole or any(observers)
         ctx.save_for_backward(x if whole else None, weight if ctx.needs_input_grad[0] else None, *copies)
         return y
 
@@ -116,14 +116,16 @@ class _PartialNode(torch.autograd.Function):
 
 def _partial_backward(ctx, dy):
     x, weight, *copies = ctx.saved_tensors
-    need_x, need_w, need_bias, _, _, *needed = ctx.needs_input_grad
+    need_x, need_w, need_bias, _, _, _, *needed = ctx.needs_input_grad
     dy = dy.contiguous()
+    for observer in filter(None, ctx.observers):
+        observer(*((x, dy) if ctx.transposed else (dy, x)))
     gradients = [
         _part_gradient(dy, x, copy, part, ctx.transposed, kind) if need else None
         for part, copy, kind, need in zip(ctx.parts, copies, ctx.kinds, needed)
     ]
     dx = dy @ weight if need_x else None
-    return dx, dy.t() @ x if need_w else None, dy.sum(0) if need_bias else None, None, None, *gradients
+    return dx, dy.t() @ x if need_w else None, dy.sum(0) if need_bias else None, None, None, None, *gradients
 
 
 def _part_gradient(dy, x, copy, part, transposed, dtype):
@@ -131,7 +133,7 @@ def _part_gradient(dy, x, copy, part, transposed, dtype):
     if part.kind == "nothing":
         return dy.new_zeros(0, dtype=dtype)
     if part.kind == "entries":
-        return _entries_gradient(*((x, dy) if transposed else (dy, x)), part, dtype)
+        return entries_gradient(*((x, dy) if transposed else (dy, x)), part.index, dtype, part.sampling())
     if part.kind == "columns":
         left, right = dy, copy
     else:
@@ -149,24 +151,6 @@ def _part_gradient(dy, x, copy, part, transposed, dtype):
 def _padded(t):
     """t [T, F] with columns of zeros up to a multiple of 8."""
     return F.pad(t, (0, -t.shape[1] % _ALIGNED)) if t.shape[1] % _ALIGNED else t
-
-
-def _entries_gradient(left, right, part, dtype):
-    """Entries of leftᵀ right (the stored gradient) by blocks of its rows, so that a dense dW never exists."""
-    (n, k), out = (left.shape[1], right.shape[1]), torch.empty(part.index.shape, dtype=dtype, device=left.device)
-    for block, (begin, end) in enumerate(itertools.pairwise(part.bounds(n, k))):
-        if begin < end:
-            first = block * _BLOCK
-            rows = product(left[:, first : first + _BLOCK].t(), right, dtype)
-            out[begin:end] = rows.flatten()[part.index[begin:end] - first * k]
-    return out
-
-
-def product(left, right, dtype):
-    """left @ right in `dtype`: of 16-bit operands on CUDA without rounding the float32 sums to 16 bits in between."""
-    if dtype != left.dtype and left.is_cuda and dtype == torch.float32:
-        return torch.mm(left, right, out_dtype=dtype)
-    return (left @ right).to(dtype)
 
 
 class _DeltaNode(torch.autograd.Function):
@@ -223,7 +207,16 @@ def _delta_backward(ctx, dy):
     return dx, dy if need_y else None, None, dy.sum(0) if need_bias else None, ddelta, None, None
 
 
-def partial_linear(x, weight, bias=None, parts: Part | Sequence[Part] = (), trained=(), *, fan_in_fan_out: bool = False):
+def partial_linear(
+    x,
+    weight,
+    bias=None,
+    parts: Part | Sequence[Part] = (),
+    trained=(),
+    *,
+    observers: Sequence[Callable | None] = (),
+    fan_in_fan_out: bool = False,
+):
     """``x Wᵀ + bias``, of whose weight the `parts` train: the values that train stand in `weight`, and only there.
 
     Args:
@@ -232,6 +225,8 @@ def partial_linear(x, weight, bias=None, parts: Part | Sequence[Part] = (), trai
         bias: [N] or None.
         parts, trained: one part or several, and as many tensors of shape ``part.shape(weight)``, oriented as the weight,
             float32 or x's dtype. They are not read; their gradients are those of the part of W.
+        observers: called in backward with (left, right), whose leftᵀ right is the gradient of the stored weight; x is kept
+            for them.
 
     Returns:
         [..., N] in x's dtype (the autocast dtype under autocast). Kept for backward: [T, C] a part of columns, x (by
@@ -246,7 +241,7 @@ def partial_linear(x, weight, bias=None, parts: Part | Sequence[Part] = (), trai
     logical = weight.t() if fan_in_fan_out else weight
     if not parts or not torch.is_grad_enabled():
         return F.linear(x, logical, bias)
-    y = _PartialNode.apply(_rows(x), logical, bias, parts, fan_in_fan_out, *trained)
+    y = _PartialNode.apply(_rows(x), logical, bias, parts, tuple(observers), fan_in_fan_out, *trained)
     return y.view(*x.shape[:-1], logical.shape[0])
 
 
@@ -304,6 +299,8 @@ def _check(x, weight, parts, trained, fan_in_fan_out):
         raise ValueError(f"{len(parts)} parts and {len(trained)} trained tensors; one each is needed")
     for part, t in zip(parts, trained):
         shape = part.shape(weight, fan_in_fan_out)
+        if part.kind == "entries" and tuple(part.index.shape) != tuple(weight.shape):
+            raise ValueError(f"entries of a weight {list(part.index.shape)} are not those of a weight {list(weight.shape)}")
         if tuple(t.shape) != shape:
             raise ValueError(f"a part of {part.kind} of weight {list(weight.shape)} is {list(shape)}, not {list(t.shape)}")
         if t.dtype not in (torch.promote_types(weight.dtype, torch.float32), weight.dtype):

@@ -54,7 +54,7 @@ class SliceAdamW(torch.optim.Optimizer):
                 if parameter.grad.is_sparse:
                     raise RuntimeError("SliceAdamW takes no sparse gradients")
                 module, name = self._slices.get(parameter, (None, None))
-                site = None if module is None else module.slice_site(name)
+                site = None if module is None else module.update_site(name)
                 state = self._state(parameter)
                 if site is None:
                     others.append(parameter)

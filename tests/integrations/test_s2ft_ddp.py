@@ -146,7 +146,7 @@ def test_two_processes_are_one(ranks):
                 if module is None or name.endswith("bias"):
                     assert not len(changed), name
                 else:
-                    part = module.slice_part("default")
+                    part = module.part_of("default")
                     assert changed[:, part.dim()].unique().tolist() == part.index.tolist(), name
 
 

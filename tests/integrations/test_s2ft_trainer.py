@@ -73,8 +73,8 @@ def assert_equal(found, expected):
 def assert_moved(handle):
     fresh = llama()
     for name, module in handle.targets.items():
-        moved = (module.weight != fresh.get_submodule(name).weight).any(dim=module.slice_part(handle.name).dim() ^ 1)
-        assert moved.nonzero().flatten().tolist() == module.slice_part(handle.name).index.tolist(), name
+        moved = (module.weight != fresh.get_submodule(name).weight).any(dim=module.part_of(handle.name).dim() ^ 1)
+        assert moved.nonzero().flatten().tolist() == module.part_of(handle.name).index.tolist(), name
 
 
 def assert_pristine(model):

@@ -56,7 +56,7 @@ def weights(handle):
 def outside(handle, name, weight):
     """The entries of a weight that are not in the adapter's slice."""
     module = handle.targets[name]
-    part = module.slice_part(handle.name)
+    part = module.part_of(handle.name)
     rest = torch.ones(weight.shape[part.dim(module.fan_in_fan_out)], dtype=torch.bool)
     rest[part.index.long()] = False
     return weight.select(0, 0)[:0] if not rest.any() else weight.index_select(
@@ -121,7 +121,7 @@ def test_gradients_are_the_slices_of_autograds(family, how):
 
 def take(handle, name, full):
     module = handle.targets[name]
-    part = module.slice_part(handle.name)
+    part = module.part_of(handle.name)
     return full.index_select(part.dim(module.fan_in_fan_out), part.index)
 
 
@@ -136,7 +136,7 @@ def test_a_step_is_dense_adamw_with_a_masked_gradient():
         twin(input_ids=tokens(seed=step), labels=tokens(seed=step)).loss.backward()
         for name, weight in zip(handle.targets, dense, strict=True):
             mask = torch.zeros_like(weight)
-            part = handle.targets[name].slice_part("default")
+            part = handle.targets[name].part_of("default")
             mask.index_fill_(part.dim(), part.index.long(), 1.0)
             weight.grad *= mask
         optimizer.step()
@@ -166,7 +166,7 @@ def test_memory():
     entries = state = 0
     for module in handle.targets.values():
         delta = module.slice_delta["default"]
-        held = [delta, delta.grad, *(s for s in optimizer.state[delta].values() if s.dim()), module._pristine_slice]
+        held = [delta, delta.grad, *(s for s in optimizer.state[delta].values() if s.dim()), module._pristine_part]
         entries += delta.numel()
         state += sum(t.untyped_storage().nbytes() for t in held)
     assert entries == sum(p.numel() for p in handle.parameters()) and state <= 20 * entries
@@ -181,7 +181,7 @@ def test_memory():
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             _y = module(x)
-        assert sum(kept.values()) == 4 * 9 * len(module.slice_part("default").index)
+        assert sum(kept.values()) == 4 * 9 * len(module.part_of("default").index)
 
 
 def test_backward_ends_at_the_lowest_selected_unit(monkeypatch):
@@ -320,9 +320,9 @@ def test_any_optimizer(optimizer):
         handle.refresh()
     y = logits(model)
     for module in handle.targets.values():
-        part = module.slice_part("default")
+        part = module.part_of("default")
         slice = module.weight.detach().index_select(part.dim(), part.index)
-        assert torch.equal(slice, module._pristine_slice + module.slice_delta["default"].detach())
+        assert torch.equal(slice, module._pristine_part + module.slice_delta["default"].detach())
     if optimizer in ("ours", "foreach"):
         other = llama()
         train(other, attached(other, seed=None))
@@ -473,7 +473,7 @@ def test_on_one_linear_with_lora():
     name = "model.layers.0.mlp.down_proj"
     module = a.targets[name]
     delta = module.lora_B["lora"] @ module.lora_A["lora"] * lora.method.scale(name)
-    want = base.get_submodule(name).weight.index_add(1, module.slice_part("a").index, module.slice_delta["a"]) + delta
+    want = base.get_submodule(name).weight.index_add(1, module.part_of("a").index, module.slice_delta["a"]) + delta
     x = torch.randn(5, module.in_features)
     expected = torch.nn.functional.linear(x, want, module.bias)
     for states in ((True, False), (True, True), (False, True), (False, False)):
@@ -499,7 +499,7 @@ def test_two_slices_of_one_weight_add_up():
         module = a.targets[name]
         want = base.get_submodule(name).weight
         for handle in (a, b):
-            want = want.index_add(1, module.slice_part(handle.name).index, module.slice_delta[handle.name])
+            want = want.index_add(1, module.part_of(handle.name).index, module.slice_delta[handle.name])
         torch.testing.assert_close(module.weight, want, rtol=1e-6, atol=1e-6)
     train(model, a, steps=1, lr=1e-6)
     torch.testing.assert_close(logits(model), both, rtol=1e-3, atol=1e-3)
@@ -537,7 +537,7 @@ def test_the_model_shows_the_pretrained_base():
     half = copy.deepcopy(model).to(torch.bfloat16)
     assert {p.dtype for p in fastft.methods.handles(half)["default"].parameters()} == {torch.float32}
     for name, module in fastft.methods.handles(half)["default"].targets.items():
-        part = module.slice_part("default")
+        part = module.part_of("default")
         want = take(handle, name, base[f"{name}.weight"]).bfloat16().float() + handle.targets[name].slice_delta["default"]
         assert torch.equal(module.weight.index_select(part.dim(), part.index), want.bfloat16())
     handle.detach()

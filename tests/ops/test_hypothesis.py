@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastft import _native
+from fastft.ops.entries import Entries
 from fastft.ops.lora_linear import SharedInput, lora_linear, lora_update
 from fastft.ops.partial_linear import Part, delta_linear, delta_update, partial_linear
 from tests.ops.drawing import check, gradients, layout, on
@@ -135,13 +136,15 @@ def test_update_of_any_base(data, isa, dtypes, lead, k, n, r):
 # ---- partial linears
 
 
-def part_of(data, kind, n, k):
+def part_of(data, kind, n, k, transposed=False):
     """A drawn part: none, some or all of what there is."""
     size = {"rows": n, "columns": k, "entries": n * k}.get(kind)
     if size is None:
         return Part(kind)
     count = data.draw(st.one_of(st.sampled_from([0, size]), st.integers(0, size)), "count")
     chosen = torch.randperm(size, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99), "chosen")))
+    if kind == "entries":
+        return Part(kind, Entries.of_flat(chosen[:count], (k, n) if transposed else (n, k)))
     return Part.of(kind, chosen[:count], size)
 
 
@@ -151,7 +154,7 @@ def part_of(data, kind, n, k):
 )  # fmt: skip
 def test_parts_of_a_weight(data, isa, dtype, lead, n, k, kind, transposed):
     """y and dx have the frozen layer's bits, and the gradient is the part of the whole one."""
-    part = part_of(data, kind, n, k)
+    part = part_of(data, kind, n, k, transposed)
     layouts = [
         layout(data, *lead, k, dtype=dtype),
         layout(data, *((k, n) if transposed else (n, k)), dtype=dtype, trains=False),
@@ -183,7 +186,7 @@ def planted(w, part, transposed, trained):
     if part.kind == "all":
         w = w + trained
     elif part.kind == "entries":
-        w = w.flatten().index_add(0, part.index, trained).view(w.shape)
+        w = w.flatten().index_add(0, part.index.flat(), trained).view(w.shape)
     elif part.kind != "nothing":
         w = w.index_add(part.dim(transposed), part.index, trained)
     return w.t() if transposed else w

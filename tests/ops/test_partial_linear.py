@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fastft
+from fastft.ops.entries import Entries
 from fastft.ops.partial_linear import KINDS, Part, delta_linear, delta_update, partial_linear
 from tests.golden import assert_close, backends, plain_product, run_on
 
@@ -19,11 +20,13 @@ def backend(request):
         yield device
 
 
-def part(kind, device="cpu", n=N, k=K):
+def part(kind, device="cpu", n=N, k=K, transposed=False):
     size = {"rows": n, "columns": k, "entries": n * k}.get(kind)
     if size is None:
         return Part(kind)
     chosen = torch.randperm(size, generator=torch.Generator().manual_seed(4))[: max(1, size // 4)]
+    if kind == "entries":
+        return Part(kind, Entries.of_flat(chosen, (k, n) if transposed else (n, k)).to(device))
     return Part.of(kind, chosen, size, device)
 
 
@@ -39,7 +42,7 @@ def take(full, part, transposed):
     """The part of a full [N, K] gradient, in the orientation of the stored weight."""
     stored = full.t() if transposed else full
     if part.kind == "entries":
-        return stored.flatten()[part.index.long()]
+        return stored.flatten()[part.index.flat()]
     if part.kind == "all":
         return stored
     return stored.index_select(part.dim(transposed), part.index)
@@ -57,7 +60,7 @@ def test_gradients_are_the_part_of_the_full_ones(backend, kind, tokens, transpos
         if tokens == 300 and fastft.ops.registry._forced.get() == "triton" and backend == "cpu":
             continue  # slow in the interpreter, and the same tiles
         x, weight, bias, dy = layer(tokens, dtype, backend, transposed)
-        chosen = part(kind, backend)
+        chosen = part(kind, backend, transposed=transposed)
         trained = torch.full(chosen.shape(weight, transposed), float("nan"), dtype=wide(weight), device=backend)
         y = partial_linear(x, weight, bias, chosen, trained.requires_grad_(), fan_in_fan_out=transposed)
         logical = weight.t() if transposed else weight
@@ -97,14 +100,14 @@ def test_slices_that_are_padded_for_tensor_cores(monkeypatch, kind, transposed):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_gradcheck(kind, transposed):
     x, weight, bias, _ = layer(5, F64, transposed=transposed, n=6, k=9)
-    chosen, bias = part(kind, n=6, k=9), bias.requires_grad_()
+    chosen, bias = part(kind, n=6, k=9, transposed=transposed), bias.requires_grad_()
     trained = torch.zeros(chosen.shape(weight, transposed), dtype=F64, requires_grad=True)
 
     def with_values(x, bias, trained):
         """The trained values stand in the weight, which autograd doesn't know of."""
         w = weight.clone()
         if chosen.kind == "entries":
-            w.view(-1)[chosen.index] += trained.detach()
+            w.view(-1)[chosen.index.flat()] += trained.detach()
         elif chosen.kind == "all":
             w += trained.detach()
         elif chosen.kind != "nothing":
@@ -192,7 +195,7 @@ def test_parts_side_by_side():
 
 
 def test_entries_never_make_a_dense_gradient(monkeypatch):
-    from fastft.ops import partial_linear as module
+    from fastft.ops import sparse_linear as module
 
     sizes = []
     real = module.product
@@ -202,7 +205,7 @@ def test_entries_never_make_a_dense_gradient(monkeypatch):
     trained = torch.zeros(chosen.shape(weight), requires_grad=True)
     (got,) = torch.autograd.grad(partial_linear(x, weight, None, chosen, trained), trained, dy)
     assert max(sizes) <= 256 * 64 and len(sizes) == 8
-    torch.testing.assert_close(got, (dy.t() @ x.detach()).flatten()[chosen.index], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got, (dy.t() @ x.detach()).flatten()[chosen.index.flat()], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -219,7 +222,7 @@ def test_checkpointing_and_accumulation(reentrant, kind):
     torch.testing.assert_close(trained.grad, want, rtol=1e-5, atol=1e-5)
 
 
-# How many entries lie in a block is read from the device, which no graph can hold.
+# How the gradient of entries is computed is read from the device, which no graph can hold.
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "entries"])
 def test_compiles_into_one_graph(kind):
     x, weight, bias, dy = layer(20, F32)

@@ -1,0 +1,156 @@
+"""Adapters that train a part of a linear's weight where it stands: slices of it (`slices`) or single entries (`sparse`).
+
+While such an adapter is active and merged, which it is from the start, round(pretrained + delta) stands in the weight:
+forward and dX are the frozen layer's. Unmerged, the weight has its pretrained bits and the delta is applied beside it.
+"""
+
+import torch
+
+from ..ops.lora_linear import lora_update
+from ..ops.partial_linear import partial_linear
+from .merging import pristine
+
+
+def version_of(tensor) -> tuple[int, int]:
+    """Changes with every change in place, and is another's for a copy, whose counter starts anew."""
+    return id(tensor), tensor._version
+
+
+class PartSettings:
+    """What a module knows of one adapter's part, beside the tensors that the adapter holds there."""
+
+    def part(self, module, name):
+        """Its `Part`, with indices on the weight's device."""
+        raise NotImplementedError
+
+    def delta(self, module, name) -> torch.nn.Parameter:
+        raise NotImplementedError
+
+    def index_version(self, module, name):
+        """Changes when the indices do."""
+        raise NotImplementedError
+
+    def forget(self) -> None:
+        """The indices have changed."""
+        raise NotImplementedError
+
+    def linear(self, module, name, x, weight, bias):
+        """x Wᵀ + bias with the delta beside the weight."""
+        raise NotImplementedError
+
+    def update(self, module, name, x, y):
+        """y with the delta's part added."""
+        raise NotImplementedError
+
+    def observer(self, module, name):
+        """What backward calls with (left, right), whose leftᵀ right is the gradient of the whole stored weight, or None."""
+        return None
+
+
+class TrainsParts:
+    """Mixed into adapted linears; `_parts` holds the `PartSettings` by adapter name."""
+
+    def _add_part(self, adapter, settings: PartSettings, merged: bool = True) -> None:
+        self._parts[adapter.name] = settings
+        self.set_merged(adapter, merged)
+
+    def part_of(self, name):
+        settings = self._parts.get(name)
+        return None if settings is None else settings.part(self, name)
+
+    def delta_of(self, name):
+        return self._parts[name].delta(self, name)
+
+    def entry_deltas(self, name):
+        return self._parts[name].deltas(self, name)
+
+    def note_written(self, names):
+        for name in names:
+            self._written[name] = version_of(self.delta_of(name))
+
+    def forget_indices(self) -> None:
+        """The indices may have other values now."""
+        for settings in self._parts.values():
+            settings.forget()
+        if self._store is not None:
+            self._store.forget()
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self.forget_indices()  # read again by the rebuild that follows when the children are loaded
+
+    def _apply(self, fn, *args, **kwargs):
+        if not self._parts:
+            return super()._apply(fn, *args, **kwargs)
+        deltas = {name: self.delta_of(name).data for name in self._parts}
+        before = self.weight.dtype
+        super()._apply(fn, *args, **kwargs)
+        if self.weight.dtype != before:
+            # A cast of the model rounds its weights; the delta stays what 16-bit weights need it for.
+            wide = torch.promote_types(self.weight.dtype, torch.float32)
+            for name, delta in deltas.items():
+                self.delta_of(name).data = delta.to(self.weight.device, wide)
+            self.refresh()
+        return self
+
+    def _parts_forward(self, input):
+        """The output where parts train, with other adapters besides (but no DoRA: attaching refuses that)."""
+        if len(self._adapters) == 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            y = self._inference(input)
+            if y is not None:
+                return y
+        on = [adapter for adapter in self._adapters.values() if adapter.on()]
+        replaced = self._copies(on)
+        names = [adapter.name for adapter in on if adapter.name in self._parts or adapter.name in self._settings]
+        if not torch.compiler.is_compiling():
+            self._write_changes()
+        standing = self.standing()
+        if all(name in names for name in standing) and not any(own in replaced for own in self._touched()):
+            weight, bias = self.weight, self.bias
+        else:  # a delta that stands in the weight is not wanted in this forward
+            standing, weight, bias = [], pristine(self, "weight"), pristine(self, "bias")
+        weight, bias = replaced.get("weight", weight), replaced.get("bias", bias)
+        trained = [name for name in standing if name in self._parts]
+        beside = [name for name in names if name not in standing]
+        if not trained and beside and beside[0] in self._parts:
+            first, beside = beside[0], beside[1:]
+            y = self._parts[first].linear(self, first, input, weight, bias)
+        else:
+            parts = [self.part_of(name) for name in trained]
+            deltas = [self.delta_of(name) for name in trained]
+            observers = [self._parts[name].observer(self, name) for name in trained]
+            y = partial_linear(input, weight, bias, parts, deltas, observers=observers, fan_in_fan_out=self.fan_in_fan_out)
+        for name in beside:
+            if name in self._parts:
+                y = self._parts[name].update(self, name, input, y)
+            else:
+                one = self._projection(name, replaced.get("weight"))
+                y = lora_update(y, input, one.lora_A, one.lora_B, one.scale, one.dropout, lora_bias=one.lora_bias)
+        return y
+
+    def _inference(self, input):
+        """The output without gradients with the one adapter there is, by the shortest way: a token's products take less time
+        than the general way's lists. None where it does not lead."""
+        ((name, adapter),) = self._adapters.items()
+        if "modules_to_save" in self._modules:
+            return None
+        self._write_changes()
+        on, stands = adapter.on(), self._store is not None
+        if on == stands:  # the weight holds what this forward wants
+            return self.plain.forward(self, input)
+        if stands:
+            return None
+        return self._parts[name].linear(self, name, input, self.weight, self.bias)
+
+    def _write_changes(self) -> None:
+        """Deltas that were changed in place by something else than an optimizer are written before they are used."""
+        for name, settings in self._parts.items():
+            if settings.version != (version := settings.index_version(self, name)):
+                # DistributedDataParallel sends rank 0's to all ranks: indices, deltas, weights and what they were before.
+                settings.version = version
+                settings.forget()
+                if self._store is not None:
+                    self._store.forget()
+        for name, version in self._written.items():
+            if version_of(self.delta_of(name)) != version:
+                return self.refresh()

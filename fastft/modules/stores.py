@@ -1,0 +1,135 @@
+"""What is kept of a weight in which a part of it trains: whose parts stand in it, and how their pristine values come back.
+
+A store knows what to write where; the pristine values themselves (`base`) are a buffer of the module, to follow it.
+`module` is always the adapted linear layer; deltas are float32 (float64 on a float64 weight).
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from ..ops.entries import Entries
+from ..ops.partial import exchange_slice_, write_slice_
+from ..ops.sparse import gather_entries, write_entries_
+
+
+def _wide(module) -> torch.dtype:
+    return torch.promote_types(module.weight.dtype, torch.float32)
+
+
+@dataclass(eq=False)
+class SliceStore:
+    """Slices along one dimension of the stored weight; base [rows, width] as the union of them lies there."""
+
+    names: tuple[str, ...]
+    dim: int
+    union: torch.Tensor | None = None  # of their indices, ascending; on the weight's device
+
+    def index(self, module) -> torch.Tensor:
+        if self.union is None or self.union.device != module.weight.device:
+            parts = [module.part_of(name).index for name in self.names]
+            self.union = parts[0] if len(parts) == 1 else torch.cat(parts).unique()
+        return self.union
+
+    def forget(self) -> None:
+        """The indices may have other values now."""
+        self.union = None
+
+    def succeeds(self, old) -> bool:
+        """Can `exchange` take over from this store directly?"""
+        return isinstance(old, SliceStore) and old.dim == self.dim
+
+    def exchange(self, module, old, base) -> torch.Tensor:
+        """Put the old store's base back (if there is one) and write what belongs here. Returns the new base."""
+        index = self.index(module)
+        if old is None:
+            out = index[:0], module.weight.detach().narrow(self.dim, 0, 0).contiguous()
+        else:
+            out = old.index(module), base
+        return exchange_slice_(module.weight, self.dim, *out, index, self._total(module))
+
+    def write(self, module, base) -> None:
+        write_slice_(module.weight, self.index(module), self.dim, base, self._total(module))
+
+    def restore(self, module, weight, base) -> None:
+        """Put the pristine bits into `weight`, the module's or a copy of it."""
+        write_slice_(weight, self.index(module), self.dim, base, None)
+
+    def _total(self, module) -> torch.Tensor:
+        """The deltas of all slices on the union."""
+        wide = _wide(module)
+        if len(self.names) == 1:
+            return module.delta_of(self.names[0]).detach().to(wide).contiguous()
+        union, shape = self.index(module), list(module.weight.shape)
+        shape[self.dim] = len(union)
+        total = torch.zeros(shape, dtype=wide, device=union.device)
+        for name in self.names:
+            at = torch.searchsorted(union, module.part_of(name).index)
+            total.index_add_(self.dim, at, module.delta_of(name).to(wide))
+        return total
+
+    def site(self, module, name, base):
+        """(weight, index, dim, base) for an op that updates the delta of adapter `name` and writes it in one pass, where
+        that delta stands alone; else None."""
+        return (module.weight.detach(), self.index(module), self.dim, base) if self.names == (name,) else None
+
+
+@dataclass(eq=False)
+class EntryStore:
+    """Single entries of the weight. One adapter's are what it trains and what it left behind, apart; of several adapters it
+    is the union. base [E]: one after the other as `parts` are."""
+
+    names: tuple[str, ...]
+    _parts: list[Entries] = field(default_factory=list, repr=False)
+
+    def parts(self, module) -> list[Entries]:
+        if not self._parts or self._parts[0].device != module.weight.device:
+            found = [entries for name in self.names for entries, _ in module.entry_deltas(name)]
+            if len(self.names) > 1:
+                union = found[0]
+                for entries in found[1:]:
+                    union = union.union(entries)
+                found = [union]
+            self._parts = [entries.to(module.weight.device) for entries in found]
+        return self._parts
+
+    def forget(self) -> None:
+        self._parts = []
+
+    def succeeds(self, old) -> bool:
+        return False
+
+    def exchange(self, module, old, base) -> torch.Tensor:
+        weight = module.weight.detach()
+        base = torch.cat([gather_entries(weight, part.starts, part.columns) for part in self.parts(module)])
+        self.write(module, base)
+        return base
+
+    def write(self, module, base) -> None:
+        for part, delta, values in zip(self.parts(module), self._deltas(module), self._split(module, base)):
+            write_entries_(module.weight, part.starts, part.columns, values, delta)
+
+    def restore(self, module, weight, base) -> None:
+        for part, values in zip(self.parts(module), self._split(module, base)):
+            write_entries_(weight, part.starts, part.columns, values, None)
+
+    def _split(self, module, base):
+        return base.split([len(part) for part in self.parts(module)])
+
+    def _deltas(self, module):
+        wide = _wide(module)
+        found = [(entries, delta.detach().to(wide)) for name in self.names for entries, delta in module.entry_deltas(name)]
+        if len(self.names) == 1:
+            return [delta for _, delta in found]
+        (union,) = self.parts(module)
+        total = torch.zeros(len(union), dtype=wide, device=union.device)
+        for entries, delta in found:
+            total.index_add_(0, entries.find(union), delta)
+        return [total]
+
+    def site(self, module, name, base):
+        """(weight, starts, columns, base) of what adapter `name` trains, where it stands alone; else None."""
+        if self.names != (name,):
+            return None
+        part = self.parts(module)[0]
+        return module.weight.detach(), part.starts, part.columns, self._split(module, base)[0]

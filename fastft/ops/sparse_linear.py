@@ -1,0 +1,219 @@
+"""Linears of whose weight single entries train, and which way their gradient is computed.
+
+    entries_gradient(left, right, entries, dtype)     (leftᵀ right) at the entries
+    sparse_linear(x, weight, bias, entries, delta)    y = x (W + delta)ᵀ + bias, W untouched
+    sparse_update(y, x, entries, delta)               y + x deltaᵀ for the output of a layer that computes itself
+
+Where the entries stand in the weight, `partial_linear` is the layer. The kernels are in `sparse`.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from .entries import Entries
+from .lora_linear import _autocast, _rows
+from .partial import gather_columns
+from .registry import Scope
+from .sparse import add_sparse_product_, gather_entries, sampled_product_
+
+_BLOCK = 256  # rows of leftᵀ right that exist at a time where a GEMM forms them
+# From this density on a GEMM of which only the entries are read is faster on a CPU than the sampled product.
+DENSE = 0.2
+# On a GPU the sampled product is itself a GEMM from about 0.8 % on; leaving empty rows and columns out must save half of it.
+SPARSE_GPU, COMPACT_GPU = 0.008, 0.5
+
+
+def engine(device: str, shape: tuple[int, int], count: int, rows: int, columns: int) -> str:
+    """How the gradient of `count` entries, in so many different rows and columns of a weight of `shape`, is computed:
+
+    "sampled" (the kernel: entry by entry, or on a GPU a GEMM whose epilogue picks them), "compacted" (a GEMM over the rows
+    and columns that have any: masks that cluster) or "blocks" (a GEMM over all of them, some rows at a time).
+    """
+    size = max(1, shape[0] * shape[1])
+    inside = max(1, rows * columns)
+    if device == "cpu":
+        if count < DENSE * inside:
+            return "sampled"
+        return "compacted" if inside < COMPACT_GPU * size else "blocks"
+    return "compacted" if count >= SPARSE_GPU * inside and inside < COMPACT_GPU * size else "sampled"
+
+
+@dataclass(eq=False)
+class Sampling:
+    """What `entries_gradient` has to know of a choice of entries; made once for it, since it reads sizes from the device.
+
+    rows, columns: int32, those that hold any entry, for "compacted". inner: the same entries among those rows and columns
+    ("compacted") or all ("blocks"). bounds: where in them each block of rows begins.
+    """
+
+    engine: str
+    rows: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
+    inner: Entries | None = None
+    bounds: list[int] | None = None
+
+    @staticmethod
+    def of(entries: Entries) -> "Sampling":
+        used = entries.starts.diff() > 0
+        rows = used.nonzero().flatten().int()
+        present = torch.zeros(entries.shape[1], dtype=torch.bool, device=entries.device)
+        present[entries.columns.long()] = True
+        columns = present.nonzero().flatten().int()
+        kind = engine(entries.device.type, entries.shape, len(entries), len(rows), len(columns))
+        if kind == "sampled":
+            return Sampling(kind)
+        inner = entries
+        if kind == "compacted":
+            starts = torch.cat([entries.starts[:-1][used], entries.starts[-1:]])
+            place = (present.cumsum(0) - 1).int()
+            inner = Entries(starts, place[entries.columns.long()], (len(rows), len(columns)))
+        bounds = inner.starts[::_BLOCK].tolist()
+        if inner.shape[0] % _BLOCK:
+            bounds.append(len(inner))
+        return Sampling(kind, rows, columns, inner, bounds)
+
+
+def entries_gradient(left, right, entries: Entries, dtype, sampling: Sampling | None = None):
+    """(leftᵀ right) at the entries, in `dtype` (at least float32), without the whole product ever existing.
+
+    Args:
+        left: [T, A], right: [T, B], of one dtype, for entries of a weight [A, B].
+        sampling: ``Sampling.of(entries)``, if it is at hand.
+    """
+    sampling = Sampling.of(entries) if sampling is None else sampling
+    wide = torch.promote_types(left.dtype, torch.float32)
+    if sampling.engine == "sampled":
+        out = torch.empty(len(entries), dtype=wide, device=left.device)
+        sampled_product_(out, left, right, entries.starts, entries.columns, False)
+        return out.to(dtype)
+    if sampling.engine == "compacted":
+        left, right = gather_columns(left, sampling.rows), gather_columns(right, sampling.columns)
+    inner, out = sampling.inner, torch.empty(len(entries), dtype=wide, device=left.device)
+    for block, (begin, end) in enumerate(itertools.pairwise(sampling.bounds)):
+        if begin == end:
+            continue
+        first = block * _BLOCK
+        rows = left[:, first : first + _BLOCK]
+        starts = inner.starts[first : first + rows.shape[1] + 1] - begin
+        out[begin:end] = gather_entries(product(rows.t(), right, wide), starts, inner.columns[begin:end])
+    return out.to(dtype)
+
+
+def product(left, right, dtype):
+    """left @ right in `dtype`: of 16-bit operands on CUDA without rounding the float32 sums to 16 bits in between."""
+    if dtype != left.dtype and left.is_cuda and dtype == torch.float32:
+        return torch.mm(left, right, out_dtype=dtype)
+    return (left @ right).to(dtype)
+
+
+def transposed(entries: Entries) -> tuple[Entries, torch.Tensor]:
+    """The same entries of the transposed weight, and where each of them is among the untransposed ones (int64)."""
+    order = torch.argsort(entries.columns, stable=True)
+    rows, (a, b) = entries.rows()[order].int(), entries.shape
+    starts = torch.searchsorted(entries.columns[order].long(), torch.arange(b + 1, device=entries.device))
+    return Entries(starts, rows, (b, a)), order
+
+
+class _SparseNode(torch.autograd.Function):
+    """y + x deltaᵀ on chosen entries, y = x Wᵀ + bias computed here or, with weight None, given as `y`."""
+
+    @staticmethod
+    def forward(ctx, x, y, weight, bias, delta, forth, back):
+        """forth, back: the entries of the logical weight [N, K] with the places of their values (None: in order), and
+        those of its transpose."""
+        ctx.forth, ctx.back, ctx.scope = forth, back, Scope.captured()
+        out = F.linear(x, weight, bias) if y is None else y.clone(memory_format=torch.contiguous_format)
+        add_delta_(out, x, delta, *forth)
+        keep_x, keep_weight = ctx.needs_input_grad[4], ctx.needs_input_grad[0]
+        ctx.save_for_backward(x if keep_x else None, weight if keep_weight else None, delta)
+        ctx.features = x.shape[1]
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return Scope.run(ctx.scope, _sparse_backward, ctx, dy)
+
+
+def _sparse_backward(ctx, dy):
+    x, weight, delta = ctx.saved_tensors
+    need_x, need_y, _, need_bias, need_delta = ctx.needs_input_grad[:5]
+    dy = dy.contiguous()
+    dx = None
+    if need_x:
+        dx = dy.new_zeros(dy.shape[0], ctx.features) if weight is None else dy @ weight
+        add_delta_(dx, dy, delta, *ctx.back)
+    ddelta = None
+    if need_delta:
+        entries, order = ctx.forth
+        if order is None:
+            ddelta = entries_gradient(dy, x, entries, delta.dtype)
+        else:  # the stored weight is the transposed one, whose entries are in order
+            ddelta = entries_gradient(x, dy, ctx.back[0], delta.dtype)
+    return dx, dy if need_y else None, None, dy.sum(0) if need_bias else None, ddelta, None, None
+
+
+def add_delta_(y, x, delta, entries: Entries, order=None):
+    """y += x deltaᵀ in place, for entries [N, K] whose values are ``delta[order]``."""
+    values = delta.detach() if order is None else delta.detach()[order]
+    add_sparse_product_(y, x.contiguous(), entries.starts, entries.columns, values)
+
+
+def directions(entries: Entries, fan_in_fan_out: bool = False):
+    """What `sparse_linear` multiplies with, forward and backward: made once for a choice of entries of the stored weight."""
+    other = transposed(entries)
+    return (other, (entries, None)) if fan_in_fan_out else ((entries, None), other)
+
+
+def sparse_linear(x, weight, bias, entries: Entries, delta, *, fan_in_fan_out: bool = False, ways=None):
+    """``x (W + delta)ᵀ + bias`` with the delta of chosen entries beside an untouched weight.
+
+    Args:
+        x: [..., K], any strides; cast as `F.linear` casts it under autocast.
+        weight: [N, K] of x's dtype; [K, N] with `fan_in_fan_out`.
+        bias: [N] or None. entries: of the stored weight. delta: [E] float32 (float64), gets a gradient.
+        ways: ``directions(entries, fan_in_fan_out)``, if it is at hand.
+
+    Raises:
+        ValueError: shapes that do not fit. TypeError: dtypes.
+    """
+    x, weight, bias = _autocast(x, weight, bias, wide=())
+    logical = weight.t() if fan_in_fan_out else weight
+    _check(x, weight.shape, logical.shape, entries, delta)
+    if x.dtype != weight.dtype:
+        raise TypeError(f"x is {x.dtype}, the weight {weight.dtype}; they must be of one dtype")
+    forth, back = ways or directions(entries, fan_in_fan_out)
+    if not torch.is_grad_enabled():
+        rows = _rows(x)
+        y = F.linear(rows, logical, bias)
+        add_delta_(y, rows, delta, *forth)
+    else:
+        y = _SparseNode.apply(_rows(x), None, logical, bias, delta, forth, back)
+    return y.view(*x.shape[:-1], logical.shape[0])
+
+
+def sparse_update(y, x, entries: Entries, delta, *, fan_in_fan_out: bool = False, ways=None):
+    """``y + x deltaᵀ`` on chosen entries, for the output y [..., N] of any base layer on x [..., K] (quantised weights, or a
+    second adapter). Args and errors as `sparse_linear`."""
+    y, x = _autocast(y, x, wide=())
+    n, k = y.shape[-1], x.shape[-1]
+    _check(x, (k, n) if fan_in_fan_out else (n, k), (n, k), entries, delta)
+    if y.shape[:-1] != x.shape[:-1] or y.dtype != x.dtype:
+        raise ValueError(f"y {list(y.shape)} {y.dtype} does not fit x {list(x.shape)} {x.dtype}")
+    forth, back = ways or directions(entries, fan_in_fan_out)
+    return _SparseNode.apply(_rows(x), _rows(y), None, None, delta, forth, back).view(y.shape)
+
+
+def _check(x, stored, logical, entries, delta):
+    if not x.dim() or x.shape[-1] != logical[1]:
+        raise ValueError(f"x {list(x.shape)} does not fit a weight of {logical[1]} in-features")
+    if tuple(entries.shape) != tuple(stored):
+        raise ValueError(f"entries of a weight {list(entries.shape)} are not those of a weight {list(stored)}")
+    if tuple(delta.shape) != (len(entries),):
+        raise ValueError(f"{len(entries)} entries have a delta [{len(entries)}], not {list(delta.shape)}")
+    if delta.dtype != torch.promote_types(x.dtype, torch.float32):
+        raise TypeError(f"the delta is {delta.dtype}; on {x.dtype} it must be {torch.promote_types(x.dtype, torch.float32)}")
