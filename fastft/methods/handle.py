@@ -44,7 +44,7 @@ def _note_update(optimizer, args, kwargs) -> None:
                     "before, and no gradient reaches it; unmerge() before training"
                 )
             handle._updated = handle._ever_updated = True
-            if not getattr(optimizer, "writes_slices", False):
+            if not getattr(optimizer, "writes_parts", False):
                 for module in handle.targets.values():
                     if handle.name in module._parts:
                         module.refresh()

@@ -6,6 +6,7 @@ whoever holds it (the model, FSDP, a tied weight, a hook) keeps holding the same
 * ``lora_A``, ``lora_B``, ``lora_bias``, ``lora_magnitude``: ParameterDicts by adapter name, what an adapter trains of the
   low-rank term (linear layers only);
 * ``slice_delta``, ``slice_units``: by adapter name, what an adapter trains of the weight itself, see `slices`;
+* ``sparse``: the same for single entries of the weight, see `sparse`;
 * ``modules_to_save``: by adapter name, full copies of the module's own tensors that an adapter trains;
 * one store of pristine values while deltas stand in the tensors, see `merging`.
 
@@ -27,6 +28,7 @@ from .parts import TrainsParts
 from .projection import Projection, project
 from .quantized import quantization, sizes
 from .slices import Sliced
+from .sparse import Sparse
 
 # class (by module and name, so that transformers is not imported) -> is its weight stored [K, N] (fan_in_fan_out)?
 LINEAR_CLASSES = {
@@ -197,17 +199,17 @@ class Adapted(Mergeable):
         return self._plain_forward(self._copies([a for a in self._adapters.values() if a.on()]), *args, **kwargs)
 
 
-class AdaptedLinear(Sliced, TrainsParts, Adapted):
+class AdaptedLinear(Sparse, Sliced, TrainsParts, Adapted):
     """Mixed into `nn.Linear` and transformers' Conv1D. Every active adapter turns the layer's W and bias into
 
         W + scale · B A and bias + scale · lora_bias;    with DoRA g ∘ (W + scale · B A), g = magnitude / ‖W₀ + scale · B A‖;
-        or W + delta on rows or columns of W
+        or W + delta on rows, columns or single entries of W
 
     one after the other in the order of attaching, W₀ being the weight without adapters. (Dropout acts on what A reads.)
     """
 
     fan_in_fan_out: bool
-    holders = ("lora_A", "lora_B", "lora_bias", "lora_magnitude", *Sliced.slice_holders, "modules_to_save")
+    holders = ("lora_A", "lora_B", "lora_bias", "lora_magnitude", *Sliced.slice_holders, "sparse", "modules_to_save")
 
     def add_lora(
         self,

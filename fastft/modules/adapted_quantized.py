@@ -1,8 +1,8 @@
 """What a linear layer with a quantised weight becomes while adapters are attached to it.
 
-    y = base(x) + scale · (dropout(x) Aᵀ Bᵀ + lora_bias), for every active adapter
+    y = base(x) + scale · (dropout(x) Aᵀ Bᵀ + lora_bias), or base(x) + x deltaᵀ, for every active adapter
 
-The base's own forward and backward run as they would without adapters, whatever its library; the kernels add the low-rank
+The base's own forward and backward run as they would without adapters, whatever its library; the kernels add the adapter's
 part in the dtype of its output. Nothing is ever written into the codes: see `code_obstacle`.
 """
 
@@ -33,7 +33,8 @@ class AdaptedQuantized(AdaptedLinear):
         on = [adapter for adapter in self._adapters.values() if adapter.on()]
         y = self._plain_forward(self._copies(on), input, *args, **kwargs)
         projections = [self._projection(adapter.name, None) for adapter in on if adapter.name in self._settings]
-        if not projections:
+        sparse = [adapter.name for adapter in on if adapter.name in self._parts]
+        if not projections and not sparse:
             return y
         if input.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
             raise RuntimeError(
@@ -42,6 +43,10 @@ class AdaptedQuantized(AdaptedLinear):
             )
         with without_autocast(y.device.type):  # y has been rounded as the base wants it
             x = input.to(y.dtype)
+            for name in sparse:
+                y = self._parts[name].update(self, name, x, y)
+            if not projections:
+                return y
             if len(projections) == 1 and not torch.compiler.is_compiling():
                 group = self._groups.get(projections[0].name)
                 added = None if group is None else group.add(self, x, y, projections[0])

@@ -42,6 +42,10 @@ class PartSettings:
         """y with the delta's part added."""
         raise NotImplementedError
 
+    def deltas(self, module, name) -> list:
+        """[(Entries, delta)] of a part of entries."""
+        raise NotImplementedError
+
     def observer(self, module, name):
         """What backward calls with (left, right), whose leftᵀ right is the gradient of the whole stored weight, or None."""
         return None
@@ -49,10 +53,6 @@ class PartSettings:
 
 class TrainsParts:
     """Mixed into adapted linears; `_parts` holds the `PartSettings` by adapter name."""
-
-    def _add_part(self, adapter, settings: PartSettings, merged: bool = True) -> None:
-        self._parts[adapter.name] = settings
-        self.set_merged(adapter, merged)
 
     def part_of(self, name):
         settings = self._parts.get(name)

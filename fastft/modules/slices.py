@@ -93,4 +93,5 @@ class Sliced:
         """slice_units int32 [units], ascending; slice_delta the slice's shape in the stored weight, at least float32."""
         self._hold("slice_delta", nn.ParameterDict, adapter, nn.Parameter(slice_delta))
         self._hold("slice_units", Buffers, adapter, slice_units)
-        self._add_part(adapter, settings)
+        self._parts[adapter.name] = settings
+        self.set_merged(adapter, True)

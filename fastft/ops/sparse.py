@@ -105,12 +105,16 @@ def _adamw_reference(weight, starts, columns, base, delta, grad, exp_avg, exp_av
 
 
 def _sm3_reference(weight, starts, columns, base, delta, grad, row_max, column_max, lr, eps, weight_decay):
-    rows, at = _at(starts, columns)
-    bound = torch.minimum(row_max[rows], column_max[at]) + grad * grad
+    sm3_update(delta, grad, *_at(starts, columns), row_max, column_max, lr, eps, weight_decay)
+    _write_reference(weight, starts, columns, base, delta)
+
+
+def sm3_update(delta, grad, rows, columns, row_max, column_max, lr, eps, weight_decay):
+    """A step of SM3 in plain PyTorch, on a delta that stands in no weight. rows, columns: int64 [E]."""
+    bound = torch.minimum(row_max[rows], column_max[columns]) + grad * grad
     delta.copy_((1 - lr * weight_decay) * delta - lr * grad * (bound + eps).rsqrt())
     row_max.scatter_reduce_(0, rows, bound, "amax")
-    column_max.scatter_reduce_(0, at, bound, "amax")
-    _write_reference(weight, starts, columns, base, delta)
+    column_max.scatter_reduce_(0, columns, bound, "amax")
 
 
 def _match_reference(starts, columns, other_starts, other_columns):

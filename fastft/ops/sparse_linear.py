@@ -122,13 +122,13 @@ class _SparseNode(torch.autograd.Function):
     """y + x deltaᵀ on chosen entries, y = x Wᵀ + bias computed here or, with weight None, given as `y`."""
 
     @staticmethod
-    def forward(ctx, x, y, weight, bias, delta, forth, back):
+    def forward(ctx, x, y, weight, bias, delta, observer, forth, back):
         """forth, back: the entries of the logical weight [N, K] with the places of their values (None: in order), and
         those of its transpose."""
-        ctx.forth, ctx.back, ctx.scope = forth, back, Scope.captured()
+        ctx.forth, ctx.back, ctx.observer, ctx.scope = forth, back, observer, Scope.captured()
         out = F.linear(x, weight, bias) if y is None else y.clone(memory_format=torch.contiguous_format)
         add_delta_(out, x, delta, *forth)
-        keep_x, keep_weight = ctx.needs_input_grad[4], ctx.needs_input_grad[0]
+        keep_x, keep_weight = ctx.needs_input_grad[4] or observer is not None, ctx.needs_input_grad[0]
         ctx.save_for_backward(x if keep_x else None, weight if keep_weight else None, delta)
         ctx.features = x.shape[1]
         return out
@@ -147,14 +147,15 @@ def _sparse_backward(ctx, dy):
     if need_x:
         dx = dy.new_zeros(dy.shape[0], ctx.features) if weight is None else dy @ weight
         add_delta_(dx, dy, delta, *ctx.back)
-    ddelta = None
+    (entries, order), ddelta = ctx.forth, None
+    left, right = dy, x
+    if order is not None:  # the stored weight is the transposed one, whose entries are in order
+        (entries, _), left, right = ctx.back, x, dy
+    if ctx.observer is not None:
+        ctx.observer(left, right)
     if need_delta:
-        entries, order = ctx.forth
-        if order is None:
-            ddelta = entries_gradient(dy, x, entries, delta.dtype)
-        else:  # the stored weight is the transposed one, whose entries are in order
-            ddelta = entries_gradient(x, dy, ctx.back[0], delta.dtype)
-    return dx, dy if need_y else None, None, dy.sum(0) if need_bias else None, ddelta, None, None
+        ddelta = entries_gradient(left, right, entries, delta.dtype)
+    return dx, dy if need_y else None, None, dy.sum(0) if need_bias else None, ddelta, None, None, None
 
 
 def add_delta_(y, x, delta, entries: Entries, order=None):
@@ -169,13 +170,14 @@ def directions(entries: Entries, fan_in_fan_out: bool = False):
     return (other, (entries, None)) if fan_in_fan_out else ((entries, None), other)
 
 
-def sparse_linear(x, weight, bias, entries: Entries, delta, *, fan_in_fan_out: bool = False, ways=None):
+def sparse_linear(x, weight, bias, entries: Entries, delta, *, fan_in_fan_out: bool = False, observer=None, ways=None):
     """``x (W + delta)ᵀ + bias`` with the delta of chosen entries beside an untouched weight.
 
     Args:
         x: [..., K], any strides; cast as `F.linear` casts it under autocast.
         weight: [N, K] of x's dtype; [K, N] with `fan_in_fan_out`.
         bias: [N] or None. entries: of the stored weight. delta: [E] float32 (float64), gets a gradient.
+        observer: called in backward with (left, right), whose leftᵀ right is the gradient of the stored weight.
         ways: ``directions(entries, fan_in_fan_out)``, if it is at hand.
 
     Raises:
@@ -192,11 +194,11 @@ def sparse_linear(x, weight, bias, entries: Entries, delta, *, fan_in_fan_out: b
         y = F.linear(rows, logical, bias)
         add_delta_(y, rows, delta, *forth)
     else:
-        y = _SparseNode.apply(_rows(x), None, logical, bias, delta, forth, back)
+        y = _SparseNode.apply(_rows(x), None, logical, bias, delta, observer, forth, back)
     return y.view(*x.shape[:-1], logical.shape[0])
 
 
-def sparse_update(y, x, entries: Entries, delta, *, fan_in_fan_out: bool = False, ways=None):
+def sparse_update(y, x, entries: Entries, delta, *, fan_in_fan_out: bool = False, observer=None, ways=None):
     """``y + x deltaᵀ`` on chosen entries, for the output y [..., N] of any base layer on x [..., K] (quantised weights, or a
     second adapter). Args and errors as `sparse_linear`."""
     y, x = _autocast(y, x, wide=())
@@ -205,7 +207,7 @@ def sparse_update(y, x, entries: Entries, delta, *, fan_in_fan_out: bool = False
     if y.shape[:-1] != x.shape[:-1] or y.dtype != x.dtype:
         raise ValueError(f"y {list(y.shape)} {y.dtype} does not fit x {list(x.shape)} {x.dtype}")
     forth, back = ways or directions(entries, fan_in_fan_out)
-    return _SparseNode.apply(_rows(x), _rows(y), None, None, delta, forth, back).view(y.shape)
+    return _SparseNode.apply(_rows(x), _rows(y), None, None, delta, observer, forth, back).view(y.shape)
 
 
 def _check(x, stored, logical, entries, delta):

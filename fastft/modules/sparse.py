@@ -1,0 +1,214 @@
+"""Adapters that are single entries of a linear's weight, trained where they stand (SpIEL, arXiv:2401.16405; LIFT,
+arXiv:2506.00772). On a quantised weight the delta works beside it.
+
+Such an adapter holds, by its name, one `SparseEntries` in the module's ``sparse``.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..ops.entries import Entries
+from ..ops.partial_linear import Part
+from ..ops.sparse_linear import directions, sparse_linear, sparse_update
+from .parts import PartSettings, version_of
+from .quantized import quantization
+
+_CANDIDATES = ("candidate_sum", "candidate_square", "candidate_pending")
+
+
+class SparseEntries(nn.Module):
+    """What one adapter trains of one weight [A, B], and where the choice of it stands.
+
+    Attributes:
+        delta: float32 parameter [E], how far each entry is from its pretrained value.
+        starts, columns: of the entries, see `ops.sparse`.
+        kept_starts, kept_columns, kept_delta: entries that were trained before and keep what they have learnt (LIFT).
+        candidate_starts, candidate_columns, candidate_sum, candidate_square, candidate_pending: entries that may come in,
+            and what was seen of their gradients (SpIEL): float32 sums over updates, and of the update that is being
+            accumulated. They exist while a choice is being prepared.
+        updates: of the optimizer so far; observed: those that the sums hold.
+        observer: called in backward with (these entries, left, right) while a choice is being prepared, or None.
+
+    Entries, sums and counts are all in ``state_dict``; loading takes over sizes that differ.
+    """
+
+    def __init__(self, entries: Entries, delta: torch.Tensor):
+        super().__init__()
+        self.shape = entries.shape
+        self.delta = nn.Parameter(delta)
+        self._set("", entries)
+        self.updates = self.observed = 0
+        self.observer: Any = None
+
+    @property
+    def entries(self) -> Entries:
+        return self._get("")
+
+    @property
+    def kept(self) -> Entries | None:
+        return self._get("kept_")
+
+    @property
+    def candidates(self) -> Entries | None:
+        return self._get("candidate_")
+
+    def _get(self, prefix):
+        starts = self._buffers.get(prefix + "starts")
+        return None if starts is None else Entries(starts, self._buffers[prefix + "columns"], self.shape)
+
+    def _set(self, prefix, entries: Entries | None):
+        for name in ("starts", "columns"):
+            self._put(prefix + name, None if entries is None else getattr(entries, name))
+
+    def _put(self, name, value):
+        """A buffer of any size; in place where it fits, so that whoever holds it sees the change."""
+        held = self._buffers.get(name)
+        if value is None:
+            self._buffers.pop(name, None)
+        elif held is not None and held.shape == value.shape:
+            held.copy_(value)
+        else:
+            self._buffers.pop(name, None)
+            self.register_buffer(name, value)
+
+    @torch.no_grad()
+    def choose(self, entries: Entries, delta: torch.Tensor) -> None:
+        """Other entries, as many, with these deltas."""
+        self._set("", entries)
+        self.delta.copy_(delta)
+        self.delta.grad = None
+
+    def keep(self, entries: Entries | None, delta: torch.Tensor | None) -> None:
+        """What stays in the weight without training, all of it."""
+        self._set("kept_", entries)
+        self._put("kept_delta", delta)
+
+    def consider(self, candidates: Entries | None) -> None:
+        """Begin with sums of 0 over these candidates, or forget them and what was summed."""
+        self._set("candidate_", candidates)
+        zeros = None if candidates is None else torch.zeros(len(candidates), device=candidates.device)
+        for name in _CANDIDATES:
+            self._put(name, None if zeros is None else zeros.clone())
+        self.observed = 0
+
+    def deltas(self) -> list[tuple[Entries, torch.Tensor]]:
+        """All that differs from the pretrained weight: what trains, and what is kept."""
+        kept = self.kept
+        return [(self.entries, self.delta), *([] if kept is None else [(kept, self.kept_delta)])]
+
+    def get_extra_state(self):
+        return torch.tensor([self.updates, self.observed])
+
+    def set_extra_state(self, state):
+        self.updates, self.observed = map(int, state)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        if prefix + "columns" in state_dict:
+            device = self.columns.device
+            for name in list(self._buffers):
+                if prefix + name not in state_dict:
+                    del self._buffers[name]
+            for key, value in state_dict.items():
+                name = key.removeprefix(prefix)
+                if key.startswith(prefix) and "." not in name and name not in ("delta", "_extra_state"):
+                    held = self._buffers.get(name)
+                    if held is None or held.shape != value.shape:
+                        self._buffers.pop(name, None)
+                        self.register_buffer(name, torch.empty_like(value, device=device))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _apply(self, fn, *args, **kwargs):
+        # A cast of the model rounds its weights; deltas and sums stay what 16-bit weights need them for.
+        wide = {name: t.data for name, t in (*self._parameters.items(), *self._buffers.items()) if t.is_floating_point()}
+        super()._apply(fn, *args, **kwargs)
+        for name, old in wide.items():
+            new = getattr(self, name)
+            if new.dtype != (kind := torch.promote_types(new.dtype, torch.float32)):
+                new.data = old.to(new.device, kind)
+        return self
+
+
+@dataclass(eq=False)
+class EntrySettings(PartSettings):
+    """version: of the columns that the rest follows."""
+
+    version: tuple[int, int] | None = None
+    _part: Part | None = field(default=None, repr=False)
+    _ways: list = field(default_factory=list, repr=False)  # of `SparseEntries.deltas`
+
+    def part(self, module, name):
+        if self._part is None or self._part.index.device != module.sparse[name].columns.device:
+            self._part = Part("entries", module.sparse[name].entries)
+        return self._part
+
+    def delta(self, module, name):
+        return module.sparse[name].delta
+
+    def deltas(self, module, name):
+        return module.sparse[name].deltas()
+
+    def index_version(self, module, name):
+        return version_of(module.sparse[name].columns)
+
+    def forget(self):
+        self._part, self._ways = None, []
+
+    def linear(self, module, name, x, weight, bias):
+        ((entries, delta, options), *rest) = self._beside(module, name)
+        return self._add(x, sparse_linear(x, weight, bias, entries, delta, **options), rest)
+
+    def update(self, module, name, x, y):
+        return self._add(x, y, self._beside(module, name))
+
+    def observer(self, module, name):
+        held = module.sparse[name]
+        return None if held.observer is None else _Observed(held.observer, held)
+
+    def _add(self, x, y, deltas):
+        for entries, delta, options in deltas:
+            y = sparse_update(y, x, entries, delta, **options)
+        return y
+
+    def _beside(self, module, name):
+        """[(entries, delta, options)] of what is applied beside the weight; the first is what trains."""
+        deltas = self.deltas(module, name)
+        if len(self._ways) != len(deltas) or self._ways[0][0][0].device != deltas[0][0].device:
+            self._ways = [directions(entries, module.fan_in_fan_out) for entries, _ in deltas]
+        stored = {"fan_in_fan_out": module.fan_in_fan_out}
+        found = [(entries, delta, {**stored, "ways": ways}) for (entries, delta), ways in zip(deltas, self._ways)]
+        found[0][2]["observer"] = self.observer(module, name)
+        return found
+
+
+@dataclass(frozen=True)
+class _Observed:
+    """What backward calls: the observer, told whose gradients it sees."""
+
+    observer: Any
+    held: SparseEntries
+
+    def __call__(self, left, right):
+        with torch.no_grad():
+            self.observer(self.held, left, right)
+
+
+class Sparse:
+    """Mixed into adapted linears beside `TrainsParts`."""
+
+    def add_entries(self, adapter, held: SparseEntries) -> None:
+        """The adapter trains these entries; in the weight, unless that is quantised."""
+        self._hold("sparse", nn.ModuleDict, adapter, held)
+        self._parts[adapter.name] = EntrySettings()
+        if quantization(self) is None:
+            self.set_merged(adapter, True)
+
+    def change_entries(self, name: str, change) -> None:
+        """Let `change(held)` choose other entries for adapter `name`. What stands in the weight follows."""
+        adapter, merged = self._adapters[name], name in self._merged
+        self.set_merged(adapter, False)
+        change(self.sparse[name])
+        self._parts[name].forget()
+        self.set_merged(adapter, merged)
