@@ -17,6 +17,7 @@ from ..modules.adapted_linear import adapt
 from ..modules.adapter import Adapter
 from ..modules.merging import pristine
 from ..modules.quantized import held_like, quantization
+from ..modules.sharding import shares
 from .grouping import check_packable
 from .handle import Handle, handles
 from .targets import Matched, TargetOptions, match
@@ -66,9 +67,50 @@ class Method(TargetOptions):
         """`check_tensors` of every module with what a file holds. Raises AdapterFileError."""
         for name, module in targets.items():
             try:
-                self.check_tensors(name, module, {p: values[self.target_key(name, p)] for p in self.shapes(name, module)})
+                self.check_tensors(name, module, self.tensors_of(name, module, values))
             except ValueError as error:
                 raise AdapterFileError(f"{directory}: {error}") from error
+
+    def expected(self, targets: dict[str, nn.Module]) -> dict[str, tuple[int, ...]]:
+        """Key -> shape of what a file holds of these modules."""
+        parts = ((name, part, shape) for name, m in targets.items() for part, shape in self.shapes(name, m).items())
+        return {self.target_key(name, part): tuple(shape) for name, part, shape in parts}
+
+    def tensors_of(self, name: str, module: nn.Module, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """One module's tensors by part, from a file's."""
+        return {part: values[self.target_key(name, part)] for part in self.shapes(name, module)}
+
+    # ---- saving: the defaults suit methods whose parts are what modules hold
+
+    # Does a file that is restored hold tensors of the shapes that the modules hold now?
+    fixed_shapes: ClassVar[bool] = True
+
+    def file_tensors(self, module: nn.Module, adapter: Adapter, absolute: bool) -> dict[str, torch.Tensor]:
+        """What a file holds of one module, by part. Raises ValueError: no `absolute` values."""
+        if absolute:
+            raise ValueError(f"{type(self).__name__} trains no entries of weights, so it has no absolute values to save")
+        held = ((holder, t) for holder, _, t in module.adapter_tensors(adapter) if holder != "modules_to_save")
+        return dict(held)
+
+    def refill(self, name: str, module: nn.Module, adapter: Adapter, tensors: dict[str, torch.Tensor]) -> None:
+        """Take over a file's tensors of one module, whose own keep their identity."""
+        stood = adapter.name in module._parts and adapter.name in module._merged
+        if stood:  # the slices may lie elsewhere afterwards
+            module.set_merged(adapter, False)
+        for part, tensor in self.file_tensors(module, adapter, False).items():
+            tensor.copy_(shares(tensors[part], tensor))
+        module.forget_indices()
+        module.set_merged(adapter, True) if stood else module.refresh()
+
+    def describe(self, handle: "Handle", absolute: bool) -> dict[str, Any]:
+        """More of adapter_config.json, about what the modules hold now."""
+        return {}
+
+    def before_save(self, handle: "Handle") -> None:
+        """Warn of what makes a file worthless."""
+
+    def resume(self, saved: "Method") -> None:
+        """Take over what a restored file says of the run so far."""
 
     # What must be equal for one adapter's values to be taken over by another of the same shapes, and its name.
     placed_by: ClassVar[str] = "scale"
@@ -182,10 +224,7 @@ def load(model: nn.Module, directory, adapter_name: str = "default") -> Handle:
         _check_quantized(method, matched.targets)
         method.check(matched.targets, model)
         found.update(method=method, matched=matched)
-        shapes = {}
-        for name, module in matched.targets.items():
-            for part, shape in method.shapes(name, module).items():
-                shapes[method.target_key(name, part)] = tuple(shape)
+        shapes = method.expected(matched.targets)
         for name, (module, owned) in matched.copies.items():
             for own in owned:
                 shapes[matched.copy_key(name, own)] = tuple(getattr(module, own).shape)
@@ -193,11 +232,8 @@ def load(model: nn.Module, directory, adapter_name: str = "default") -> Handle:
 
     values = read_adapter(directory, expected)
     method, matched = found["method"], found["matched"]
-    tensors = {
-        name: {part: values[method.target_key(name, part)] for part in method.shapes(name, module)}
-        for name, module in matched.targets.items()
-    }
     method.check_file(directory, matched.targets, values)
+    tensors = {name: method.tensors_of(name, module, values) for name, module in matched.targets.items()}
     copies = {
         name: {own: values[matched.copy_key(name, own)].to(getattr(module, own), copy=True) for own in owned}
         for name, (module, owned) in matched.copies.items()

@@ -285,7 +285,7 @@ class Handle(AdapterFiles):
     def made(self) -> None:
         """All tensors are installed."""
         self._groups = make_groups(self.method, self._adapter, self.targets)
-        self._shapes = {key: tensor.shape for key, tensor in self._file_tensors().items()}
+        self._shapes = {k: t.shape for k, t in self._file_tensors().items() if isinstance(t, nn.Parameter)}
 
     def check_copies(self) -> None:
         """Two active adapters can't both replace one tensor."""

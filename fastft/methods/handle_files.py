@@ -15,8 +15,11 @@ class AdapterFiles:
     method: Any
     targets: dict[str, Any]
 
-    def save(self, directory) -> None:
-        """Write adapter_config.json and adapter_model.safetensors, which PEFT also reads, into `directory`.
+    def save(self, directory, absolute: bool = False) -> None:
+        """Write adapter_config.json and adapter_model.safetensors, of LoRA those that PEFT also reads, into `directory`.
+
+        With `absolute` (methods that train entries of weights) the file holds the entries' values as they stand in the
+        weights, in their dtype, and nothing that only training needs: the smallest file, `fastft.load` reads it too.
 
         Atomic: whenever the process is killed, `fastft.load` finds the old adapter or the new one. Other files in the
         folder are left alone.
@@ -24,10 +27,12 @@ class AdapterFiles:
         Under fully_shard every process must call it: all gather the tensors, rank 0 writes, and all return when it has.
 
         Raises:
-            ValueError: FSDP or DeepSpeed left a part of the tensors here, which can't be gathered from within.
+            ValueError: FSDP or DeepSpeed left a part of the tensors here, which can't be gathered from within; `absolute`
+                with a method that has no such values.
         """
-        tensors = self._file_tensors()
-        config = self.method.to_config(self.targets)
+        self.method.before_save(self)
+        tensors = {key: tensor.detach() for key, tensor in self._file_tensors(absolute).items()}
+        config = {**self.method.to_config(self.targets), **self.method.describe(self, absolute)}
         config["base_model_name_or_path"] = getattr(self.model, "name_or_path", None) or None
         config["auto_mapping"] = {
             "base_model_class": type(self.model).__name__,
@@ -53,9 +58,10 @@ class AdapterFiles:
         Raises:
             as `fastft.load`; AdapterFileError also if the folder holds an adapter with another scale or other slices.
         """
-        own = self._file_tensors()
+        own, saved = self._file_tensors(), None
 
         def expected(config):
+            nonlocal saved
             saved = self.method.read(directory, config)
             for name in self.targets:
                 if saved.placement(name) != self.method.placement(name):
@@ -63,26 +69,34 @@ class AdapterFiles:
                         f"{directory}: the {self.method.placed_by} of {name!r} is {saved.placement(name)}, that of adapter "
                         f"{self.name!r} {self.method.placement(name)}; fastft.load attaches it as it is"
                     )
-            return {key: tuple(tensor.shape) for key, tensor in own.items()}
+            shapes = {key: tuple(tensor.shape) for key, tensor in own.items()}
+            return shapes if self.method.fixed_shapes else {**self._copied(shapes), **saved.expected(self.targets)}
 
         values = read_adapter(directory, expected)
-        self.method.check_file(directory, self.targets, values)
-        stood = [module for module in self.targets.values() if self.name in module._parts and self.name in module._merged]
-        for module in stood:  # the slices may lie elsewhere afterwards
-            module.set_merged(self._adapter, False)
+        saved.check_file(directory, self.targets, values)
         with torch.no_grad():
-            for key, tensor in own.items():
-                tensor.copy_(shares(values[key], tensor))
-        for module in self.targets.values():
-            module.forget_indices()
-            module.set_merged(self._adapter, True) if module in stood else module.refresh()
+            for key in self._copied(own):
+                own[key].copy_(shares(values[key], own[key]))
+            for name, module in self.targets.items():
+                parts = [part for part in self.method.file_names if self.method.target_key(name, part) in values]
+                tensors = {part: values[self.method.target_key(name, part)] for part in parts}
+                self.method.refill(name, module, self._adapter, tensors)
+        self.method.resume(saved)
 
-    def _file_tensors(self) -> dict[str, torch.Tensor]:
+    def _copied(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Those of modules that are trained in full."""
+        ours = {self.method.target_key(name, part) for name in self.targets for part in self.method.file_names}
+        return {key: tensor for key, tensor in tensors.items() if key not in ours}
+
+    def _file_tensors(self, absolute: bool = False) -> dict[str, torch.Tensor]:
+        """By key; parameters as they are, so that it shows what is one."""
         tensors = {}
         for path, module in self._attached().items():
-            for holder, own, tensor in module.adapter_tensors(self._adapter):
-                key = self._matched.copy_key(path, own) if own else self.method.target_key(path, holder)
-                tensors[key] = tensor.detach()
+            for own, tensor in module.copies_of(self._adapter):
+                tensors[self._matched.copy_key(path, own)] = tensor
+            if path in self.targets:
+                for part, tensor in self.method.file_tensors(module, self._adapter, absolute).items():
+                    tensors[self.method.target_key(path, part)] = tensor
         parts = [key for key, tensor in tensors.items() if tensor.shape != self._shapes.get(key, tensor.shape)]
         if parts:
             raise ValueError(

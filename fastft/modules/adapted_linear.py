@@ -144,6 +144,10 @@ class Adapted(Mergeable):
                 for name, tensor in (*value.named_parameters(), *value.named_buffers()):
                     yield holder, name, tensor
 
+    def copies_of(self, adapter: Adapter):
+        """Yields (name, tensor) of the own tensors that `adapter` replaces by trained copies."""
+        return ((own, t) for holder, own, t in self.adapter_tensors(adapter) if holder == "modules_to_save")
+
     def remove(self, adapter: Adapter) -> None:
         """Take `adapter` away; with the last one the module is again what it was before."""
         self.set_merged(adapter, False)
