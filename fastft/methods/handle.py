@@ -44,6 +44,7 @@ def _note_update(optimizer, args, kwargs) -> None:
                     "before, and no gradient reaches it; unmerge() before training"
                 )
             handle._updated = handle._ever_updated = True
+            handle._optimizer = weakref.ref(optimizer)
             if not getattr(optimizer, "writes_parts", False):
                 for module in handle.targets.values():
                     if handle.name in module._parts:
@@ -81,9 +82,14 @@ class Handle(AdapterFiles):
         self._adapter = adapter
         self._updated = False  # by an optimizer, since the last step()
         self._ever_updated = False
+        self.total_steps: int | None = None  # optimizer steps of the run, where a Trainer told
+        self._optimizer: Any = None  # a weak reference to the one that made the last update
         self._groups: list[Any] = []
         self._shapes: dict[str, torch.Size] = {}  # of what a file holds, as they were before anything was sharded
         _handles.add(self)
+
+    def __getstate__(self):  # weak references can't be pickled, and a copy's optimizer is another one
+        return {**self.__dict__, "_optimizer": None}
 
     def __setstate__(self, state):  # a deep copy
         self.__dict__.update(state)
@@ -270,6 +276,19 @@ class Handle(AdapterFiles):
             delattr(self.model, _KEY)
             for name, parameter in self.model.named_parameters(remove_duplicate=False):
                 parameter.requires_grad_(record.requires_grad.get(name, parameter.requires_grad))
+
+    # ---- used by methods
+
+    def last_optimizer(self) -> torch.optim.Optimizer:
+        """The one that made the last update, whose state has to follow what a method chooses.
+
+        Raises:
+            RuntimeError: there was none.
+        """
+        optimizer = None if self._optimizer is None else self._optimizer()
+        if optimizer is None:
+            raise RuntimeError(f"no optimizer has updated adapter {self.name!r} yet")
+        return optimizer
 
     # ---- used by attach
 

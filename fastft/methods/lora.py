@@ -172,7 +172,7 @@ class LoRA(Method):
         sliced = [name for name, module in matched.items() if self.use_dora and getattr(module, "_parts", None)]
         if sliced:
             raise ValueError(
-                f"use_dora: {_some(sliced)} hold an adapter that trains a slice of the weight; the two don't mix"
+                f"use_dora: {_some(sliced)} hold an adapter that trains a part of the weight; the two don't mix"
             )
         quantized = {name: kind for name, module in matched.items() if (kind := quantization(module)) is not None}
         if quantized and self.use_dora:

@@ -4,6 +4,7 @@ The options mean what they mean in PEFT, so that a config written for one works 
 """
 
 import difflib
+import math
 import re
 import warnings
 from collections import defaultdict
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from ..modules.adapted_linear import LINEAR_CLASSES, Adapted, is_linear
-from ..modules.quantized import held_like, quantization
+from ..modules.quantized import held_like, quantization, sizes
 from ..modules.sharding import is_sharded
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -298,6 +299,17 @@ def _check_tied(model, matched: Matched):
                 f"{name} is shared with {', '.join(tied[name])}, and would change or come apart with it; "
                 "exclude it, or pass allow_tied_weights=True (the adapter can then not be merged)"
             )
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Numbers that the parameters of the model without adapters stand for: two where a byte holds two quantised ones."""
+    found = {}
+    for module in base_modules(model).values():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                packed = parameter is getattr(module, "weight", None) and quantization(module) is not None
+                found[id(parameter)] = math.prod(sizes(module)) if packed else parameter.numel()
+    return sum(found.values())
 
 
 def tied_names(model) -> dict[str, list[str]]:

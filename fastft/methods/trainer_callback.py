@@ -11,6 +11,7 @@ def trainer_callback(handle):
         """Checks that the adapter is trained, runs its schedule, saves it in ``checkpoint-N/adapter``."""
 
         def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+            handle.total_steps = state.max_steps
             sharded = getattr(args, "deepspeed", None) or getattr(args, "fsdp", None)  # these replace parameters
             if optimizer is not None and not sharded:
                 _check_optimizer(handle, optimizer)

@@ -19,6 +19,17 @@ from .quantized import quantization
 _CANDIDATES = ("candidate_sum", "candidate_square", "candidate_pending")
 
 
+def pack_bits(flags: torch.Tensor) -> torch.Tensor:
+    """bool [n] -> uint8 [n / 8, rounded up]"""
+    eight = nn.functional.pad(flags, (0, -len(flags) % 8)).view(-1, 8)
+    return (eight * (1 << torch.arange(8, device=flags.device))).sum(1).to(torch.uint8)
+
+
+def unpack_bits(packed: torch.Tensor, count: int) -> torch.Tensor:
+    """What `pack_bits` packed."""
+    return ((packed[:, None] >> torch.arange(8, device=packed.device)) & 1).bool().flatten()[:count]
+
+
 class SparseEntries(nn.Module):
     """What one adapter trains of one weight [A, B], and where the choice of it stands.
 
@@ -29,6 +40,7 @@ class SparseEntries(nn.Module):
         candidate_starts, candidate_columns, candidate_sum, candidate_square, candidate_pending: entries that may come in,
             and what was seen of their gradients (SpIEL): float32 sums over updates, and of the update that is being
             accumulated. They exist while a choice is being prepared.
+        first, kept_first: uint8, a bit for each that says whether it trained first (LIFT).
         updates: of the optimizer so far; observed: those that the sums hold.
         observer: called in backward with (these entries, left, right) while a choice is being prepared, or None.
 
@@ -81,10 +93,41 @@ class SparseEntries(nn.Module):
         self.delta.copy_(delta)
         self.delta.grad = None
 
-    def keep(self, entries: Entries | None, delta: torch.Tensor | None) -> None:
-        """What stays in the weight without training, all of it."""
+    def keep(self, entries: Entries | None, delta: torch.Tensor | None, first: torch.Tensor | None = None) -> None:
+        """What stays in the weight without training, all of it; `first`: packed bits."""
         self._set("kept_", entries)
         self._put("kept_delta", delta)
+        self._put("kept_first", first)
+
+    def all_first(self) -> None:
+        """The entries are those that train first."""
+        self._put("first", pack_bits(torch.ones(len(self.entries), dtype=torch.bool, device=self.columns.device)))
+
+    def of_first(self) -> int:
+        """How many of the entries trained first, too."""
+        return int(unpack_bits(self.first, len(self.entries)).sum())
+
+    @torch.no_grad()
+    def succeed(self, new: Entries) -> None:
+        """Train these entries, as many; those that stop training keep what they have learnt, and go on from it when they
+        come back."""
+        union, learnt, first = self.entries, self.delta.detach(), unpack_bits(self.first, len(self.entries))
+        if self.kept is not None:
+            parts = (self.entries, learnt, first), (self.kept, self.kept_delta, unpack_bits(self.kept_first, len(self.kept)))
+            union = self.entries.union(self.kept)
+            learnt, first = learnt.new_zeros(len(union)), first.new_zeros(len(union))
+            for entries, delta, flags in parts:
+                at = entries.find(union)
+                learnt[at], first[at] = delta, flags
+        at = new.find(union)
+        rest = (learnt != 0) | first
+        rest[at[at >= 0]] = False
+        old, values = at >= 0, learnt[at.clamp(min=0)]
+        self._put("first", pack_bits(old & first[at.clamp(min=0)]))
+        kept = union.select(rest)
+        some = len(kept) > 0
+        self.keep(kept if some else None, learnt[rest] if some else None, pack_bits(first[rest]) if some else None)
+        self.choose(new, torch.where(old, values, 0))
 
     def consider(self, candidates: Entries | None) -> None:
         """Begin with sums of 0 over these candidates, or forget them and what was summed."""

@@ -56,6 +56,9 @@ class Entries:
     def device(self) -> torch.device:
         return self.columns.device
 
+    def copy(self) -> "Entries":
+        return Entries(self.starts.clone(), self.columns.clone(), self.shape)
+
     def to(self, device) -> "Entries":
         return Entries(self.starts.to(device), self.columns.to(device), self.shape)
 
