@@ -3,8 +3,6 @@
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
-
 from ..modules.merging import pristine
 from ..ops.entries import Entries
 from ..optim.sparse import SparseAdamW, migrate

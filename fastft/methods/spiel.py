@@ -36,7 +36,7 @@ class SpIEL(SparseMethod):
         initial_reselection_rate: the fraction of entries that a choice replaces, at the start; it falls to 0 over the run.
         policy: "linear": rate · (1 - t / T), and all entries are replaced at the first choice (the paper's); "cosine":
             rate · (1 + cos(π t / T)) / 2 from the first on.
-        total_steps: T, the updates of the run. With a Trainer and `Handle.callback` (or `fastft train`) it need not be given.
+        total_steps: T, the updates of the run. A Trainer with `Handle.callback` and `fastft train` tell it themselves.
         seed: of the first, random entries; the same on every rank and machine.
         target_modules and the other options of `TargetOptions`; by default all linear layers but the output head.
 
