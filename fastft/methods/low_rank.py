@@ -36,11 +36,11 @@ def low_rank(
     weight = weight.detach()
     with without_autocast(weight.device.type):
         image, basis = _projected(weight, min(rank, *weight.shape), steps, generator)
-    if not image.isfinite().all():
-        raise FloatingPointError(f"{what} holds NaN or infinite numbers, or some too large to square")
-    wide = image.double()
-    rotation = torch.linalg.eigh(wide.t() @ wide).eigenvectors.flip(1)[:, :rank].float()
-    return image @ rotation, basis @ rotation
+        if not image.isfinite().all():
+            raise FloatingPointError(f"{what} holds NaN or infinite numbers, or some too large to square")
+        wide = image.double()
+        rotation = torch.linalg.eigh(wide.t() @ wide).eigenvectors.flip(1)[:, :rank].float()
+        return image @ rotation, basis @ rotation
 
 
 def _projected(weight, rank, steps, generator):
