@@ -1,0 +1,289 @@
+// Products of the sparse family on CPU; definitions in fastft/ops/sparse.py.
+//
+// Both go over blocks of tokens, of which activations are copied token-contiguous: an entry is then a sum or a step along
+// vectors of its column's tokens, which come from L2. Every entry of a sampled product, and every element of Y, is owned by
+// one task, so results do not depend on the number of threads.
+#include "entries.h"
+#include "transpose.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <vector>
+
+namespace fastft {
+namespace {
+
+constexpr int64_t tile_bytes = 1 << 20;  // of columns of a transposed block, that stay in L2 while all rows use them
+constexpr int group = 8;                 // entries of a row that share what is read of the row
+
+inline int64_t row_ranges() { return torch::stable::get_num_threads(); }
+
+// Where range i of n ranges of rows begins, each with as many entries, in whole steps of rows.
+int64_t range_begin(const Entries& s, int64_t i, int64_t n, int64_t step) {
+  if (i == 0 || i == n) return i ? s.rows : 0;
+  return std::min(s.rows, (s.row_of(i * s.count / n) + step - 1) / step * step);
+}
+
+[[gnu::always_inline]] inline vf multiply_add(vf sum, const float* x, const float* p) { return sum + load(x) * load(p); }
+[[gnu::always_inline]] inline vf multiply_add(vf sum, const bf16x2* x, const bf16x2* p) {
+#if defined(__AVX512BF16__)
+  return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(x), (__m512bh)_mm512_loadu_si512(p));
+#else
+  const vu a = load_bytes<vu>(x), b = load_bytes<vu>(p);
+  sum += (vf)(a << 16) * (vf)(b << 16);
+  return sum + (vf)(a & 0xffff0000u) * (vf)(b & 0xffff0000u);
+#endif
+}
+
+inline v4 fold(vf v) {
+#if defined(__AVX512F__)
+  return (__builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 8, 9, 10, 11)) +
+         (__builtin_shufflevector(v, v, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 12, 13, 14, 15));
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+#else
+  return v;
+#endif
+}
+
+// The sums of four vectors' elements.
+inline v4 lane_sums(const vf* v) {
+  const v4 a = fold(v[0]), b = fold(v[1]), c = fold(v[2]), d = fold(v[3]);
+  const v4 ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const v4 cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+}
+
+// out[e] (+)= Σ_u left[u] right[columns[e]][u] of N entries.
+template <int N, class Unit>
+inline void sample(const Unit* left, const Unit* right, int64_t row, int64_t units, const int32_t* columns, float* out,
+                   bool add) {
+  const Unit* column[N];
+  for (int n = 0; n < N; ++n) column[n] = right + columns[n] * row;
+  vf sum[group] = {};
+  for (int64_t u = 0; u < units; u += VL)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) sum[n] = multiply_add(sum[n], left + u, column[n] + u);
+  float total[group];
+  for (int n = 0; n < N; n += 4) {
+    const v4 sums = lane_sums(sum + n);
+    std::memcpy(total + n, &sums, sizeof sums);
+  }
+  for (int n = 0; n < N; ++n) out[n] = add ? out[n] + total[n] : total[n];
+}
+
+template <class Unit>
+inline void sample_row(const Unit* left, const Unit* right, int64_t row, int64_t units, const int32_t* columns, float* out,
+                       int64_t n, bool add) {
+  for (; n >= group; n -= group, columns += group, out += group) sample<group>(left, right, row, units, columns, out, add);
+  switch (n) {
+    case 7: return sample<7>(left, right, row, units, columns, out, add);
+    case 6: return sample<6>(left, right, row, units, columns, out, add);
+    case 5: return sample<5>(left, right, row, units, columns, out, add);
+    case 4: return sample<4>(left, right, row, units, columns, out, add);
+    case 3: return sample<3>(left, right, row, units, columns, out, add);
+    case 2: return sample<2>(left, right, row, units, columns, out, add);
+    case 1: return sample<1>(left, right, row, units, columns, out, add);
+  }
+}
+
+// A matrix [T, cols], of which one block of tokens at a time is held as [cols][row] units.
+template <class Unit, class T>
+struct TransposedBlock {
+  TransposedBlock(const Tensor& t, int64_t units)
+      : from(data(t, static_cast<T*>(nullptr))),
+        ld(t.stride(0)),
+        cols(t.size(1)),
+        row(spread_row(units)),
+        copy(cols * row) {}
+  int64_t tasks() const { return blocks(cols, transposed_columns); }
+  void load(int64_t task, int64_t first, int64_t tokens) const {
+    const int64_t c = task * transposed_columns, n = std::min(transposed_columns, cols - c);
+    transpose<Unit>(from + first * ld + c, ld, tokens, n, copy.get() + c * row, row);
+  }
+  const Unit* at(int64_t column) const { return copy.get() + column * row; }
+
+  const T* from;
+  const int64_t ld, cols, row;
+  const Scratch<Unit> copy;
+};
+
+template <class Unit, class T>
+void sampled_product(float* out, const Tensor& left, const Tensor& right, const Entries& s, bool add) {
+  const int64_t tokens = left.size(0), step = transposed_units * terms<Unit>;
+  const int64_t held = round_up(std::min(transposed_units, units<Unit>(tokens)), unit_step);
+  const TransposedBlock<Unit, T> l(left, held), r(right, held);
+  const int64_t tile = std::max<int64_t>(1, tile_bytes / (4 * held)), tiles = blocks(r.cols, tile);
+  std::vector<int32_t> ends(s.rows * tiles);  // of a row's entries in each tile of columns
+  parallel_for(s.rows, [&](int64_t i) {
+    const int32_t *begin = s.columns + s.starts[i], *end = s.columns + s.starts[i + 1];
+    for (int64_t k = 0; k < tiles; ++k)
+      ends[i * tiles + k] = std::lower_bound(begin, end, std::min((k + 1) * tile, r.cols)) - begin;
+  });
+  for (int64_t t = 0; t < tokens; t += step) {
+    const int64_t n = std::min(step, tokens - t), length = round_up(units<Unit>(n), unit_step);
+    parallel_for(l.tasks() + r.tasks(),
+                 [&](int64_t task) { task < l.tasks() ? l.load(task, t, n) : r.load(task - l.tasks(), t, n); });
+    parallel_for(row_ranges(), [&](int64_t range) {
+      const int64_t begin = range_begin(s, range, row_ranges(), 1), end = range_begin(s, range + 1, row_ranges(), 1);
+      for (int64_t k = 0; k < tiles; ++k)
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t from = k ? ends[i * tiles + k - 1] : 0, e = s.starts[i] + from;
+          sample_row(l.at(i), r.at(0), r.row, length, s.columns + e, out + e, ends[i * tiles + k] - from, add || t);
+        }
+    });
+  }
+}
+
+void sampled_product_(Tensor out, const Tensor& left, const Tensor& right, const Tensor& starts, const Tensor& columns,
+                      bool add) {
+  const char* op = "sampled_product_";
+  check_matrix(op, "left", left);
+  check_matrix(op, "right", right);
+  check_rows(op, "left", left, Where::cpu, {f32, b16, h16}, {left.size(0), left.size(1)});
+  check_rows(op, "right", right, Where::cpu, {left.scalar_type()}, {left.size(0), right.size(1)});
+  const Entries s = checked_entries(op, starts, columns, left.size(1), right.size(1));
+  check(op, "out", out, Where::cpu, {f32}, {s.count});
+  auto* to = static_cast<float*>(out.mutable_data_ptr());
+  if (!s.count) return;
+  if (!left.size(0)) {
+    if (!add) std::fill_n(to, s.count, 0.0f);
+    return;
+  }
+  dispatch(left, [&](auto* type) {
+    using T = std::remove_cv_t<std::remove_pointer_t<decltype(type)>>;
+    sampled_product<std::conditional_t<std::is_same_v<T, bf16>, bf16x2, float>, T>(to, left, right, s, add);
+  });
+}
+
+inline vf gather(const float* p, const int32_t* at) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_i32gather_ps(_mm512_loadu_si512(at), p, 4);
+#elif defined(__AVX2__)
+  return (vf)_mm256_i32gather_ps(p, _mm256_loadu_si256((const __m256i*)at), 4);
+#else
+  return vf{p[at[0]], p[at[1]], p[at[2]], p[at[3]]};
+#endif
+}
+
+// Σ_e x[columns[e]] values[e] of n entries: one token's element of x deltaᵀ.
+inline float dot(const float* x, const int32_t* columns, const float* values, int64_t n) {
+  vf sum[4] = {};
+  int64_t e = 0;
+  for (; e + 2 * VL <= n; e += 2 * VL)
+    for (int i = 0; i < 2; ++i) sum[i] += gather(x, columns + e + i * VL) * load(values + e + i * VL);
+  if (e + VL <= n) sum[0] += gather(x, columns + e) * load(values + e), e += VL;
+  float rest = 0;
+  for (; e < n; ++e) rest += x[columns[e]] * values[e];
+  sum[0] += sum[1];
+  return lane_sums(sum)[0] + rest;
+}
+
+// One token: a matrix of 8 bytes an entry is read once, and x is small.
+template <class T>
+void add_one(T* y, const T* x, int64_t cols, const Entries& s, const float* values) {
+  const Scratch<float> wide(round_up(cols, VL));
+  for (int64_t c = 0; c < cols; c += VL) store(wide.get() + c, load(x + c, cols - c));
+  parallel_for(row_ranges(), [&](int64_t range) {
+    const int64_t end = range_begin(s, range + 1, row_ranges(), VL);
+    for (int64_t i = range_begin(s, range, row_ranges(), VL); i < end; i += VL) {
+      vf sum = {};
+      const int64_t n = std::min<int64_t>(VL, s.rows - i);
+      for (int64_t l = 0; l < n; ++l) {
+        const int64_t e = s.starts[i + l];
+        sum[l] = dot(wide.get(), s.columns + e, values + e, s.starts[i + l + 1] - e);
+      }
+      store(y + i, load(y + i, n) + sum, n);
+    }
+  });
+}
+
+// out = Σ_e values[e] x[columns[e]] of n entries, V vectors of tokens each. V < 8: several sums, or each waits for the one
+// before.
+template <int V>
+inline void add_columns(const float* x, int64_t row, const int32_t* columns, const float* values, int64_t n, float* out) {
+  constexpr int U = 8 / V;
+  vf total[V] = {};
+  for (int64_t e = 0; e < n;) {
+    const int64_t stop = std::min(n, e + U * chain);
+    vf sum[U][V] = {};
+    for (; e + U <= stop; e += U)
+#pragma GCC unroll 8
+      for (int u = 0; u < U; ++u)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) sum[u][v] += values[e + u] * load(x + columns[e + u] * row + v * VL);
+    for (; e < stop; ++e)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sum[0][v] += values[e] * load(x + columns[e] * row + v * VL);
+    for (int u = 0; u < U; ++u)
+      for (int v = 0; v < V; ++v) total[v] += sum[u][v];
+  }
+  for (int v = 0; v < V; ++v) store(out + v * VL, total[v]);
+}
+
+constexpr int64_t row_group = 16;  // rows of delta, columns of y, that are written together
+
+// y[t][i] += sums of V vectors of tokens x rows [first, last) of delta.
+template <int V, class T>
+void add_rows(T* y, int64_t ld, int64_t tokens, const float* x, int64_t row, const Entries& s, const float* values,
+              int64_t first, int64_t last) {
+  alignas(64) float sums[row_group * V * VL], turned[V * VL * row_group];
+  for (int64_t i = first; i < last; i += row_group) {
+    const int64_t n = std::min(row_group, last - i);
+    if (s.starts[i] == s.starts[i + n]) continue;
+    for (int64_t j = 0; j < n; ++j) {
+      const int64_t e = s.starts[i + j];
+      add_columns<V>(x, row, s.columns + e, values + e, s.starts[i + j + 1] - e, sums + j * V * VL);
+    }
+    transpose<float>(sums, V * VL, n, V * VL, turned, row_group);
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t j = 0; j < n; j += VL)
+        store(y + t * ld + i + j, load(y + t * ld + i + j, n - j) + load(turned + t * row_group + j), n - j);
+  }
+}
+
+template <int V, class T>
+void add_product(T* y, int64_t ld, const Tensor& x, const Entries& s, const float* values) {
+  constexpr int64_t part = V * VL;  // tokens that one pass over the entries takes
+  const int64_t tokens = x.size(0);
+  const TransposedBlock<float, T> block(x, round_up(std::min(transposed_units, tokens), part));
+  for (int64_t t = 0; t < tokens; t += transposed_units) {
+    const int64_t n = std::min(transposed_units, tokens - t), parts = blocks(n, part), ranges = row_ranges();
+    parallel_for(block.tasks(), [&](int64_t task) { block.load(task, t, n); });
+    parallel_for(ranges * parts, [&](int64_t task) {
+      const int64_t range = task / parts, first = task % parts * part;
+      add_rows<V>(y + (t + first) * ld, ld, std::min(part, n - first), block.at(0) + first, block.row, s, values,
+                  range_begin(s, range, ranges, row_group), range_begin(s, range + 1, ranges, row_group));
+    });
+  }
+}
+
+void add_sparse_product_(Tensor y, const Tensor& x, const Tensor& starts, const Tensor& columns, const Tensor& values) {
+  const char* op = "add_sparse_product_";
+  check_matrix(op, "y", y);
+  check_matrix(op, "x", x);
+  check_rows(op, "y", y, Where::cpu, {f32, b16, h16}, {y.size(0), y.size(1)});
+  check_rows(op, "x", x, Where::cpu, {y.scalar_type()}, {y.size(0), x.size(1)});
+  const Entries s = checked_entries(op, starts, columns, y.size(1), x.size(1));
+  check(op, "values", values, Where::cpu, {f32}, {s.count});
+  const auto* v = static_cast<const float*>(values.const_data_ptr());
+  const int64_t tokens = y.size(0), ld = y.stride(0);
+  if (!s.count || !tokens) return;
+  dispatch(y, [&](auto* type) {
+    auto* to = mutable_data(y, type);
+    if (tokens == 1) return add_one(to, data(x, type), x.size(1), s, v);
+    if (tokens <= VL) return add_product<1>(to, ld, x, s, v);
+    if (tokens <= 2 * VL) return add_product<2>(to, ld, x, s, v);
+    if (tokens <= 4 * VL) return add_product<4>(to, ld, x, s, v);
+    add_product<8>(to, ld, x, s, v);
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(FASTFT_NAMESPACE, CPU, m) {
+  m.impl("sampled_product_", TORCH_BOX(&sampled_product_));
+  m.impl("add_sparse_product_", TORCH_BOX(&add_sparse_product_));
+}
+
+}  // namespace fastft
