@@ -2,7 +2,12 @@
 
 from .base import AdapterFileError, Handle, Method, attach, handles, load
 from .fusing import fuse
+from .lift import LIFT
 from .lora import LoRA
 from .s2ft import S2FT
+from .sparse import SparseMask
+from .sparse_foreign import SftFile, ShiraFile
+from .spiel import SpIEL
 
-__all__ = ["S2FT", "AdapterFileError", "Handle", "LoRA", "Method", "attach", "fuse", "handles", "load"]
+__all__ = ["LIFT", "S2FT", "AdapterFileError", "Handle", "LoRA", "Method", "SftFile", "ShiraFile", "SpIEL", "SparseMask"]
+__all__ += ["attach", "fuse", "handles", "load"]

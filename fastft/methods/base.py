@@ -80,6 +80,10 @@ class Method(TargetOptions):
         """One module's tensors by part, from a file's."""
         return {part: values[self.target_key(name, part)] for part in self.shapes(name, module)}
 
+    def native(self, tensors: dict[str, dict[str, torch.Tensor]]) -> "Method":
+        """The method whose files these tensors (by module and part) are, where this one only reads another's format."""
+        return self
+
     # ---- saving: the defaults suit methods whose parts are what modules hold
 
     # Does a file that is restored hold tensors of the shapes that the modules hold now?
@@ -234,6 +238,7 @@ def load(model: nn.Module, directory, adapter_name: str = "default") -> Handle:
     method, matched = found["method"], found["matched"]
     method.check_file(directory, matched.targets, values)
     tensors = {name: method.tensors_of(name, module, values) for name, module in matched.targets.items()}
+    method = method.native(tensors)
     copies = {
         name: {own: values[matched.copy_key(name, own)].to(getattr(module, own), copy=True) for own in owned}
         for name, (module, owned) in matched.copies.items()

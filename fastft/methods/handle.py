@@ -22,6 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ..modules.adapted_linear import Adapted
 from ..modules.adapter import Adapter
 from ..modules.groups import GroupState
+from ..modules.merging import PART
 from ..modules.sharding import is_sharded
 from .dequantizing import check_target, fold_dequantized
 from .grouping import make_groups
@@ -29,6 +30,7 @@ from .handle_files import AdapterFiles
 from .targets import Matched, tied_names
 
 _KEY = "_fastft_attachments"
+_DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"  # an attribute of a model that DistributedDataParallel looks at
 _handles: "weakref.WeakSet[Handle]" = weakref.WeakSet()
 
 
@@ -267,7 +269,9 @@ class Handle(AdapterFiles):
 
     def detach(self) -> None:
         """Take the adapter off: bits, classes, hooks and (with the last adapter) `requires_grad` as before `attach`."""
-        for module in self._whole("detach").values():
+        modules = self._whole("detach")
+        self._leave_to_us(False)
+        for module in modules.values():
             module.remove(self._adapter)
         self._groups = []
         record = self.model.__dict__[_KEY]
@@ -304,7 +308,22 @@ class Handle(AdapterFiles):
     def made(self) -> None:
         """All tensors are installed."""
         self._groups = make_groups(self.method, self._adapter, self.targets)
+        self._leave_to_us(True)
         self._shapes = {k: t.shape for k, t in self._file_tensors().items() if isinstance(t, nn.Parameter)}
+
+    def _leave_to_us(self, ignore: bool) -> None:
+        """Tell DistributedDataParallel not to send the buffers of entries from rank 0 in every forward: all ranks choose the
+        same, and everything that follows from a choice would have to be made anew."""
+        ours = {
+            f"{path}.{name}"
+            for path, module in self.targets.items()
+            if self.name in getattr(module, "sparse", {})
+            for name, _ in module.named_buffers()
+            if name == PART or name.startswith(f"sparse.{self.name}.")
+        }
+        if ours:
+            names = set(getattr(self.model, _DDP_IGNORES, ()))
+            setattr(self.model, _DDP_IGNORES, sorted(names | ours if ignore else names - ours))
 
     def check_copies(self) -> None:
         """Two active adapters can't both replace one tensor."""

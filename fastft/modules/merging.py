@@ -14,17 +14,17 @@ from ..ops.partial_linear import Part
 from .stores import EntryStore, SliceStore
 
 _PRISTINE = "_pristine_"
-_PART = "_pristine_part"
+PART = "_pristine_part"
 
 
 def pristine(module: nn.Module, own: str) -> torch.Tensor:
     """One of a module's own tensors as it is without deltas; a copy where only a slice of it is kept."""
     stored = module._buffers.get(_PRISTINE + own)
-    if stored is None and own == "weight" and _PART in module._buffers:
+    if stored is None and own == "weight" and PART in module._buffers:
         module.check_whole()
         with torch.no_grad():
             stored = module.weight.detach().clone(memory_format=torch.contiguous_format)
-            module._store.restore(module, stored, module._buffers[_PART])
+            module._store.restore(module, stored, module._buffers[PART])
     return getattr(module, own) if stored is None else stored
 
 
@@ -110,21 +110,21 @@ class Mergeable(nn.Module):
     def _exchange(self, store) -> None:
         """Let these parts stand in the weight instead of those that do, if any."""
         self.check_whole()
-        base = store.exchange(self, self._store, self._buffers.get(_PART))
+        base = store.exchange(self, self._store, self._buffers.get(PART))
         torch.autograd.graph.increment_version(self.weight)  # a graph that saved the weight must notice
         self._store = store
-        self.register_buffer(_PART, base, persistent=False)
+        self.register_buffer(PART, base, persistent=False)
         self.note_written(store.names)
 
     def _drop_parts(self, restore: bool) -> None:
         """Forget the store; with `restore` put the pristine bits back before."""
         if restore:
             self.check_whole()
-            self._store.restore(self, self.weight, self._buffers[_PART])
+            self._store.restore(self, self.weight, self._buffers[PART])
             torch.autograd.graph.increment_version(self.weight)
         self._store = None
-        self._buffers.pop(_PART, None)
-        self._non_persistent_buffers_set.discard(_PART)
+        self._buffers.pop(PART, None)
+        self._non_persistent_buffers_set.discard(PART)
 
     def check_whole(self) -> None:
         """Raises RuntimeError where something sharded the weight, so that parts of it can be neither read nor written."""
@@ -142,7 +142,7 @@ class Mergeable(nn.Module):
         totals = {own: value.to(torch.promote_types(value.dtype, torch.float32), copy=True) for own, value in stored.items()}
         if self._store is not None:
             self.check_whole()
-            self._store.write(self, self._buffers[_PART])
+            self._store.write(self, self._buffers[PART])
             torch.autograd.graph.increment_version(self.weight)
         for name in standing if totals else ():
             part = self.part_of(name)
@@ -167,7 +167,7 @@ class Mergeable(nn.Module):
         if self._store is None or delta.dtype != torch.float32 or not delta.is_contiguous():
             return None
         self.check_whole()
-        return self._store.site(self, name, self._buffers[_PART])
+        return self._store.site(self, name, self._buffers[PART])
 
     @torch.no_grad()
     def fold(self, adapter) -> None:
