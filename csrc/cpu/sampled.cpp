@@ -16,6 +16,7 @@ namespace {
 constexpr int64_t tile_bytes = 1 << 20;  // of columns of a transposed block, that stay in L2 while all rows use them
 constexpr int group = 8;                 // entries of a row that share what is read of the row
 
+// Ask once, outside of parallel_for: a worker's own answer was another one when it was asked first.
 inline int64_t row_ranges() { return torch::stable::get_num_threads(); }
 
 // Where range i of n ranges of rows begins, each with as many entries, in whole steps of rows.
@@ -111,7 +112,7 @@ struct TransposedBlock {
 template <class Unit, class T>
 void sampled_product(float* out, const Tensor& left, const Tensor& right, const Entries& s, bool add) {
   const int64_t tokens = left.size(0), step = transposed_units * terms<Unit>;
-  const int64_t held = round_up(std::min(transposed_units, units<Unit>(tokens)), unit_step);
+  const int64_t held = round_up(std::min(transposed_units, units<Unit>(tokens)), unit_step), ranges = row_ranges();
   const TransposedBlock<Unit, T> l(left, held), r(right, held);
   const int64_t tile = std::max<int64_t>(1, tile_bytes / (4 * held)), tiles = blocks(r.cols, tile);
   std::vector<int32_t> ends(s.rows * tiles);  // of a row's entries in each tile of columns
@@ -124,8 +125,8 @@ void sampled_product(float* out, const Tensor& left, const Tensor& right, const 
     const int64_t n = std::min(step, tokens - t), length = round_up(units<Unit>(n), unit_step);
     parallel_for(l.tasks() + r.tasks(),
                  [&](int64_t task) { task < l.tasks() ? l.load(task, t, n) : r.load(task - l.tasks(), t, n); });
-    parallel_for(row_ranges(), [&](int64_t range) {
-      const int64_t begin = range_begin(s, range, row_ranges(), 1), end = range_begin(s, range + 1, row_ranges(), 1);
+    parallel_for(ranges, [&](int64_t range) {
+      const int64_t begin = range_begin(s, range, ranges, 1), end = range_begin(s, range + 1, ranges, 1);
       for (int64_t k = 0; k < tiles; ++k)
         for (int64_t i = begin; i < end; ++i) {
           const int64_t from = k ? ends[i * tiles + k - 1] : 0, e = s.starts[i] + from;
@@ -183,10 +184,11 @@ inline float dot(const float* x, const int32_t* columns, const float* values, in
 template <class T>
 void add_one(T* y, const T* x, int64_t cols, const Entries& s, const float* values) {
   const Scratch<float> wide(round_up(cols, VL));
+  const int64_t ranges = row_ranges();
   for (int64_t c = 0; c < cols; c += VL) store(wide.get() + c, load(x + c, cols - c));
-  parallel_for(row_ranges(), [&](int64_t range) {
-    const int64_t end = range_begin(s, range + 1, row_ranges(), VL);
-    for (int64_t i = range_begin(s, range, row_ranges(), VL); i < end; i += VL) {
+  parallel_for(ranges, [&](int64_t range) {
+    const int64_t end = range_begin(s, range + 1, ranges, VL);
+    for (int64_t i = range_begin(s, range, ranges, VL); i < end; i += VL) {
       vf sum = {};
       const int64_t n = std::min<int64_t>(VL, s.rows - i);
       for (int64_t l = 0; l < n; ++l) {
