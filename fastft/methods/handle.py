@@ -321,9 +321,12 @@ class Handle(AdapterFiles):
             for name, _ in module.named_buffers()
             if name == PART or name.startswith(f"sparse.{self.name}.")
         }
-        if ours:
-            names = set(getattr(self.model, _DDP_IGNORES, ()))
-            setattr(self.model, _DDP_IGNORES, sorted(names | ours if ignore else names - ours))
+        names = set(getattr(self.model, _DDP_IGNORES, ()))
+        names = names | ours if ignore else names - ours
+        if names:
+            setattr(self.model, _DDP_IGNORES, sorted(names))
+        elif ours and hasattr(self.model, _DDP_IGNORES):
+            delattr(self.model, _DDP_IGNORES)
 
     def check_copies(self) -> None:
         """Two active adapters can't both replace one tensor."""

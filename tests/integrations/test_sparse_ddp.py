@@ -1,0 +1,143 @@
+"""SpIEL, LIFT and SparseMask on two processes: both choose the same entries, hold the same bits; fully_shard is refused."""
+
+import time
+from contextlib import nullcontext
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import fastft
+from tests.methods.models import llama, tokens
+
+ROWS = tokens(rows=4, length=9)
+SECONDS = 120  # two processes import everything on whatever cores are left
+STEPS = 7
+CYCLE = {"reselection_steps": 3, "selection_accumulation_steps": 2, "total_steps": 20}
+
+
+def mask():
+    generator = torch.Generator().manual_seed(5)
+    shapes = {n: m.weight.shape for n, m in llama().named_modules() if n.endswith(("up_proj", "o_proj"))}
+    return {name: torch.rand(shape, generator=generator) < 0.1 for name, shape in shapes.items()}
+
+
+METHODS = {
+    "mask": lambda: fastft.SparseMask(mask=mask()),
+    "momentum": lambda: fastft.SpIEL(density=0.02, selection="momentum", **CYCLE),
+    "accumulated": lambda: fastft.SpIEL(density=0.02, **CYCLE),
+    "lift": lambda: fastft.LIFT(density=0.1, filter_rank=4, update_interval=3),
+}
+
+
+def train(handle, model, rows, accumulate=False):
+    """Updates with clipped gradients; the losses of `rows` before each of them and afterwards."""
+    optimizer, losses = handle.optimizer(lr=1e-2, weight_decay=0.1), []
+    parts = rows.chunk(2) if accumulate else (rows,)
+    for _ in range(STEPS):
+        losses.append(0.0)
+        for i, part in enumerate(parts):
+            last = i + 1 == len(parts)
+            with nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync():
+                loss = model(input_ids=part, labels=part).loss / len(parts)
+                loss.backward()
+            losses[-1] += loss.item()
+        torch.nn.utils.clip_grad_norm_(handle.parameters(), 1.0)
+        optimizer.step()
+        handle.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        return [*losses, model(input_ids=rows, labels=rows).loss.item()]
+
+
+def outcome(handle, losses):
+    held = {name: module.sparse["default"] for name, module in handle.targets.items()}
+    return {
+        "losses": losses,
+        "entries": {name: one.entries.flat() for name, one in held.items()},
+        "deltas": {name: one.delta.detach() for name, one in held.items()},
+        "weights": {name: value.detach() for name, value in handle.model.named_parameters() if "sparse" not in name},
+        "history": handle.method.history,
+    }
+
+
+def attach(method):
+    return fastft.attach(llama(num_key_value_heads=2), METHODS[method]())
+
+
+def job(rank):
+    rows, found = ROWS.chunk(2)[rank], {}
+    for method in METHODS:
+        for accumulate in (False, True):
+            handle = attach(method)
+            model = DistributedDataParallel(handle.model)
+            found[method, accumulate] = outcome(handle, train(handle, model, rows, accumulate))
+    handle = attach("mask")
+    for layer in handle.model.model.layers:
+        fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+    try:
+        handle.optimizer()
+    except RuntimeError as error:
+        found["sharded"] = str(error)
+    return found
+
+
+def worker(rank, folder):
+    torch.set_num_threads(1)
+    meet = f"file://{folder}/meet"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2, timeout=timedelta(seconds=SECONDS))
+    torch.save(job(rank), f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What `job(rank)` gave in each of two processes."""
+    folder = tmp_path_factory.mktemp("ranks")
+    processes = mp.spawn(worker, (str(folder),), nprocs=2, join=False)
+    end = time.monotonic() + SECONDS
+    try:
+        while not processes.join(timeout=5):
+            assert time.monotonic() < end, "the processes hang"
+    finally:
+        for process in processes.processes:
+            if process.is_alive():
+                process.kill()
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_both_processes_hold_the_same(ranks, method, accumulate):
+    one, other = (rank[method, accumulate] for rank in ranks)
+    for kind in ("entries", "deltas", "weights"):
+        assert one[kind].keys() == other[kind].keys()
+        assert all(torch.equal(value, other[kind][name]) for name, value in one[kind].items()), kind
+    assert one["history"] == other["history"]
+    if method != "mask":
+        assert sum(choice["changed"] for choice in one["history"]) > 0
+    counts = {name: len(entries) for name, entries in one["entries"].items()}
+    assert counts == {name: count.entries for name, count in attach(method).method.counts.items()}
+
+
+# Which candidates SpIEL-AG considers follows from one micro-batch, of one process or of rank 0.
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "accumulated"])
+def test_two_processes_are_one(ranks, method):
+    handle = attach(method)
+    alone = outcome(handle, train(handle, handle.model, ROWS))
+    for accumulate in (False, True):
+        one, other = (rank[method, accumulate] for rank in ranks)
+        assert [(a + b) / 2 for a, b in zip(one["losses"], other["losses"])] == pytest.approx(alone["losses"], rel=1e-3)
+        same = sum(int(torch.isin(one["entries"][name], flat).sum()) for name, flat in alone["entries"].items())
+        assert same >= 0.98 * sum(map(len, alone["entries"].values()))  # of nearly equal scores rounding decides
+
+
+def test_sharded_weights_are_refused_with_what_to_use_instead(ranks):
+    for rank in ranks:
+        assert "DTensor" in rank["sharded"] and "use DistributedDataParallel" in rank["sharded"]
