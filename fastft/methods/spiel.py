@@ -105,7 +105,7 @@ class SpIEL(SparseMethod):
         return replace(self, counts=counts, history=[])
 
     def choose(self, name, module):
-        return self._first(name, module).to(module.weight.device)
+        return self._first(name, module)
 
     def _first(self, name, module) -> Entries:
         """The random entries of the start."""
