@@ -11,6 +11,7 @@ from torch import nn
 
 from .peft_layers import FallbackError, Record, accelerate_layers
 from .peft_report import report
+from .peft_sparse import accelerate_sparse_layers, sparse_kinds
 from .peft_tuner import FastLoraModel, FastTuner
 from .swapping import Swapped, swap, unswap
 
@@ -18,7 +19,7 @@ __all__ = ["FallbackError", "accelerate", "report", "restore"]
 
 
 def accelerate(peft_model: nn.Module, *, strict: bool = False, check=None) -> nn.Module:
-    """Run the LoRA layers of a PEFT model on fastft's ops, in place.
+    """Run the LoRA, SHiRA and Super-Tuning layers of a PEFT model on fastft's ops, in place.
 
     Parameters, names, state dict, files, adapters' switching, merging, disabling and hot-swapping stay as they are: only the
     class of each `lora.Linear` changes (to a subclass of the same name), and that of the tuner, so that adapters which are
@@ -27,8 +28,8 @@ def accelerate(peft_model: nn.Module, *, strict: bool = False, check=None) -> nn
 
     Args:
         peft_model: PeftModel, PeftMixedModel, or a module with injected adapters (after adding some, accelerate that again).
-        strict: a layer that would run PEFT's own forward raises instead. Layers of other classes than `lora.Linear` and
-            forwards without adapters (disabled, merged) don't.
+        strict: a layer that would run PEFT's own forward raises instead. Layers of other classes than the `Linear` of these
+            methods and forwards without adapters (disabled, merged) don't.
         check: a batch, as a dict of the model's arguments with labels or as a function of the model that returns the loss.
             Loss and gradients are computed on it by PEFT and by fastft, without dropout, and compared (`peft_check`).
 
@@ -36,13 +37,17 @@ def accelerate(peft_model: nn.Module, *, strict: bool = False, check=None) -> nn
         `peft_model` itself.
 
     Raises:
-        ValueError: there is no LoRA layer of PEFT in it. FallbackError: at a call, with `strict`.
+        ValueError: there is no such layer of PEFT in it. FallbackError: at a call, with `strict`.
         CheckError: the comparison failed; the model is restored.
     """
     from peft.tuners.lora.layer import LoraLayer
 
-    if not any(isinstance(module, LoraLayer) for module in peft_model.modules()):
-        raise ValueError("there is no LoRA layer of PEFT in this model; accelerate it after get_peft_model or load_adapter")
+    layers = (LoraLayer, *sparse_kinds())
+    if not any(isinstance(module, layers) for module in peft_model.modules()):
+        raise ValueError(
+            "there is no LoRA layer of PEFT in this model, nor one of SHiRA or Super-Tuning; accelerate it after "
+            "get_peft_model or load_adapter"
+        )
     if check is None:
         return _accelerate(peft_model, strict)
     from .peft_check import compare
@@ -61,6 +66,7 @@ def _accelerate(model, strict):
     from peft.tuners.mixed.model import MixedModel
 
     accelerate_layers(model, strict)
+    accelerate_sparse_layers(model, strict)
     for module in model.modules():
         if type(module) in (LoraModel, MixedModel):
             swap(module, FastLoraModel if type(module) is LoraModel else FastTuner, Record("", strict))

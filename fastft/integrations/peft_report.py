@@ -13,6 +13,7 @@ from torch import nn
 from ..modules.adapted_linear import Adapted, AdaptedLinear
 from .peft_eligible import DTYPES, Input, base_obstacle
 from .peft_layers import FastLinear
+from .peft_sparse import FastSparse, sparse_kinds
 
 FUSED, LOW_RANK, PEFT, PLAIN = "fused", "low-rank part", "peft", "plain"
 
@@ -84,16 +85,17 @@ def _sum(calls) -> dict[str, int]:
 
 
 def report(model: nn.Module) -> Report:
-    """Every LoRA layer of a PEFT model (accelerated or not), or every adapted layer of an attached one, with its path."""
+    """Every layer of LoRA, SHiRA and Super-Tuning in a PEFT model (accelerated or not), or every adapted layer of an
+    attached one, with its path."""
     peft = sys.modules.get("peft.tuners.lora.layer")  # a model can't hold its layers if it was never imported
     rows = []
     for name, module in model.named_modules():
-        if isinstance(module, FastLinear):
+        if isinstance(module, (FastLinear, FastSparse)):
             rows.append(_accelerated(name, module))
         elif isinstance(module, Adapted):
             rows.append(_attached(name, module))
-        elif peft is not None and isinstance(module, peft.LoraLayer):
-            linear = type(module) is peft.Linear
+        elif peft is not None and isinstance(module, (peft.LoraLayer, *sparse_kinds())):
+            linear = type(module) in (peft.Linear, *sparse_kinds())
             reason = "not accelerated: call fastft.accelerate" if linear else "layers of this class are left to PEFT"
             rows.append(Row(name, _kind(type(module)), PEFT, reason))
     return Report(rows)
@@ -101,7 +103,8 @@ def report(model: nn.Module) -> Report:
 
 def _kind(cls) -> str:
     cls = cls.__dict__.get("plain", cls)
-    return f"lora.{cls.__name__}" if cls.__module__.startswith("peft.tuners.lora") else f"{cls.__module__}.{cls.__name__}"
+    peft = re.match(r"peft\.tuners\.(lora|shira|supertuning)\b", cls.__module__)
+    return f"{peft[1] if peft else cls.__module__}.{cls.__name__}"
 
 
 def _accelerated(name, module) -> Row:
@@ -109,7 +112,7 @@ def _accelerated(name, module) -> Row:
     calls = {FUSED: record.fused, LOW_RANK: record.beside, PEFT: record.peft}
     plan = module.plan(given)
     path, reason = (PEFT, plan) if isinstance(plan, str) else (FUSED, "")
-    if path == FUSED and (obstacle := base_obstacle(module.base_layer, given)):
+    if path == FUSED and isinstance(module, FastLinear) and (obstacle := base_obstacle(module.base_layer, given)):
         path, reason = LOW_RANK, obstacle
     if path != PEFT and record.reason:
         reason = "; ".join(filter(None, (reason, f"last call on PEFT's path: {record.reason}")))
@@ -119,7 +122,7 @@ def _accelerated(name, module) -> Row:
 def _probe(module) -> torch.Tensor:
     """An input of no rows as the layer's base would get."""
     weight = getattr(module.get_base_layer(), "weight", None)
-    tensors = [weight, *(a.weight for a in module.lora_A.values())]
+    tensors = [weight, *(a.weight for a in getattr(module, "lora_A", {}).values())]
     like = next((t for t in tensors if isinstance(t, torch.Tensor) and t.dtype in {*DTYPES, torch.float64}), torch.empty(0))
     return torch.empty(0, module.in_features, dtype=like.dtype, device=like.device)
 
