@@ -12,7 +12,7 @@ using h4 = uint16_t __attribute__((vector_size(8)));
 
 constexpr int64_t transposed_units = 256;   // of a column in a block; 512 tokens where units are pairs
 constexpr int64_t transposed_columns = 32;  // that one task copies: their lines are in L1 together
-constexpr int64_t unit_step = VL > 8 ? VL : 8;
+constexpr int64_t unit_step = 16;           // units that vectors of any width, and two of AVX2's, fill
 
 // Four neighbouring elements as units: floats, or pairs with those of the next row.
 template <class Unit, class T>
@@ -48,8 +48,12 @@ void transpose(const T* from, int64_t ld, int64_t rows, int64_t cols, Unit* to, 
   constexpr int64_t tall = 8 * terms<Unit>;
   for (int64_t u = 0; u < round_up(units<Unit>(rows), unit_step); u += 8) {
     const int64_t first = u * terms<Unit>, left = rows - first;
+    // Both what is read and what is written lies farther apart than prefetchers look, and is too much for L2 (2.4 instead of
+    // 3.4 ms for 1024 x 4096 float32).
     for (int64_t i = tall; i < std::min(2 * tall, left); ++i)
       for (int64_t c = 0; c < cols; c += 64 / sizeof(T)) __builtin_prefetch(from + (first + i) * ld + c, 0, 3);
+    if (u % 16 == 0)
+      for (int64_t c = 0; c < cols; ++c) __builtin_prefetch(to + c * to_row + u + 16, 1, 3);
     for (int64_t c = 0; c < cols; c += 4) {
       const T* p = from + first * ld + c;
       v4 row[8];
