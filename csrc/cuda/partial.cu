@@ -1,6 +1,6 @@
 // The partial family. Maths and shapes: fastft/ops/partial.py. T tokens, C indices. All of it is memory traffic; indices are
 // the caller's promise.
-#include "operands.cuh"
+#include "packs.cuh"
 
 #include <cmath>
 
@@ -73,12 +73,6 @@ __global__ void __launch_bounds__(kThreads) scatter_add_columns_kernel(Matrix<T>
 // -- Slices of a weight. What belongs to a slice (base, delta, moments) is contiguous and walked as a flat array, a pack of
 // n elements a thread, whatever the length of its rows: of 430 columns no row but the first starts on a 16-byte boundary,
 // but every pack does. Four elements are 16 bytes of float32, of which there is most.
-template <class T, int n>
-struct alignas(n * sizeof(T)) Pack {
-  T v[n];
-  using Word = std::conditional_t<sizeof(T) * n == 16, uint4, uint64_t>;
-};
-
 template <class T>
 struct Slice {
   T* weight;
@@ -89,40 +83,6 @@ struct Slice {
   bool vectors;         // all that is contiguous starts on a 16-byte boundary
   bool weight_vectors;  // so do the weight's rows, and no pack crosses a row's end
 };
-
-// A pack at an index of an array of `size` elements: in one access where kWhole says that it lies within and is aligned,
-// else element by element, those past the end 0. `kOnce`: nothing writes the array during the kernel.
-template <bool kOnce, bool kWhole, int n, class T>
-__device__ __forceinline__ Pack<T, n> load_pack(const T* array, int64_t at, int64_t size) {
-  using Word = typename Pack<T, n>::Word;
-  Pack<T, n> pack{};
-  if constexpr (kWhole) {
-    note_load(array, sizeof(pack));
-    const Word* source = reinterpret_cast<const Word*>(array + at);
-    if constexpr (kOnce && sizeof(Word) == 16)
-      *reinterpret_cast<Word*>(&pack) = ptx::load_once(source);
-    else
-      *reinterpret_cast<Word*>(&pack) = *source;
-  } else {
-#pragma unroll
-    for (int j = 0; j < n; ++j)
-      if (at + j < size) pack.v[j] = get(array, at + j);
-  }
-  return pack;
-}
-
-template <bool kWhole, int n, class T>
-__device__ __forceinline__ void store_pack(T* array, int64_t at, int64_t size, const Pack<T, n>& pack) {
-  using Word = typename Pack<T, n>::Word;
-  if constexpr (kWhole) {
-    note_store(array, sizeof(pack));
-    *reinterpret_cast<Word*>(array + at) = *reinterpret_cast<const Word*>(&pack);
-  } else {
-#pragma unroll
-    for (int j = 0; j < n; ++j)
-      if (at + j < size) put(array, at + j, pack.v[j]);
-  }
-}
 
 // Where in the weight a pack of the slice stands. Looked up before anything is stored, so that the index arrives with the
 // rest. kWhole: all of the pack lies within the slice.
@@ -155,22 +115,6 @@ struct Targets {
   }
 };
 
-template <int n>
-dim3 pack_grid(int64_t size) {
-  return dim3(unsigned(ceil_div(size, int64_t(n) * kThreads)));
-}
-
-// Calls f(first element, whole) for this thread's pack of n elements. `whole` is a constant, so that the loads of all arrays
-// stand in one block of code and are in flight together.
-template <int n, class T, class F>
-__device__ __forceinline__ void for_pack(const Slice<T>& slice, F&& f) {
-  const int64_t at = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * n;
-  if (slice.vectors && at + n <= slice.size)
-    f(at, std::true_type{});
-  else if (at < slice.size)
-    f(at, std::false_type{});
-}
-
 // Elements that a thread writes: 16 bytes of the widest array.
 template <class T, bool kDelta>
 constexpr int kWritten = kDelta ? 4 : 16 / int(sizeof(T));
@@ -178,7 +122,7 @@ constexpr int kWritten = kDelta ? 4 : 16 / int(sizeof(T));
 template <class T, int kDim, bool kDelta>
 __global__ void __launch_bounds__(kThreads) write_slice_kernel(Slice<T> slice, const float* delta) {
   constexpr int n = kWritten<T, kDelta>;
-  for_pack<n>(slice, [&](int64_t at, auto whole) {
+  for_pack<n>(slice.vectors, slice.size, [&](int64_t at, auto whole) {
     Pack<T, n> value = load_pack<true, whole.value, n>(slice.base, at, slice.size);
     if constexpr (kDelta) {
       const Pack<float, n> change = load_pack<true, whole.value, n>(delta, at, slice.size);
@@ -201,7 +145,7 @@ template <class T, int kDim>
 __global__ void __launch_bounds__(kThreads)
     slice_adamw_kernel(Slice<T> slice, float* delta, const float* grad, float* exp_avg, float* exp_avg_sq, AdamW by) {
   constexpr int n = 4;
-  for_pack<n>(slice, [&](int64_t at, auto whole) {
+  for_pack<n>(slice.vectors, slice.size, [&](int64_t at, auto whole) {
     Pack<T, n> value = load_pack<true, whole.value, n>(slice.base, at, slice.size);
     const Pack<float, n> gradient = load_pack<true, whole.value, n>(grad, at, slice.size);
     Pack<float, n> change = load_pack<false, whole.value, n>(delta, at, slice.size);
@@ -271,8 +215,6 @@ void scatter_add_columns_(const Tensor& y, const Tensor& index, const Tensor& z)
     run(type, std::false_type{});
   });
 }
-
-bool aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
 
 // Checks what every op on slices takes; `parts`: float32 tensors that belong to the slice, with their names, or null.
 void check_slice(const char* op, const Tensor& weight, const Tensor& index, int64_t dim, const Tensor& base,

@@ -21,4 +21,36 @@ __device__ __forceinline__ uint4 load_once(const void* source) {
 #endif
 }
 
+// 16 bytes from global into shared memory, both 16-byte aligned, past the registers; zeros where `inside` is false (nothing
+// is read then). Arrives when its thread waits for the group, and is visible to others after a barrier.
+__device__ __forceinline__ void copy_async(void* target, const void* source, bool inside) {
+#if defined(__CUDA_ARCH__)
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(target))),
+      "l"(__cvta_generic_to_global(source)), "r"(inside ? 16 : 0)
+      : "memory");
+#elif defined(FASTFT_HOSTCUDA)
+  hostcuda::copy_async(target, inside ? source : nullptr, 16);
+#endif
+}
+
+// Ends the group of this thread's copies since the last one; it may be empty.
+__device__ __forceinline__ void commit_copies() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#elif defined(FASTFT_HOSTCUDA)
+  hostcuda::commit_copies();
+#endif
+}
+
+// Until all but the last kInFlight groups of this thread have arrived.
+template <int kInFlight>
+__device__ __forceinline__ void wait_for_copies() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.wait_group %0;" ::"n"(kInFlight) : "memory");
+#elif defined(FASTFT_HOSTCUDA)
+  hostcuda::wait_for_copies(kInFlight);
+#endif
+}
+
 }  // namespace fastft::ptx

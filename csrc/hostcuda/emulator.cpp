@@ -50,6 +50,12 @@ struct Fiber {
   // By turns, so that one barrier is enough: nobody fills a buffer again before all have left the barrier in between.
   alignas(8) char brought[2][gather_bytes];
   unsigned turn = 0;
+  struct Copy {
+    void* to;
+    const void* from;
+    size_t bytes;
+  };
+  std::vector<std::vector<Copy>> copies;  // groups in flight and, last, the one that is open
 };
 
 struct Scheduler {
@@ -177,6 +183,7 @@ void start(Fiber& fiber, unsigned index, dim3 block) {
   fiber.thread = {index % block.x, index / block.x % block.y, index / (block.x * block.y)};
   fiber.state = State::ready;
   fiber.turn = 0;
+  fiber.copies.assign(1, {});
   // A fiber abandoned after an error leaves its frames poisoned.
   ASAN_UNPOISON_MEMORY_REGION(fiber.stack.get(), stack_bytes);
   getcontext(&fiber.context);
@@ -270,6 +277,27 @@ void gather(const void* mine, size_t bytes, Site site) {
 const void* gathered(unsigned source) {
   const Fiber& self = *scheduler.running;
   return scheduler.fibers[self.index - lane() + source]->brought[self.turn];
+}
+
+void copy_async(void* to, const void* from, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
+    throw std::runtime_error("an asynchronous copy is not 16-byte aligned");
+  scheduler.running->copies.back().push_back({to, from, bytes});
+}
+
+void commit_copies() { scheduler.running->copies.emplace_back(); }
+
+void wait_for_copies(size_t groups_in_flight) {
+  auto& copies = scheduler.running->copies;
+  while (copies.size() > groups_in_flight + 1) {
+    for (const auto& copy : copies.front()) {
+      if (copy.from)
+        std::memcpy(copy.to, copy.from, copy.bytes);
+      else  // nothing to read
+        std::memset(copy.to, 0, copy.bytes);
+    }
+    copies.erase(copies.begin());
+  }
 }
 
 void* shared_memory(size_t offset, size_t bytes) {

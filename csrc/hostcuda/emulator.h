@@ -79,6 +79,11 @@ inline void count(const void* array, size_t bytes, bool store) {
   if (counting) (store ? moved[array].stores : moved[array].loads) += static_cast<int64_t>(bytes);
 }
 
+// Copies of a thread that arrive only when it waits for their group, as `cp.async` allows.
+void copy_async(void* to, const void* from, size_t bytes);
+void commit_copies();
+void wait_for_copies(size_t groups_in_flight);
+
 template <class T>
 T exchange(unsigned mask, T value, unsigned source, Site site) {
   static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= 8);
@@ -146,4 +151,41 @@ inline int __any_sync(unsigned mask, int predicate, fastft::hostcuda::Site site 
 
 inline int __all_sync(unsigned mask, int predicate, fastft::hostcuda::Site site = fastft::hostcuda::Site::current()) {
   return __ballot_sync(mask, predicate, site) == mask;
+}
+
+inline unsigned __match_any_sync(unsigned mask, int64_t value,
+                                 fastft::hostcuda::Site site = fastft::hostcuda::Site::current()) {
+  unsigned same = 0;
+  for (unsigned source = 0; source < 32; ++source)
+    if (mask >> source & 1) same |= unsigned(fastft::hostcuda::exchange(mask, value, source, site) == value) << source;
+  return same;
+}
+
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value,
+                                  fastft::hostcuda::Site site = fastft::hostcuda::Site::current()) {
+  unsigned most = 0;
+  for (unsigned source = 0; source < 32; ++source)
+    if (mask >> source & 1) {
+      const unsigned other = fastft::hostcuda::exchange(mask, value, source, site);
+      most = other > most ? other : most;
+    }
+  return most;
+}
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+
+// One fiber runs at a time.
+template <class T>
+T atomicAdd(T* address, T value) {
+  const T old = *address;
+  *address = old + value;
+  return old;
+}
+
+template <class T>
+T atomicMax(T* address, T value) {
+  const T old = *address;
+  *address = old < value ? value : old;
+  return old;
 }

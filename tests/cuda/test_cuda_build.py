@@ -80,6 +80,29 @@ def test_slices_move_16_bytes_at_a_time(usage, architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_entries_move_16_bytes_at_a_time(usage, architecture):
+    """What belongs to the entries; the weight is touched an entry at a time. Token vectors; asynchronous copies of tiles."""
+    entries = {
+        k: code for k, code in resources.sass(architecture).items() if k.startswith(("s", "write_entries", "add_many"))
+    }
+    updates = {k: code for k, code in entries.items() if k.startswith(("sparse_adamw", "sparse_maxima"))}
+    assert len(updates) == 15
+    for kernel, code in updates.items():
+        narrow = kernel.startswith("sparse_adamw") and ", 1, " in kernel
+        moments = 0 if narrow or kernel.startswith("sparse_maxima") else 2
+        assert "LDG.E.NA.128.CONSTANT" in code and code.count("LDG.E.128") >= 1 + moments, kernel
+        assert code.count("STG.E.128") >= 1 + moments and (not narrow or code.count("STG.E.64") >= 2), kernel
+    for kernel, code in entries.items():
+        if kernel.startswith(("sampled_entries", "add_many")):
+            assert code.count("LDG.E.128") >= 4, kernel
+        if kernel.startswith("sampled_tiles"):
+            assert "LDGSTS.E.BYPASS.128" in code and "LDGDEPBAR" in code, kernel
+            instruction = "HMMA.16816.F32.BF16" if "BFloat16" in kernel else "HMMA.16816.F32"
+            assert ("HMMA" in code) == (instruction in code) == ("LDSM" in code) == ("float" not in kernel), kernel
+        assert ("ATOM" not in code and "RED.E" not in code) or kernel.startswith("sparse_maxima"), kernel
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_products_of_16_bit_operands_run_on_tensor_cores(usage, architecture):
     """Kernels named <type, ..., parts> (`Arithmetic` in tile.cuh): 0 parts are float32 arithmetic, 1 and 3 tensor cores."""
     products = {
@@ -102,12 +125,12 @@ def test_library_loads_and_registers_all_ops(tmp_path):
     compiler = os.environ.get("CXX", "c++")
     subprocess.run([compiler, "-shared", "-fPIC", source, "-o", tmp_path / "libtorch_cuda.so"], check=True)
     code = (
-        "import os, sys, ctypes, torch; from fastft.ops import dora, lora, partial, registry\n"
+        "import os, sys, ctypes, torch; from fastft.ops import dora, lora, partial, registry, selection, sparse\n"
         f"ctypes.CDLL({str(resources.LIBRARY)!r}, mode=os.RTLD_NOW)\n"
         "registry.define_native('fastft_cuda')\n"
         "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
         "missing = [name for name in registry.OPS if not has(f'fastft_cuda::{name}', 'CUDA')]\n"
-        "sys.exit(str(missing) if missing or len(registry.OPS) < 11 else 0)"
+        "sys.exit(str(missing) if missing or len(registry.OPS) < 21 else 0)"
     )
     environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": str(resources.TABLE.parents[2])}
     process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
