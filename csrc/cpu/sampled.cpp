@@ -60,7 +60,7 @@ inline v4 fold(vf v) {
 template <int N, class Unit>
 [[gnu::always_inline]] inline void sample(const Unit* left, const Unit* right, int64_t row, int64_t units,
                                           const int32_t* columns, float* out, bool add) {
-  constexpr int parts = N > 4 || VL == 4 ? 1 : N > 2 ? 2 : 16 / VL;
+  constexpr int parts = N > 4 || VL == 4 ? 1 : unit_step / VL;
   const Unit* column[N];
 #pragma GCC unroll 16
   for (int n = 0; n < N; ++n) {
@@ -102,21 +102,21 @@ inline void sample_row(const Unit* left, const Unit* right, int64_t row, int64_t
   }
 }
 
-// A matrix [T, cols], of which one block of tokens at a time is held as [cols][row] units.
+// A matrix [T, cols], of which blocks of tokens are held as [cols][row] units each.
 template <class Unit, class T>
-struct TransposedBlock {
-  TransposedBlock(const Tensor& t, int64_t units)
+struct TransposedBlocks {
+  TransposedBlocks(const Tensor& t, int64_t units, int64_t count = 1)
       : from(data(t, static_cast<T*>(nullptr))),
         ld(t.stride(0)),
         cols(t.size(1)),
         row(spread_row(units)),
-        copy(cols * row) {}
+        copy(count * cols * row) {}
   int64_t tasks() const { return blocks(cols, transposed_columns); }
-  void load(int64_t task, int64_t first, int64_t tokens) const {
+  void load(int64_t task, int64_t first, int64_t tokens, int64_t block = 0) const {
     const int64_t c = task * transposed_columns, n = std::min(transposed_columns, cols - c);
-    transpose<Unit>(from + first * ld + c, ld, tokens, n, copy.get() + c * row, row);
+    transpose<Unit>(from + first * ld + c, ld, tokens, n, copy.get() + (block * cols + c) * row, row);
   }
-  const Unit* at(int64_t column) const { return copy.get() + column * row; }
+  const Unit* at(int64_t column, int64_t block = 0) const { return copy.get() + (block * cols + column) * row; }
 
   const T* from;
   const int64_t ld, cols, row;
@@ -127,7 +127,7 @@ template <class Unit, class T>
 void sampled_product(float* out, const Tensor& left, const Tensor& right, const Entries& s, bool add) {
   const int64_t tokens = left.size(0), step = transposed_units * terms<Unit>;
   const int64_t held = round_up(std::min(transposed_units, units<Unit>(tokens)), unit_step), ranges = row_ranges();
-  const TransposedBlock<Unit, T> l(left, held), r(right, held);
+  const TransposedBlocks<Unit, T> l(left, held), r(right, held);
   const int64_t tile = std::max<int64_t>(1, tile_bytes / (4 * held)), tiles = blocks(r.cols, tile);
   std::vector<int32_t> ends(s.rows * tiles);  // of a row's entries in each tile of columns
   parallel_for(s.rows, [&](int64_t i) {
@@ -250,6 +250,7 @@ void add_rows(T* y, int64_t ld, int64_t tokens, const float* x, int64_t row, con
     if (s.starts[i] == s.starts[i + n]) continue;
     for (int64_t j = 0; j < n; ++j) {
       const int64_t e = s.starts[i + j];
+      for (int64_t t = j; t < tokens; t += n) __builtin_prefetch(y + t * ld + i, 1, 3);
       add_columns<V>(x, row, s.columns + e, values + e, s.starts[i + j + 1] - e, sums + j * V * VL);
     }
     transpose<float>(sums, V * VL, n, V * VL, turned, row_group);
@@ -261,15 +262,18 @@ void add_rows(T* y, int64_t ld, int64_t tokens, const float* x, int64_t row, con
 
 template <int V, class T>
 void add_product(T* y, int64_t ld, const Tensor& x, const Entries& s, const float* values) {
-  constexpr int64_t part = V * VL;  // tokens that one pass over the entries takes
-  const int64_t tokens = x.size(0);
-  const TransposedBlock<float, T> block(x, round_up(std::min(transposed_units, tokens), std::max(part, unit_step)));
+  constexpr int64_t part = V * VL;  // tokens that one pass over the entries takes: all of their columns lie together in L2
+  const int64_t tokens = x.size(0), ranges = row_ranges();
+  const TransposedBlocks<float, T> held(x, std::max(part, unit_step), blocks(std::min(transposed_units, tokens), part));
   for (int64_t t = 0; t < tokens; t += transposed_units) {
-    const int64_t n = std::min(transposed_units, tokens - t), parts = blocks(n, part), ranges = row_ranges();
-    parallel_for(block.tasks(), [&](int64_t task) { block.load(task, t, n); });
+    const int64_t n = std::min(transposed_units, tokens - t), parts = blocks(n, part);
+    parallel_for(held.tasks() * parts, [&](int64_t task) {
+      const int64_t block = task % parts, first = block * part;
+      held.load(task / parts, t + first, std::min(part, n - first), block);
+    });
     parallel_for(ranges * parts, [&](int64_t task) {
-      const int64_t range = task / parts, first = task % parts * part;
-      add_rows<V>(y + (t + first) * ld, ld, std::min(part, n - first), block.at(0) + first, block.row, s, values,
+      const int64_t range = task / parts, block = task % parts, first = block * part;
+      add_rows<V>(y + (t + first) * ld, ld, std::min(part, n - first), held.at(0, block), held.row, s, values,
                   range_begin(s, range, ranges, row_group), range_begin(s, range + 1, ranges, row_group));
     });
   }
@@ -291,7 +295,7 @@ void add_sparse_product_(Tensor y, const Tensor& x, const Tensor& starts, const 
     if (tokens == 1) return add_one(to, data(x, type), x.size(1), s, v);
     if (tokens <= VL) return add_product<1>(to, ld, x, s, v);
     if (tokens <= 2 * VL) return add_product<2>(to, ld, x, s, v);
-    if (tokens <= 4 * VL) return add_product<4>(to, ld, x, s, v);
+    if (tokens <= 4 * VL || VL == 16) return add_product<4>(to, ld, x, s, v);
     add_product<8>(to, ld, x, s, v);
   });
 }
