@@ -1,7 +1,7 @@
 """Loads the csrc libraries for this CPU and GPU. Importing never fails: what could not be loaded has a reason.
 
 The libraries lie in ``fastft/lib``: one CPU library per instruction set, built from the same sources, and one CUDA
-library. ``FASTFT_CPU_ISA=default|avx2|avx512`` overrides the choice (for tests and bug reports), ``FASTFT_LIB`` the folder.
+library. ``FASTFT_CPU_ISA=default|avx2|avx512|avx512_bf16`` overrides the choice (for tests and bug reports), ``FASTFT_LIB`` the folder.
 """
 
 import functools
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-ISAS = ("avx512", "avx2", "default")
+ISAS = ("avx512_bf16", "avx512", "avx2", "default")
 LIB = Path(os.environ.get("FASTFT_LIB") or Path(__file__).parent / "lib")
 
 
@@ -30,16 +30,18 @@ def _cpu_flags() -> frozenset[str]:
 def supported_isas() -> tuple[str, ...]:
     """Instruction sets that this CPU runs, best first.
 
-    PyTorch's capability says what it was allowed to use (ATEN_CPU_CAPABILITY lowers it); the avx512 library is
-    compiled with avx512_bf16 too, which PyTorch's "AVX512" does not imply.
+    PyTorch's capability says what it was allowed to use (ATEN_CPU_CAPABILITY lowers it). Its "AVX512" does not imply
+    avx512_bf16, which Intel's server CPUs before Sapphire Rapids lack.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     flags = _cpu_flags()
     isas = ["default"]
     if capability in ("AVX2", "AVX512") and {"avx2", "fma", "f16c"} <= flags:
         isas.insert(0, "avx2")
-        if capability == "AVX512" and {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"} <= flags:
+        if capability == "AVX512" and {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags:
             isas.insert(0, "avx512")
+            if "avx512_bf16" in flags:
+                isas.insert(0, "avx512_bf16")
     return tuple(isas)
 
 

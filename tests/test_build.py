@@ -97,7 +97,7 @@ def test_native_wheel(source, tmp_path):
     files = names(wheel)
     check_python_part(files)
     libraries = sorted(Path(n).name for n in files if n.endswith(".so"))
-    assert libraries == [f"libfastft_cpu_{isa}.so" for isa in ("avx2", "avx512", "default")]
+    assert libraries == [f"libfastft_cpu_{isa}.so" for isa in ("avx2", "avx512", "avx512_bf16", "default")]
     assert all(n.startswith("fastft/lib/") for n in files if n.endswith(".so"))
     assert "BACKENDS ['cpu'] 5" in run_from(wheel, tmp_path / "site")
 

@@ -12,7 +12,7 @@ using h4 = uint16_t __attribute__((vector_size(8)));
 
 constexpr int64_t transposed_units = 256;   // of a column in a block; 512 tokens where units are pairs
 constexpr int64_t transposed_columns = 32;  // that one task copies: their lines are in L1 together
-constexpr int64_t unit_step = 16;           // units that vectors of any width, and two of AVX2's, fill
+constexpr int64_t unit_step = 16;           // units that vectors of any width fill, and two of AVX2's
 
 // Four neighbouring elements as units: floats, or pairs with those of the next row.
 template <class Unit, class T>

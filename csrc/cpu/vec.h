@@ -1,4 +1,4 @@
-// One vector type for three builds: GCC/Clang vector extensions of the width that the compile flags allow
+// One vector type for four builds: GCC/Clang vector extensions of the width that the compile flags allow
 // (-mavx512*: 16 floats, -mavx2: 8, otherwise 4), with the conversions that need an instruction of their own.
 #pragma once
 
