@@ -89,4 +89,35 @@ for op in ("gather_columns", "scatter_add_columns_", "write_slice_", "slice_adam
     for dim in (0, 1):
         for change in ({"T": 1}, {"T": 17}, {"T": 10**6}, {"C": 1}, {"C": 16}, {"C": 17}, {"step": 1}, {"lr": 0}, {"lr": 1}):
             assert launched_partial(op, dim=dim, **change) == launched_partial(op, dim=dim) != set(), (op, dim, change)
+
+from fastft.kernels import selection, sparse
+
+def launched_sparse(op, T=4096, E=300, step=7, lr=1e-3, seed=5, aged=False, bin=9):
+    index, w, f = (meta(65, dtype=torch.int64), meta(E, dtype=torch.int32)), meta(64, 128), meta(E)
+    age, table = (meta(E, dtype=torch.int32), meta(E, 2)) if aged else (None, None)
+    ints, counts = [meta(E, dtype=torch.int32)] * 2, meta(65536, dtype=torch.int64)
+    args = {
+        "gather_entries": (w, *index), "write_entries_": (w, *index, f, f), "match_entries": (*index, *index),
+        "sparse_adamw_": (w, *index, *[f] * 5, age, table, lr, 0.9, 0.99, 1e-8, 0.1, step, seed),
+        "sparse_sm3_": (w, *index, *[f] * 3, meta(64), meta(128), lr, 1e-8, 0.1),
+        "tiles": (f, meta(T, 64), meta(T, 128), *index, False), "entries": (f, meta(T, 64), meta(T, 128), *index, False),
+        "add_sparse_product_": (meta(T, 64), meta(T, 128), *index, f), "count_bins_": (counts, w),
+        "count_at_least": (w, bin), "take_at_least_": (*ints, w, meta(64, dtype=torch.int64), bin),
+    }[op]
+    name = "sampled_product_" if op in ("tiles", "entries") else op
+    module = sparse if hasattr(sparse, name) else selection
+    config = module.config_for(name, *args)
+    if name != op:
+        config = next(e["config"] for e in aot._config.table("default", "sparse")[name] if e["config"]["engine"] == op)
+    calls = aot.intercept(getattr(module, name), args, config)
+    return {call.source_hash() for call in calls}
+
+changes = [{"T": 1}, {"T": 17}, {"T": 4097}, {"E": 1}, {"E": 16}, {"E": 17}, {"step": 1}, {"lr": 0}, {"lr": 1}, {"bin": 1}]
+changes += [{"bin": 16}, {"seed": 0}, {"seed": 1}, {"seed": 16}, {"seed": -1}, {"seed": 2**31}, {"seed": 2**63 - 1}]
+for op in ("gather_entries", "write_entries_", "match_entries", "sparse_adamw_", "sparse_sm3_", "tiles", "entries",
+           "add_sparse_product_", "count_bins_", "count_at_least", "take_at_least_"):
+    for change in changes:
+        assert launched_sparse(op, **change) == launched_sparse(op) != set(), (op, change)
+for change in changes:
+    assert launched_sparse("sparse_adamw_", aged=True, **change) == launched_sparse("sparse_adamw_", aged=True), change
 """
