@@ -74,7 +74,8 @@ train.__annotations__ = {p.name: p.annotation for p in train.__signature__.param
 app.command(
     "train",
     help="Fine-tune a causal language model on JSON lines, with low-rank adapters (--method lora) or by training a few of "
-    "its channels and heads in place (--method s2ft); the adapter goes to OUT/adapter.",
+    "its channels and heads (--method s2ft) or single entries of its weights (--method spiel, lift) in place; the adapter "
+    "goes to OUT/adapter.",
 )(train)
 
 

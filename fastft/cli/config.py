@@ -12,9 +12,12 @@ from typing import Any, Literal
 
 from .errors import UserError
 
+# Peak learning rates where none is given; of spiel and lift the middle of what their papers use.
+LEARNING_RATES = {"lora": 2e-4, "s2ft": 2e-4, "spiel": 1e-4, "spiel by momentum": 1e-3, "lift": 1e-4}
+
 
 def _option(help: str, default: Any = dataclasses.MISSING, of: str | None = None) -> Any:
-    """of: the only method that has this option."""
+    """of: the only methods that have this option, with commas."""
     return dataclasses.field(default=default, metadata={"help": f"{of}: {help}" if of else help, "of": of})
 
 
@@ -25,8 +28,10 @@ class TrainConfig:
     model: str = _option("Folder of a transformers checkpoint, or a Hub id.")
     data: str = _option('JSON lines: {"text"}, {"prompt", "completion"} or {"messages"}.')
     out: str = _option("Folder for the adapter, checkpoints, summary and plot.")
-    method: Literal["lora", "s2ft"] = _option(
-        "lora, low-rank adapters, or s2ft, a few channels and heads of the model itself (structured sparse fine-tuning).",
+    method: Literal["lora", "s2ft", "spiel", "lift"] = _option(
+        "lora: low-rank adapters; s2ft: a few channels and heads of the model itself (structured sparse fine-tuning); "
+        "spiel: single entries of the weights, which move to where gradients are large; lift: the entries that matter most "
+        "to each weight's low-rank part.",
         "lora",
     )
     eval_data: str | None = _option("Held-out JSON lines; else --eval-fraction of the data.", None)
@@ -37,8 +42,10 @@ class TrainConfig:
         "Of the base model. auto: bfloat16 on a GPU that has it.", "auto"
     )
     device: Literal["auto", "cpu", "cuda"] = _option("Where to train.", "auto")
-    load_in_4bit: bool = _option("QLoRA: quantise the base to NF4 when it is loaded (bitsandbytes).", False, of="lora")
-    load_in_8bit: bool = _option("Quantise the base to int8 when it is loaded (bitsandbytes).", False, of="lora")
+    load_in_4bit: bool = _option(
+        "QLoRA: quantise the base to NF4 when it is loaded (bitsandbytes).", False, of="lora, spiel"
+    )
+    load_in_8bit: bool = _option("Quantise the base to int8 when it is loaded (bitsandbytes).", False, of="lora, spiel")
     r: int = _option("Rank.", 8, of="lora")
     alpha: float = _option("The update's scale is alpha / r.", 16.0, of="lora")
     dropout: float = _option("Dropout before A.", 0.0, of="lora")
@@ -60,6 +67,28 @@ class TrainConfig:
     calibration_rows: int = _option(
         "First rows of the training data, on which activations and gradients are measured.", 64, of="s2ft"
     )
+    density: float | None = _option(
+        "Fraction of entries that train: of the model's parameters with spiel (else 0.01), of each weight with lift.",
+        None,
+        of="spiel, lift",
+    )
+    selection: Literal["accumulated", "momentum"] = _option(
+        "What grows: entries with the largest gradients summed over a few steps, or (SM3 instead of AdamW) the largest "
+        "row and column accumulators.",
+        "accumulated",
+        of="spiel",
+    )
+    reselection_steps: int = _option("Optimizer steps between two choices.", 20, of="spiel")
+    selection_accumulation_steps: int = _option("Steps of them after which the choice is made.", 5, of="spiel")
+    initial_reselection_rate: float = _option(
+        "Fraction of the entries that a choice replaces; falls to 0 over the run.", 0.2, of="spiel"
+    )
+    policy: Literal["linear", "cosine"] = _option("How it falls; linear replaces all at first.", "linear", of="spiel")
+    rank_budget: int | None = _option(
+        "Each weight trains as many entries as a LoRA of this rank (else 128, unless --density).", None, of="lift"
+    )
+    filter_rank: int = _option("Rank of the approximation whose largest entries train.", 128, of="lift")
+    update_interval: int = _option("Optimizer steps between two choices.", 200, of="lift")
     target_modules: str = _option(
         "all-linear (s2ft: all that its ratios name), names with commas (q_proj,v_proj), or a regular expression.",
         "all-linear",
@@ -69,12 +98,16 @@ class TrainConfig:
     batch_size: int = _option("Examples (rows with packing) a forward.", 8)
     gradient_accumulation: int = _option("Forwards an optimizer step.", 1)
     gradient_checkpointing: bool = _option("Recompute activations in backward: less memory, more time.", False)
-    lr: float = _option("Peak learning rate.", 2e-4)
+    lr: float | None = _option(
+        f"Peak learning rate; else {', '.join(f'{rate:g} ({name})' for name, rate in LEARNING_RATES.items())}.", None
+    )
     schedule: Literal["cosine", "linear", "constant"] = _option("Learning rate after warm-up.", "cosine")
     warmup: float = _option("Warm-up steps; below 1: their fraction of all steps.", 0.03)
-    weight_decay: float = _option("AdamW's decoupled decay.", 0.0)
+    weight_decay: float = _option(
+        "Decoupled decay; of methods that train the weights in place, towards the pretrained ones.", 0.0
+    )
     max_grad_norm: float = _option("Gradients are clipped to this norm (0: not).", 1.0)
-    seed: int = _option("Of the split, the order, the adapter's start, s2ft's random choice and dropout.", 0)
+    seed: int = _option("Of the split, the order, the adapter's start, random choices (s2ft, spiel) and dropout.", 0)
     log_steps: int | None = _option("Steps between loss values; else about 200 values a run.", None)
     eval_steps: int | None = _option("Steps between held-out losses; else only before and after.", None)
     save_steps: int | None = _option("Steps between checkpoints; else one an epoch.", None)
@@ -84,6 +117,9 @@ class TrainConfig:
         for name, kind in typing.get_type_hints(type(self)).items():
             setattr(self, name, _coerce(name, getattr(self, name), kind))
         self._refuse_other_methods()
+        if self.lr is None:
+            by_momentum = self.method == "spiel" and self.selection == "momentum"
+            self.lr = LEARNING_RATES["spiel by momentum" if by_momentum else self.method]
         if self.target_modules == "":
             raise UserError("target_modules is empty")
         if not 0 <= self.eval_fraction < 1:
@@ -99,10 +135,16 @@ class TrainConfig:
             raise UserError("use_dora needs the norms of the weights' rows, which a quantised base does not have at hand")
         if self.method == "s2ft" and not any(self.ratios().values()):
             raise UserError(f"method s2ft trains nothing: all of {', '.join(self.ratios())} are 0")
+        self._check_entries()
         for name in (
             "r",
             "multiple",
             "calibration_rows",
+            "reselection_steps",
+            "selection_accumulation_steps",
+            "rank_budget",
+            "filter_rank",
+            "update_interval",
             "batch_size",
             "gradient_accumulation",
             "keep_checkpoints",
@@ -121,12 +163,26 @@ class TrainConfig:
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} must not be negative, not {getattr(self, name)}")
 
+    def _check_entries(self) -> None:
+        if self.density is not None and not 0 < self.density <= 1:
+            raise UserError(f"density must be in (0, 1], not {self.density}")
+        if self.density is not None and self.rank_budget is not None:
+            raise UserError("density and rank_budget both say how many entries train; give one of them")
+        if not 0 <= self.initial_reselection_rate <= 1:
+            raise UserError(f"initial_reselection_rate must be in [0, 1], not {self.initial_reselection_rate}")
+        if self.selection_accumulation_steps > self.reselection_steps:
+            raise UserError(
+                f"selection_accumulation_steps={self.selection_accumulation_steps} is more than "
+                f"reselection_steps={self.reselection_steps}"
+            )
+
     def _refuse_other_methods(self) -> None:
         """What this run's method does not have must not be passed over. An option at its default counts as not given."""
         for field in dataclasses.fields(self):
-            of, value = field.metadata["of"], getattr(self, field.name)
-            if of not in (None, self.method) and value != field.default:
-                raise UserError(f"{field.name}={value!r} is an option of method {of}; this run's method is {self.method}")
+            value, methods = getattr(self, field.name), (field.metadata["of"] or self.method).split(", ")
+            if self.method not in methods and value != field.default:
+                of = f"method{'s' if len(methods) > 1 else ''} {' and '.join(methods)}"
+                raise UserError(f"{field.name}={value!r} is an option of {of}; this run's method is {self.method}")
 
     def ratios(self) -> dict[str, float]:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name.endswith("_ratio")}
@@ -139,7 +195,18 @@ class TrainConfig:
         """The method and what matters most about it, for titles."""
         if self.method == "s2ft":
             return " ".join(["s2ft", *(f"{name}={ratio:g}" for name, ratio in self.ratios().items() if ratio)])
-        return f"{self.method} r={self.r}" + (f", {self.bits()}-bit base" if self.bits() else "")
+        base = f", {self.bits()}-bit base" if self.bits() else ""
+        if self.method == "spiel":
+            return f"spiel {', '.join(f'{k}={v:g}' for k, v in self.entries().items())}, {self.selection}{base}"
+        if self.method == "lift":
+            return f"lift {', '.join(f'{k}={v:g}' for k, v in self.entries().items())}, filter_rank={self.filter_rank}"
+        return f"{self.method} r={self.r}{base}"
+
+    def entries(self) -> dict[str, float]:
+        """How many entries train, as spiel or lift takes it."""
+        if self.rank_budget is None and (self.density is not None or self.method == "spiel"):
+            return {"density": 0.01 if self.density is None else self.density}
+        return {"rank_budget": self.rank_budget or 128}
 
     def targets(self) -> str | list[str] | None:
         """`target_modules` as the method takes it: names become a list; else "all-linear" or a regular expression. None for

@@ -7,7 +7,10 @@ import math
 from collections import Counter
 from typing import Any
 
+from ..methods.sparse import SparseMethod, stored_shape
 from ..modules.adapted_linear import features, is_linear
+from ..modules.sparse import SparseEntries
+from ..ops.entries import Entries
 from .config import TrainConfig
 from .data import Tokenized
 from .errors import UserError
@@ -30,6 +33,8 @@ def report(config: TrainConfig, rows: Tokenized) -> None:
         console.print(f"{name}: {slices['line']}")
     if config.method == "s2ft" and config.select != "random":
         console.print(f"(numbers of a random choice: those by {config.select} are known when it is measured)")
+    if config.method == "lift":
+        console.print("(entries that stop training are kept, which takes 8 bytes and a copy of the weight's own for each)")
     trainable, whole = share(handle)
     console.print(f"trainable: {trainable:,} parameters, {100 * trainable / whole:.2f} % of {whole:,}")
     table = Table("memory, estimated", "MiB", title_justify="left")
@@ -66,9 +71,12 @@ def estimate(config: TrainConfig, rows: Tokenized) -> tuple[Any, dict[str, int]]
         # Kept: every layer's input, and while backward is in one layer all of that layer.
         layers = getattr(architecture, "num_hidden_layers", 1)
         kept = tokens.numel() * architecture.hidden_size * dtype.itemsize * layers + kept // layers
+    adapter = memory(handle)
+    if config.bits():
+        adapter.pop("entries from before", None)  # they work beside the codes
     sizes = {
         **base,
-        **memory(handle),
+        **adapter,
         f"activations ({tokens.shape[0]} x {tokens.shape[1]} tokens)": kept,
     }
     return handle, sizes
@@ -78,14 +86,41 @@ def _attach(config: TrainConfig, model: Any, fake: Any) -> Any:
     """The adapter on a hollow model. A slice would be written into weights that have no room for it: it is made fake."""
     import fastft
 
-    if config.method != "s2ft":
+    if config.method == "lora":
         return attach(config, model, [], 0)
     try:
         method = make_method(dataclasses.replace(config, select="random")).bind(model)
+        if isinstance(method, SparseMethod):
+            method = unchosen(method)
         with fake:
             return fastft.attach(model, method)
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
+
+
+def unchosen(method: Any) -> Any:
+    """A method of entries that trains as many, but looks at no weights to choose them."""
+
+    class Unchosen(type(method)):
+        def bind(self, model):
+            return self
+
+        def initial(self, name, module):
+            import torch
+
+            count, rows = self.counts[name].entries, stored_shape(module)[0]
+            columns = torch.zeros(count, dtype=torch.int32)
+            return {"delta": torch.zeros(count), "starts": torch.zeros(rows + 1, dtype=torch.int64), "columns": columns}
+
+        def install(self, name, module, adapter, tensors):
+            entries = Entries(tensors["starts"], tensors["columns"], stored_shape(module))
+            held = SparseEntries(entries, tensors["delta"])
+            held.observer = self.observer()
+            if self.remembers_first:
+                held.all_first()
+            module.add_entries(adapter, held)
+
+    return Unchosen(**{f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.init})
 
 
 def _hollow(model: Any) -> None:

@@ -12,7 +12,7 @@ from ..checkpoint.files import WEIGHTS
 from .config import make_config
 from .errors import UserError
 
-WRITTEN = ("config.yaml", "summary.json", "loss.png")  # besides adapter/ and checkpoint-N/
+WRITTEN = ("config.yaml", "summary.json", "loss.png", "selection.png")  # besides adapter/ and checkpoint-N/
 # Options that may differ between a run and its continuation.
 RESUMABLE = {"epochs", "max_steps", "log_steps", "eval_steps", "save_steps", "keep_checkpoints", "device"}
 

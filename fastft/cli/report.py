@@ -7,8 +7,11 @@ import importlib.metadata
 import json
 import os
 import platform
+import statistics
 from pathlib import Path
 from typing import Any
+
+from .slices import percent
 
 
 def summarize(config, trainer, speed, handle, model, train_rows, eval_rows) -> dict[str, Any]:
@@ -18,7 +21,7 @@ def summarize(config, trainer, speed, handle, model, train_rows, eval_rows) -> d
     import fastft
 
     from ..integrations.transformers import peak_memory
-    from .slices import memory, parameter_count, per_layer, share
+    from .slices import densities, memory, parameter_count, per_layer, share
 
     history = trainer.state.log_history
     losses = [{"step": h["step"], "loss": h["loss"], "lr": h["learning_rate"]} for h in history if "loss" in h]
@@ -39,6 +42,7 @@ def summarize(config, trainer, speed, handle, model, train_rows, eval_rows) -> d
         "trainable_fraction": trainable / whole,
         "adapter_memory_bytes": memory(handle),
         "slices": per_layer(handle),
+        "selection": {"choices": handle.method.history, "layers": layers} if (layers := densities(handle)) else None,
         "processes": trainer.args.world_size,
         "rows": {"train": len(train_rows.rows), "held_out": len(eval_rows.rows)},
         "tokens": {"train": train_rows.tokens, "held_out": eval_rows.tokens},
@@ -101,6 +105,63 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
+def plot_selection(summary: dict[str, Any], path: Path) -> None:
+    """What a method that chooses its entries did: how many were replaced at each choice, how many of the first ones still
+    train, and how densely each kind of layer trains."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    choices, layers = summary["selection"]["choices"], summary["selection"]["layers"]
+    figure = Figure(figsize=(9.6, 4.6), dpi=120, layout="constrained")
+    figure.suptitle(f"{Path(summary['config']['model']).name}, {summary['title']}")
+    if choices:
+        grid = figure.add_gridspec(2, 2, width_ratios=(1.25, 1))
+        steps = [0, *(one["update"] for one in choices)]
+        shares = {key: [100 * one[key] / one["entries"] for one in choices] for key in ("changed", "overlap_with_first")}
+        top, bottom = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[1, 0])
+        top.vlines(steps[1:], 0, shares["changed"], color="tab:blue", linewidth=2)
+        top.plot(steps[1:], shares["changed"], "o", color="tab:blue", markersize=4, clip_on=False)
+        bottom.step(steps, [100, *shares["overlap_with_first"]], where="post", color="tab:orange", linewidth=2)
+        bottom.plot(steps[-1], shares["overlap_with_first"][-1], "o", color="tab:orange", markersize=4, clip_on=False)
+        for axes, title in ((top, "Entries replaced at each choice"), (bottom, "Entries that trained first and still do")):
+            axes.set_title(title, loc="left", fontsize=10)
+            axes.yaxis.set_major_formatter("{x:g} %")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.grid(axis="y", alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.set_xlim(0, max(summary["steps"], steps[-1]))
+            axes.set_ylim(0, 1.08 * max(axes.dataLim.y1, 1e-9))
+        top.tick_params(labelbottom=False)
+        bottom.set_xlabel("optimizer step")
+    axes = figure.add_subplot(grid[:, 1] if choices else 111)
+    _plot_densities(axes, layers)
+    figure.savefig(path)
+
+
+def _plot_densities(axes, layers) -> None:
+    names = [key.rsplit(".", 1)[-1] for key in layers]
+    if len(set(names)) < len(names):
+        names = list(layers)
+    trains = [100 * statistics.mean(one["density"]) for one in layers.values()]
+    changed = [100 * statistics.mean(one["changed"]) for one in layers.values()]
+    places = range(len(names))
+    if any(b > a for a, b in zip(trains, changed)):
+        axes.barh(places, changed, color="tab:blue", alpha=0.3, height=0.6, label="trained before, keeps its value")
+    axes.barh(places, trains, color="tab:blue", height=0.6, label="trains now")
+    for place, one, width in zip(places, layers.values(), changed):
+        axes.annotate(
+            percent(one["density"]), (width, place), textcoords="offset points", xytext=(4, 0), va="center", fontsize=9
+        )
+    axes.set_yticks(places, names)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.3 * max(changed))
+    axes.xaxis.set_major_formatter("{x:g} %")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title("Share of the weights that trains", loc="left", fontsize=10)
+    if len(axes.containers) > 1:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, fontsize=8, frameon=False)
+
+
 def print_summary(summary: dict[str, Any], out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -119,5 +180,6 @@ def print_summary(summary: dict[str, Any], out: Path) -> None:
     ran = "\n".join(f"{b['op']}: {b['backend']} ({b['calls']} calls)" for b in summary["backends"])
     table.add_row("ops ran on", ran or "none recorded")
     table.add_row("adapter", str(out / "adapter"))
-    table.add_row("more", f"{out / 'summary.json'}, {out / 'loss.png'}")
+    plots = [out / "loss.png", *([out / "selection.png"] if summary["selection"] else [])]
+    table.add_row("more", ", ".join(map(str, [out / "summary.json", *plots])))
     Console().print(table)

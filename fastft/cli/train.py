@@ -87,6 +87,20 @@ def make_method(config: TrainConfig, calibration: Any = None) -> Any:
         same = ("select", "largest", "multiple", "seed")
         options = {**config.ratios(), **{name: getattr(config, name) for name in same}, "calibration": calibration}
         return fastft.S2FT(**options, target_modules=config.targets())
+    if config.method == "spiel":
+        same = (
+            "selection",
+            "reselection_steps",
+            "selection_accumulation_steps",
+            "initial_reselection_rate",
+            "policy",
+            "seed",
+        )
+        options = {name: getattr(config, name) for name in same}
+        return fastft.SpIEL(**config.entries(), **options, target_modules=config.targets())
+    if config.method == "lift":
+        options = {"filter_rank": config.filter_rank, "update_interval": config.update_interval}
+        return fastft.LIFT(**config.entries(), **options, target_modules=config.targets())
     return fastft.LoRA(
         r=config.r,
         lora_alpha=config.alpha,
@@ -112,8 +126,8 @@ def attach(config: TrainConfig, model: Any, rows: list[Any], pad: int, checkpoin
 
     torch.manual_seed(config.seed)
     try:
-        if checkpoint is not None and config.method == "s2ft":
-            # The units are the run's: measured anew, on other hardware say, others might be chosen.
+        if checkpoint is not None and config.method != "lora":
+            # What trains is the run's: measured anew, on other hardware say, others might be chosen.
             return fastft.load(model, checkpoint / "adapter")
         measured = rows[: config.calibration_rows]
         starts = range(0, len(measured), config.batch_size)
@@ -181,7 +195,7 @@ def _train(
     config: TrainConfig, out: Path, resume: bool, tokenizer: Any, train_rows: Tokenized, eval_rows: Tokenized
 ) -> dict[str, Any] | None:
     from ..integrations.transformers import finish, last_checkpoint, make_trainer, progress
-    from .report import plot, print_summary, summarize, write_summary
+    from .report import plot, plot_selection, print_summary, summarize, write_summary
 
     device, dtype = choose_device_and_dtype(config)
     checkpoint = last_checkpoint(out) if resume else None
@@ -229,5 +243,7 @@ def _train(
     summary = summarize(config, trainer, speed, handle, model, train_rows, eval_rows)
     write_summary(summary, out / "summary.json")
     plot(summary, out / "loss.png")
+    if summary["selection"]:
+        plot_selection(summary, out / "selection.png")
     print_summary(summary, out)
     return summary

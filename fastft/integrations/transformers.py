@@ -8,6 +8,7 @@ trainer.backends                        # Counter of (op, backend): what ran, la
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 import time
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from .. import testing
+from ..optim.sparse import SparseSM3
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -94,8 +96,8 @@ def make_trainer(model, handle, arguments, train_rows, eval_rows=(), *, pad_toke
         train_rows, eval_rows: [{"input_ids": list[int], "labels": list[int]}].
 
     It differs from Trainer in four ways: a checkpoint holds the adapter (checkpoint-N/adapter) and no base weights; the
-    evaluation loss is the mean over tokens, not over batches; launches are counted in `backends`; where slices of the
-    weights train, AdamW is the handle's own, which decays all that trains.
+    evaluation loss is the mean over tokens, not over batches; launches are counted in `backends`; where slices or entries
+    of the weights train, AdamW is the handle's own, which decays all that trains (see `own_optimizer`).
     """
     from transformers import Trainer
 
@@ -106,9 +108,7 @@ def make_trainer(model, handle, arguments, train_rows, eval_rows=(), *, pad_toke
         def create_optimizer(self, model=None):
             adamw = self.args.optim in ("adamw_torch", "adamw_torch_fused")
             if self.optimizer is None and adamw and handle.method.trains_merged:
-                betas = (self.args.adam_beta1, self.args.adam_beta2)
-                own = {"lr": self.args.learning_rate, "betas": betas, "eps": self.args.adam_epsilon}
-                self.optimizer = handle.optimizer(weight_decay=self.args.weight_decay, **own)
+                self.optimizer = own_optimizer(handle, self.args)
                 self._count_launches(self.optimizer)
             return super().create_optimizer(model)
 
@@ -170,11 +170,43 @@ def make_trainer(model, handle, arguments, train_rows, eval_rows=(), *, pad_toke
             callbacks=[handle.callback(), *callbacks],
         )
     trainer.backends = Counter()
+    trainer.handle = handle
     return trainer
+
+
+def own_optimizer(handle, arguments) -> torch.optim.Optimizer:
+    """The handle's optimizer with what transformers.TrainingArguments say of AdamW. Betas and eps are the method's own where
+    the arguments leave theirs at transformers' defaults: a paper's are others (LIFT's betas, SpIEL's eps).
+
+    Raises:
+        ValueError: betas are given, and the optimizer (SM3 of SpIEL) has none.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(type(arguments))}
+    given = {name for name in ("adam_beta1", "adam_beta2", "adam_epsilon") if getattr(arguments, name) != defaults[name]}
+    optimizer = handle.optimizer(lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
+    if isinstance(optimizer, SparseSM3) and given:
+        raise ValueError(f"{', '.join(sorted(given))}: SM3, which trains this adapter, is no AdamW")
+    for group in optimizer.param_groups:
+        beta1, beta2 = group["betas"]
+        group["betas"] = (
+            arguments.adam_beta1 if "adam_beta1" in given else beta1,
+            arguments.adam_beta2 if "adam_beta2" in given else beta2,
+        )
+        if "adam_epsilon" in given:
+            group["eps"] = arguments.adam_epsilon
+    return optimizer
+
+
+def choice(made: dict[str, int]) -> str:
+    """One of a method's `history`, in words."""
+    entries = max(made["entries"], 1)
+    changed, first = (f"{100 * made[key] / entries:.1f} %" for key in ("changed", "overlap_with_first"))
+    return f"{made['changed']:,} of {entries:,} entries replaced ({changed}); {first} of them trained first"
 
 
 def progress(trainer) -> Any:
     """Replace `trainer`'s progress bar by one with loss, tokens/s, peak memory (plain lines when stderr is no terminal).
+    Where a method chooses anew what trains, each choice is a line.
 
     The returned callback has `tokens_per_second` and `seconds` (of training, without evaluations) of this process.
 
@@ -204,6 +236,9 @@ def progress(trainer) -> Any:
         def on_step_end(self, args, state, control, **kwargs):
             if self.bar is not None:
                 self.bar.update(state.global_step - self.bar.n)
+            history = getattr(trainer.handle.method, "history", None)
+            if history and history[-1]["update"] == state.global_step:
+                self._say(f"step {state.global_step}: {choice(history[-1])}")
 
         def on_log(self, args, state, control, logs, **kwargs):
             if "eval_loss" in logs:
