@@ -109,7 +109,8 @@ class SpIEL(SparseMethod):
 
     def _first(self, name, module) -> Entries:
         """The random entries of the start."""
-        generator = torch.Generator().manual_seed((self.seed << 32) + zlib.crc32(name.encode()))
+        # Of a generator's seed the CPU's takes 32 bits.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
         return random_entries(stored_shape(module), self.counts[name].entries, generator)
 
     def observer(self):
@@ -144,6 +145,8 @@ class SpIEL(SparseMethod):
         if self.selection == "accumulated" and at <= self.selection_accumulation_steps:
             for module in handle.targets.values():
                 see_update(module.sparse[handle.name], first=at == 1)
+        for module in handle.targets.values():  # after the end nothing will be chosen of what is seen
+            module.sparse[handle.name].observer = self.observer() if updates < total else None
         if at == self.selection_accumulation_steps and updates <= total:
             changes = self._reselect(handle, self.rate(updates, total))
             self.history.append({"update": updates, **changes})
@@ -239,14 +242,16 @@ def choose_growth(held: SparseEntries, rate: float) -> tuple[Entries, torch.Tens
 def by_momentum(held: SparseEntries, rate: float, optimizer) -> tuple[Entries, torch.Tensor]:
     """The ``int(rate · E)`` inactive entries with the largest product of SM3's accumulators; of the active ones none is
     spared."""
-    state = optimizer.state.get(held.delta) or {}
-    if "row_max" not in state:
+    if not isinstance(optimizer, SparseSM3):
         raise RuntimeError('selection="momentum" reads the accumulators of SM3: train with handle.optimizer()')
+    state, none = optimizer.state.get(held.delta), torch.zeros_like(held.columns, dtype=torch.bool)
+    if not state:  # the module took no part in any update
+        return Entries.of_flat(held.columns[:0], held.shape), none
     most = min(int(rate * len(held.entries)), math.prod(held.shape) - len(held.entries))
     scores = outer(state["row_max"], state["column_max"])
     what = "SM3's accumulators"
     grown, _ = largest(scores, most, held.shape, held.delta.device, exclude=held.entries, what=what)
-    return grown, torch.zeros(len(held.entries), dtype=torch.bool, device=held.columns.device)
+    return grown, none
 
 
 def seeds_of(held: SparseEntries, new: Entries, optimizer) -> dict[str, torch.Tensor]:

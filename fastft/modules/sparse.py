@@ -21,7 +21,7 @@ _CANDIDATES = ("candidate_sum", "candidate_square", "candidate_pending")
 
 def pack_bits(flags: torch.Tensor) -> torch.Tensor:
     """bool [n] -> uint8 [n / 8, rounded up]"""
-    eight = nn.functional.pad(flags, (0, -len(flags) % 8)).view(-1, 8)
+    eight = nn.functional.pad(flags, (0, -len(flags) % 8)).view(-(-len(flags) // 8), 8)
     return (eight * (1 << torch.arange(8, device=flags.device))).sum(1).to(torch.uint8)
 
 

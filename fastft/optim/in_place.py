@@ -14,6 +14,7 @@ class InPlaceOptimizer(torch.optim.Optimizer):
     """
 
     writes_parts = True  # the handle need not write after a step
+    shared_state = ()  # names of a part's state that is not by entry
 
     def __init__(self, params, parts: dict[torch.nn.Parameter, tuple[Any, str]], defaults: dict[str, Any]):
         super().__init__(params, defaults)

@@ -69,8 +69,9 @@ class SparseAdamW(InPlaceOptimizer):
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
         for parameter, state in self.state.items():  # PyTorch has cast all of it to the parameter's dtype
-            if parameter in self._parts and parameter.dtype == torch.float32:
-                kinds = {"exp_avg": self.moment_dtype, "exp_avg_sq": self.moment_dtype, "age": torch.int32}
+            if parameter in self._parts:
+                moments = self.moment_dtype if parameter.dtype == torch.float32 else parameter.dtype
+                kinds = {"exp_avg": moments, "exp_avg_sq": moments, "age": torch.int32}
                 state.update((name, state[name].to(kind)) for name, kind in kinds.items() if name in state)
 
 
@@ -84,6 +85,8 @@ class SparseSM3(InPlaceOptimizer):
 
     Args and errors as `SparseAdamW`, without betas and moments.
     """
+
+    shared_state = ("row_max", "column_max")
 
     def __init__(self, params, entries: dict[torch.nn.Parameter, tuple[Any, str]], lr=1e-3, eps=1e-8, weight_decay=0.0):
         super().__init__(params, entries, checked(lr, eps, weight_decay))
@@ -145,9 +148,9 @@ def migrate(optimizer, parameter, found: torch.Tensor, **seeds) -> None:
     state = optimizer.state.get(parameter)
     if not state:
         return
-    old = found >= 0
+    old, shared = found >= 0, getattr(optimizer, "shared_state", ())
     for name, value in state.items():
-        if isinstance(value, torch.Tensor) and value.shape == found.shape and value.dim():
+        if name not in shared and isinstance(value, torch.Tensor) and value.shape == found.shape and value.dim():
             start = seeds.get(name)
             new = torch.zeros_like(value) if start is None else start.to(value.dtype)
             state[name] = torch.where(old, value[found.clamp(min=0)], new)
