@@ -1,13 +1,49 @@
 """A tiny random Llama with the demo's tokenizer, and helpers to run the command line."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 TOKENIZER = Path(__file__).parents[2] / "demo" / "model"
+
+
+def adapter(out):
+    return load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def trained(out, options):
+    """The result of `fastft train` into `out`, which has to succeed."""
+    from fastft.cli.app import app
+
+    result = CliRunner().invoke(app, ["train", *map(str, options), "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def stopped(expected, out, last):
+    """A copy of a finished run as if it had been killed before its checkpoint of step `last`."""
+    shutil.copytree(expected, out)
+    shutil.rmtree(out / f"checkpoint-{last}")
+    shutil.rmtree(out / "adapter")
+    (out / "summary.json").unlink()
+    return out
+
+
+def assert_same_run(expected, out, *more):
+    """Same adapter, bit for bit, and same losses."""
+    assert same(adapter(expected), adapter(out))
+    a, b = (json.loads((folder / "summary.json").read_text()) for folder in (expected, out))
+    for key in ("train_curve", "held_out_loss", *more):
+        assert a[key] == b[key], key
 
 
 @pytest.fixture(scope="session")

@@ -11,31 +11,18 @@ import time
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+
+from .conftest import adapter, assert_same_run, same, trained
 
 SMALL = ["--r", "2", "--batch-size", "4", "--lr", "0.05", "--max-length", "32", "--device", "cpu", "--dropout", "0.1"]
-
-
-def adapter(out):
-    return load_file(out / "adapter" / "adapter_model.safetensors")
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 @pytest.fixture(scope="module")
 def straight(tiny_model, text_data, tmp_path_factory):
     """One finished run of 30 steps: (its folder, the options that made it)."""
-    from typer.testing import CliRunner
-
-    from fastft.cli.app import app
-
     out = tmp_path_factory.mktemp("run") / "out"
     options = ["--model", tiny_model, "--data", text_data, *SMALL, "--max-steps", "30", "--save-steps", "5"]
-    result = CliRunner().invoke(app, ["train", *options, "--out", str(out)])
-    assert result.exit_code == 0, result.output
-    return out, options, result
+    return out, options, trained(out, options)
 
 
 def test_a_run_leaves_what_it_promises(straight):
@@ -80,9 +67,7 @@ def test_killed_and_resumed_is_bit_for_bit(straight, tmp_path, fastft_command):
     assert process.wait() == -signal.SIGKILL and not (out / "summary.json").exists()
     result = fastft_command("train", "--resume", "--out", out)
     assert result.exit_code == 0, result.output
-    assert same(adapter(expected), adapter(out))
-    curves = [json.loads((folder / "summary.json").read_text()) for folder in (expected, out)]
-    assert curves[0]["train_curve"] == curves[1]["train_curve"] and curves[0]["held_out_loss"] == curves[1]["held_out_loss"]
+    assert_same_run(expected, out)
 
 
 def test_resuming_a_finished_run_trains_nothing(straight, tmp_path, fastft_command):

@@ -76,7 +76,7 @@ def test_a_dry_run_counts_codes(bits, bytes_a_weight, run, tiny_model, text_data
     [
         (["--load-in-4bit", "--load-in-8bit"], "exclude each other"),
         (["--load-in-4bit", "--use-dora"], "use_dora needs the norms"),
-        (["--load-in-4bit", "--method", "s2ft"], "load_in_4bit=True is an option of method lora"),
+        (["--load-in-4bit", "--method", "s2ft"], "load_in_4bit=True is an option of methods lora and spiel"),
     ],
 )
 def test_what_does_not_go_together(options, message, run, tmp_path):

@@ -1,41 +1,27 @@
 """`fastft train --method s2ft` as a user runs it: train, kill, resume, look before, merge."""
 
 import json
-import shutil
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import fastft
+
+from .conftest import adapter, assert_same_run, same, stopped, trained
 
 SMALL = ["--method", "s2ft", "--down-ratio", "0.2", "--o-ratio", "0.5", "--v-ratio", "0.5", "--device", "cpu"]
 SMALL += ["--batch-size", "4", "--lr", "0.03", "--max-length", "32", "--weight-decay", "0.01"]
 
 
-def adapter(out):
-    return load_file(out / "adapter" / "adapter_model.safetensors")
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
 @pytest.fixture(scope="module")
 def straight(tiny_model, text_data, tmp_path_factory):
     """One finished run of 12 steps on units chosen by the data: (its folder, the options that made it, the result)."""
-    from typer.testing import CliRunner
-
-    from fastft.cli.app import app
-
     out = tmp_path_factory.mktemp("run") / "out"
     options = ["--model", tiny_model, "--data", text_data, *SMALL, "--select", "activation", "--calibration-rows", "6"]
     options += ["--max-steps", "12", "--save-steps", "5"]
-    result = CliRunner().invoke(app, ["train", *options, "--out", str(out)])
-    assert result.exit_code == 0, result.output
-    return out, options, result
+    return out, options, trained(out, options)
 
 
 def test_a_run_leaves_what_it_promises(straight, tiny_model):
@@ -72,20 +58,13 @@ def test_its_config_runs_it_again(straight, tmp_path, fastft_command):
 
 def test_resumed_is_bit_for_bit_on_the_checkpoints_units(straight, tmp_path, fastft_command, monkeypatch):
     expected, _, _ = straight
-    out = tmp_path / "stopped"
-    shutil.copytree(expected, out)
-    shutil.rmtree(out / "checkpoint-12")
-    shutil.rmtree(out / "adapter")
-    (out / "summary.json").unlink()
+    out = stopped(expected, tmp_path / "stopped", last=12)
     monkeypatch.setattr(fastft.methods.s2ft, "unit_scores", None)  # nothing is measured again
     refused = fastft_command("train", "--resume", "--out", out, "--down-ratio", "0.3")
     assert refused.exit_code == 2 and "down_ratio was 0.2, is 0.3" in refused.stderr
     result = fastft_command("train", "--resume", "--out", out)
     assert result.exit_code == 0, result.output
-    assert same(adapter(expected), adapter(out))
-    curves = [json.loads((folder / "summary.json").read_text()) for folder in (expected, out)]
-    for key in ("train_curve", "held_out_loss", "slices"):
-        assert curves[0][key] == curves[1][key]
+    assert_same_run(expected, out, "slices")
 
 
 def test_merge_gives_a_plain_checkpoint_with_the_same_logits(straight, tiny_model, tmp_path, fastft_command):
