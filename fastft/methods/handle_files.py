@@ -63,6 +63,10 @@ class AdapterFiles:
         def expected(config):
             nonlocal saved
             saved = self.method.read(directory, config)
+            if saved.peft_type != self.method.peft_type:
+                raise AdapterFileError(
+                    f"{directory}: an adapter of {saved.peft_type}, not of {self.method.peft_type} as {self.name!r} is"
+                )
             for name in self.targets:
                 if saved.placement(name) != self.method.placement(name):
                     raise AdapterFileError(

@@ -73,10 +73,11 @@ class LIFT(SparseMethod):
     def choose(self, name, module):
         return self._largest(name, pristine(module, "weight"))
 
-    def _largest(self, name, weight) -> Entries:
+    def _largest(self, name, weight, count=None) -> Entries:
+        count = self.budget(weight.shape) if count is None else count
         left, right = low_rank(weight, self.filter_rank)
         scores = product((left, right.t()))
-        entries, _ = largest(scores, self.budget(weight.shape), weight.shape, weight.device, what=f"the weight of {name!r}")
+        entries, _ = largest(scores, count, weight.shape, weight.device, what=f"the weight of {name!r}")
         from_first(entries.starts, entries.columns)
         return entries
 
@@ -94,7 +95,7 @@ class LIFT(SparseMethod):
         for name, module in handle.targets.items():
             held = module.sparse[handle.name]
             weight = module.weight if handle.name in module.standing() else self.whole(module, handle.name)
-            new = self._largest(name, weight.detach())
+            new = self._largest(name, weight.detach(), len(held.entries))
             left = self._exchange(handle.name, module, new, optimizer)
             changed += left
             overlap += held.of_first()

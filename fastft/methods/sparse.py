@@ -4,6 +4,7 @@ Forward and dX cost what the frozen model costs; of dW only the entries are comp
 `spiel` and `lift` for methods that choose the entries themselves, again and again.
 """
 
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -113,6 +114,11 @@ class SparseMethod(Method):
 
     def check_tensors(self, name, module, tensors):
         shape = stored_shape(module)
+        for part, tensor in tensors.items():
+            bits = part in ("first", "kept_first")
+            fits = tensor.dtype == torch.uint8 if bits else tensor.is_floating_point()
+            if not fits and part != "progress" and not part.endswith("index"):
+                raise ValueError(f"the {part} of {name!r} is {tensor.dtype}")
         for part in ("index", "kept_index", "candidate_index"):
             if part in tensors:
                 unpack_index(tensors[part], shape, what=f"{part} of {name!r}")
@@ -141,8 +147,9 @@ class SparseMethod(Method):
         entries = unpack_index(tensors["index"], shape).to(device)
         if "value" not in tensors:
             return entries, tensors["delta"]
+        wide = self.dtype(module.weight)
         base = pristine(module, "weight")[entries.rows(), entries.columns.long()]
-        return entries, tensors["value"] - base.to(tensors["value"].dtype)
+        return entries, tensors["value"].to(wide) - base.to(wide)
 
     def observer(self):
         """What sees the gradients of whole weights in backward, block by block, or None."""
@@ -197,6 +204,8 @@ class SparseMethod(Method):
     def refill(self, name, module, adapter, tensors):
         def change(held):
             held.choose(*self._start(module, {part: t.to(held.delta.device) for part, t in tensors.items()}))
+            if self.remembers_first and "first" not in tensors:
+                held.all_first()
             fill(held, {part: t.to(held.delta.device) for part, t in tensors.items()})
 
         module.change_entries(adapter.name, change)
@@ -243,7 +252,7 @@ class SparseMethod(Method):
         options = {key: config[key] for key in (*cls.in_files, *_OF_TARGETS) if config.get(key) is not None}
         history = config.get("history") or []
         absolute = bool(config.get("absolute"))
-        return cls.of_counts(options, counts, target_modules=list(counts), absolute=absolute, history=list(history))
+        return cls.of_counts(options, counts, target_modules=exactly(counts), absolute=absolute, history=list(history))
 
     @classmethod
     def of_counts(cls, options, counts, **fixed) -> "SparseMethod":
@@ -259,6 +268,11 @@ class SparseMethod(Method):
 
     def schedule(self, handle, updates: int) -> None:
         """Called once per optimizer update, of which there were `updates`. The default chooses nothing anew."""
+
+
+def exactly(names) -> str:
+    """What `target_modules` must be for these modules alone: an entry of a list also means those whose names end with it."""
+    return "|".join(map(re.escape, names))
 
 
 def stored_shape(module) -> tuple[int, int]:
@@ -329,13 +343,16 @@ class SparseMask(SparseMethod):
             raise ValueError(f"the model has no modules {strangers[:3]}; give full names, as named_modules() has them")
         sizes = {name: one.sum() if self.indices is None else len(torch.as_tensor(one)) for name, one in given.items()}
         counts = {name: Counts(int(size)) for name, size in sizes.items()}
-        return replace(self, target_modules=list(given), counts=counts, history=[])
+        return replace(self, target_modules=exactly(given), counts=counts, history=[])
 
     def choose(self, name, module):
         shape = stored_shape(module)
         try:
             if self.mask is None:
-                return Entries.of_flat(torch.as_tensor(self.indices[name]), shape)
+                index = torch.as_tensor(self.indices[name])
+                if index.dim() != 1 or index.dtype == torch.bool or index.is_floating_point():
+                    raise ValueError(f"the indices are {index.dtype} {list(index.shape)}, they must be a list of integers")
+                return Entries.of_flat(index, shape)
             mask = self.mask[name]
             if mask.dtype != torch.bool or tuple(mask.shape) != shape:
                 raise ValueError(f"the mask is {mask.dtype} {list(mask.shape)}, it must be torch.bool {list(shape)}")

@@ -128,7 +128,7 @@ def test_a_choice_keeps_the_bits_of_what_stays(selection, moments):
     net, handle = attached(selection, policy="cosine")
     options = {} if selection == "momentum" else {"moment_dtype": moments}
     optimizer = train(net, handle, 5, **options)
-    base = {name: one for name, one in held(handle).items()}
+    base = held(handle)
     pretrained = Net()
     loss_of(net, inputs(5)).backward()
     optimizer.step(), optimizer.zero_grad()

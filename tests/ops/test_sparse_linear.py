@@ -1,0 +1,131 @@
+"""Gradients of chosen entries by every engine, and linears whose delta of entries stands beside the weight."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastft.ops import sparse_linear as module
+from fastft.ops.entries import Entries
+from fastft.ops.sparse_linear import Sampling, engine, entries_gradient, sparse_linear, sparse_update
+
+F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
+
+
+def entries(shape, share=0.3, seed=0, rows=slice(None), columns=slice(None)):
+    mask = torch.zeros(shape, dtype=torch.bool)
+    part = mask[rows, columns]
+    part[torch.rand(part.shape, generator=torch.Generator().manual_seed(seed)) < share] = True
+    return Entries.of_mask(mask)
+
+
+@pytest.mark.parametrize("kind", ["sampled", "compacted", "blocks"])
+@pytest.mark.parametrize("count", [1, 255, 256, 257, 512])
+def test_gradients_by_every_engine(kind, count, monkeypatch):
+    monkeypatch.setattr(module, "engine", lambda *args: kind)
+    for dtype in (F32, BF16):
+        for chosen in (entries((count, 37)), entries((count, 37), 0.5, rows=slice(0, None, 3), columns=slice(5, 20))):
+            left, right = (torch.randn(19, n, generator=torch.Generator().manual_seed(n)).to(dtype) for n in chosen.shape)
+            got = entries_gradient(left, right, chosen, F32)
+            assert Sampling.of(chosen).engine == kind and got.dtype == F32
+            want = (left.double().t() @ right.double())[chosen.mask()]
+            torch.testing.assert_close(
+                got.double(), want, rtol=1e-4 if dtype == F32 else 2e-2, atol=1e-4 if dtype == F32 else 0.1
+            )
+
+
+def test_nothing_chosen_and_no_tokens(monkeypatch):
+    for kind in ("sampled", "compacted", "blocks"):
+        monkeypatch.setattr(module, "engine", lambda *args, kind=kind: kind)
+        none, some = entries((30, 20), 0.0), entries((30, 20))
+        assert entries_gradient(torch.randn(4, 30), torch.randn(4, 20), none, F32).shape == (0,)
+        assert not entries_gradient(torch.zeros(0, 30), torch.zeros(0, 20), some, F32).any()
+
+
+def test_engines():
+    assert engine("cpu", (1000, 1000), 10_000, 1000, 1000) == "sampled"
+    assert engine("cpu", (1000, 1000), 400_000, 1000, 1000) == "blocks"
+    assert engine("cpu", (1000, 1000), 20_000, 100, 300) == "compacted"
+    assert engine("cuda", (1000, 1000), 400_000, 1000, 1000) == "sampled"
+    assert engine("cuda", (1000, 1000), 20_000, 100, 300) == "compacted"
+    assert engine("cpu", (0, 5), 0, 0, 0) in ("sampled", "blocks", "compacted")
+
+
+def test_the_first_product_of_a_process_is_whole():
+    """Workers that were never asked how many threads there are once left rows out."""
+    code = (
+        "import torch\nfrom fastft.ops.entries import Entries\nfrom fastft.ops.sparse import sampled_product_\n"
+        "torch.manual_seed(0)\ne = Entries.of_mask(torch.ones(64, 10, dtype=torch.bool))\n"
+        "l, r, out = torch.randn(6, 64), torch.randn(6, 10), torch.full((640,), 1e9)\n"
+        "sampled_product_(out, l, r, e.starts, e.columns, False)\n"
+        "torch.testing.assert_close(out, (l.t() @ r).flatten())\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.filterwarnings("ignore::fastft.testing.FallbackWarning")  # float64 is the reference's
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradcheck(transposed):
+    torch.manual_seed(0)
+    shape = (7, 5) if transposed else (5, 7)
+    chosen, weight = entries(shape), torch.randn(shape, dtype=F64)
+    x, y = torch.randn(2, 3, 7, dtype=F64, requires_grad=True), torch.randn(2, 3, 5, dtype=F64, requires_grad=True)
+    bias = torch.randn(5, dtype=F64, requires_grad=True)
+    delta = torch.randn(len(chosen), dtype=F64, requires_grad=True)
+    options = {"fan_in_fan_out": transposed}
+    assert torch.autograd.gradcheck(lambda x, b, d: sparse_linear(x, weight, b, chosen, d, **options), (x, bias, delta))
+    assert torch.autograd.gradcheck(lambda y, x, d: sparse_update(y, x, chosen, d, **options), (y, x, delta))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_forward_is_that_of_the_sum(dtype, transposed):
+    torch.manual_seed(0)
+    shape = (40, 24) if transposed else (24, 40)
+    chosen, weight = entries(shape, 0.1), torch.randn(shape).to(dtype)
+    x, bias, delta = torch.randn(2, 9, 40).to(dtype), torch.randn(24).to(dtype), torch.randn(len(chosen), requires_grad=True)
+    full = weight.double().flatten().index_add(0, chosen.flat(), delta.detach().double()).view(shape)
+    want = F.linear(x.double(), full.t() if transposed else full, bias.double())
+    seen, before = [], weight.clone()
+    y = sparse_linear(x, weight, bias, chosen, delta, fan_in_fan_out=transposed, observer=lambda *a: seen.append(a))
+    with torch.no_grad():
+        quiet = sparse_linear(x, weight, bias, chosen, delta, fan_in_fan_out=transposed)
+    for got in (y, quiet):
+        assert got.dtype == dtype
+        torch.testing.assert_close(
+            got.double(), want, rtol=1e-4 if dtype == F32 else 3e-2, atol=1e-4 if dtype == F32 else 0.2
+        )
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    ((left, right),) = seen
+    gradient = left.double().t() @ right.double()
+    assert gradient.shape == shape and torch.equal(weight, before)
+    torch.testing.assert_close(delta.grad.double(), gradient[chosen.mask()], rtol=1e-3, atol=1e-3)
+
+
+def test_under_autocast_as_f_linear():
+    torch.manual_seed(0)
+    chosen, weight, x = entries((24, 40), 0.1), torch.randn(24, 40), torch.randn(5, 40)
+    delta = torch.zeros(len(chosen), requires_grad=True)
+    with torch.autocast("cpu", BF16):
+        y, want = sparse_linear(x, weight, None, chosen, delta), F.linear(x, weight)
+    assert y.dtype == BF16 and torch.equal(y, want)
+    y.sum().backward()
+    assert delta.grad.dtype == F32 and delta.grad.any()
+
+
+def test_wrong_arguments():
+    chosen, weight, x = entries((24, 40), 0.1), torch.randn(24, 40), torch.randn(5, 40)
+    delta = torch.zeros(len(chosen))
+    with pytest.raises(ValueError, match="in-features"):
+        sparse_linear(x[:, 1:], weight, None, chosen, delta)
+    with pytest.raises(ValueError, match="have a delta"):
+        sparse_linear(x, weight, None, chosen, delta[1:])
+    with pytest.raises(ValueError, match="not those of a weight"):
+        sparse_linear(x, weight, None, entries((40, 24), 0.1), delta)
+    with pytest.raises(TypeError, match="delta is"):
+        sparse_linear(x, weight, None, chosen, delta.bfloat16())
+    with pytest.raises(ValueError, match="does not fit"):
+        sparse_update(torch.zeros(4, 24), x, chosen, delta)
