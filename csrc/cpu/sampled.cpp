@@ -123,29 +123,50 @@ struct TransposedBlocks {
   const Scratch<Unit> copy;
 };
 
+// Blocks of tokens are added in order, whoever works on them, so the sums don't depend on the number of threads.
 template <class Unit, class T>
 void sampled_product(float* out, const Tensor& left, const Tensor& right, const Entries& s, bool add) {
-  const int64_t tokens = left.size(0), step = transposed_units * terms<Unit>;
+  const int64_t tokens = left.size(0), step = transposed_units * terms<Unit>, count = blocks(tokens, step);
   const int64_t held = round_up(std::min(transposed_units, units<Unit>(tokens)), unit_step), ranges = row_ranges();
-  const TransposedBlocks<Unit, T> l(left, held), r(right, held);
-  const int64_t tile = std::max<int64_t>(1, tile_bytes / (4 * held)), tiles = blocks(r.cols, tile);
+  // A block a thread, where there are as many. Threads that share one read what another core has just written: 4.4 instead
+  // of 2.6 ms for 1 % of 2048 x 2048 at 1,024 tokens with two threads, no faster than one.
+  const int64_t wave = ranges <= count ? ranges : 1;
+  const TransposedBlocks<Unit, T> l(left, held, wave), r(right, held, wave);
+  const Scratch<float> parts((wave - 1) * s.count);
+  const int64_t tiles = std::max<int64_t>(1, blocks(4 * held * r.cols, tile_bytes)), tile = blocks(r.cols, tiles);
   std::vector<int32_t> ends(s.rows * tiles);  // of a row's entries in each tile of columns
   parallel_for(s.rows, [&](int64_t i) {
     const int32_t *begin = s.columns + s.starts[i], *end = s.columns + s.starts[i + 1];
     for (int64_t k = 0; k < tiles; ++k)
       ends[i * tiles + k] = std::lower_bound(begin, end, std::min((k + 1) * tile, r.cols)) - begin;
   });
-  for (int64_t t = 0; t < tokens; t += step) {
-    const int64_t n = std::min(step, tokens - t), length = round_up(units<Unit>(n), unit_step);
-    parallel_for(l.tasks() + r.tasks(),
-                 [&](int64_t task) { task < l.tasks() ? l.load(task, t, n) : r.load(task - l.tasks(), t, n); });
+  const auto load = [&](int64_t task, int64_t block, int64_t slot) {
+    const int64_t t = block * step, n = std::min(step, tokens - t);
+    task < l.tasks() ? l.load(task, t, n, slot) : r.load(task - l.tasks(), t, n, slot);
+  };
+  const auto sample_rows = [&](int64_t begin, int64_t end, int64_t block, int64_t slot, float* to, bool add) {
+    const int64_t length = round_up(units<Unit>(std::min(step, tokens - block * step)), unit_step);
+    for (int64_t k = 0; k < tiles; ++k)
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t from = k ? ends[i * tiles + k - 1] : 0, e = s.starts[i] + from;
+        sample_row(l.at(i, slot), r.at(0, slot), r.row, length, s.columns + e, to + e, ends[i * tiles + k] - from, add);
+      }
+  };
+  int64_t block = 0;
+  for (; wave > 1 && block + wave <= count; block += wave) {
+    parallel_for(wave, [&](int64_t w) {
+      for (int64_t task = 0; task < l.tasks() + r.tasks(); ++task) load(task, block + w, w);
+      sample_rows(0, s.rows, block + w, w, w ? parts.get() + (w - 1) * s.count : out, !w && (add || block));
+    });
+    for_entry_tasks(s, [&](int64_t begin, int64_t end) {
+      for (int64_t w = 0; w < wave - 1; ++w)
+        for (int64_t e = begin; e < end; ++e) out[e] += parts.get()[w * s.count + e];
+    });
+  }
+  for (; block < count; ++block) {
+    parallel_for(l.tasks() + r.tasks(), [&](int64_t task) { load(task, block, 0); });
     parallel_for(ranges, [&](int64_t range) {
-      const int64_t begin = range_begin(s, range, ranges, 1), end = range_begin(s, range + 1, ranges, 1);
-      for (int64_t k = 0; k < tiles; ++k)
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t from = k ? ends[i * tiles + k - 1] : 0, e = s.starts[i] + from;
-          sample_row(l.at(i), r.at(0), r.row, length, s.columns + e, out + e, ends[i * tiles + k] - from, add || t);
-        }
+      sample_rows(range_begin(s, range, ranges, 1), range_begin(s, range + 1, ranges, 1), block, 0, out, add || block);
     });
   }
 }
