@@ -128,8 +128,8 @@ template <class Unit, class T>
 void sampled_product(float* out, const Tensor& left, const Tensor& right, const Entries& s, bool add) {
   const int64_t tokens = left.size(0), step = transposed_units * terms<Unit>, count = blocks(tokens, step);
   const int64_t held = round_up(std::min(transposed_units, units<Unit>(tokens)), unit_step), ranges = row_ranges();
-  // A block a thread, where there are as many. Threads that share one read what another core has just written: 4.4 instead
-  // of 2.6 ms for 1 % of 2048 x 2048 at 1,024 tokens with two threads, no faster than one.
+  // A block a thread, where there are as many. Threads that share one read what another core has just written: 4.1 instead
+  // of 2.9 ms for 1 % of 2048 x 2048 at 1,024 tokens with two threads, hardly faster than one.
   const int64_t wave = ranges <= count ? ranges : 1;
   const TransposedBlocks<Unit, T> l(left, held, wave), r(right, held, wave);
   const Scratch<float> parts((wave - 1) * s.count);
