@@ -21,6 +21,8 @@ LABELS = {
     "permuted": "slice first (permuted)",
     "full": "full fine-tuning",
     "lora-exchange": "LoRA: unmerge, merge",
+    "shira": "PEFT SHiRA",
+    "csr": "torch.sparse CSR",
 }
 # What rows are ratios to: the frozen layer for families that aren't named here; `over` is for cases that say it themselves.
 ABOUT = "Time of forward and backward over the frozen layer alone ({median}; r: rank, p: dropout):"
@@ -28,13 +30,20 @@ ABOUT_SLICES = (
     "S²FT: time over the same layer or step that computes no gradient of the slice and updates nothing ({median}; columns, "
     "rows: what trains; full fine-tuning trains all of the layer or model):"
 )
+ABOUT_ENTRIES = (
+    "SpIEL, LIFT: time over the same layer, step or steps that compute no gradient of the entries and update nothing "
+    "({median}):"
+)
 ABOUT_OVER = "Time over what each line says ({median}; below 1: faster):"
-SLICES = ("partial", "s2ft")
+SLICES = ("partial", "s2ft", "sparse", "spiel")
+ENTRIES = ("sparse", "spiel")
 TOKENS = re.compile(r" T=(\d+)")
 FACTS = {
     "speedup": "full fine-tuning takes {value:.2f} times as long as fastft; of the floor's speed over it fastft keeps "
     "{kept}",
     "state_bytes": "{value:.4g} bytes a trained number between steps",
+    "entry_bytes": "{value:.4g} of them are held by entry",
+    "bandwidth": "{value:.3g} GB/s of the bytes that it has to move, {kept} of a copy's speed",
 }
 
 
@@ -105,7 +114,9 @@ def times(row, field="ratio") -> str:
 
 def _about(key) -> str:
     _, _, family, case, _, _ = key
-    return ABOUT_OVER if over(case)[1] else ABOUT_SLICES if family in SLICES else ABOUT
+    if over(case)[1]:
+        return ABOUT_OVER
+    return ABOUT_ENTRIES if family in ENTRIES else ABOUT_SLICES if family in SLICES else ABOUT
 
 
 def readme_table(rows) -> str:

@@ -176,10 +176,8 @@ def _verdict(case: Case, m: Measurement, fact: runner.Fact) -> str:
     number = f"{fact.metric} {fact.value:.4g} {fact.unit}"
     if fact.ratio is None:
         return f"{word} {case}: {m.implementation} {number}, target {fact.target:.4g}"
-    possible = fact.value / fact.ratio.median
-    return (
-        f"{word} {case}: {m.implementation} {number}, {fact.ratio} of the floor's {possible:.3f}, target {fact.target:.3f}"
-    )
+    possible, whose = fact.value / fact.ratio.median, "a copy's" if fact.metric == "bandwidth" else "the floor's"
+    return f"{word} {case}: {m.implementation} {number}, {fact.ratio} of {whose} {possible:.3f}, target {fact.target:.3f}"
 
 
 def size(value: int | None) -> str:

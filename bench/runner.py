@@ -48,6 +48,7 @@ class Case:
         target: the ratio to the floor that ours must reach, where one was set.
         rival, share: an arm that takes longer than the floor by what the method saves, and how much of that ours must get
             (`stats.kept_gain`).
+        copies, reach: builds what copies as many bytes as `moved`, and how much of its speed ours must reach.
     """
 
     family: str
@@ -68,6 +69,8 @@ class Case:
     target: float | None = None
     rival: str | None = None
     share: float = 1.0
+    copies: Build | None = None
+    reach: float = 1.0
 
     def __str__(self):
         return f"{self.family} {self.name} {self.shape} {self.dtype}"
@@ -78,7 +81,7 @@ class Fact:
     """Something besides time and saved bytes that was found out about an arm: a number, or a ratio with its interval.
 
     A run may tell numbers by a function `facts() -> list[Fact]`, asked after it was called; with a target they are met up
-    to it.
+    to it. One of many training steps may have a function `step()` that makes one of them: its memory is the run's.
     """
 
     metric: str
@@ -138,6 +141,8 @@ def measure(case: Case, device, rounds: int = stats.MIN_ROUNDS, quick: bool = Fa
         _profile(arm[0], free, found[name], device)
         runs[name] = arm
     del check
+    if case.copies is not None:
+        runs["copies"] = [case.copies(d) for d in data]
 
     for group in graphs.groups(runs, timing if device.type == "cuda" else None):
         _time(case, group, found, device, rounds, quick, seed)
@@ -165,6 +170,11 @@ def _time(case: Case, group: graphs.Group, found: dict[str, Measurement], device
         gain = stats.paired_ratio(times[case.rival], times["fastft"]).median
         met = kept.lo >= case.share - floor.half_width if not (quick or void) else None
         found["fastft"].facts.append(Fact("speedup", gain, f"x over {case.rival}", kept, case.share, met))
+    if "copies" in times and "fastft" in times:
+        reached = stats.paired_ratio(times["copies"], times["fastft"])
+        met = reached.lo >= case.reach - floor.half_width if not (quick or void) else None
+        bandwidth = case.moved / found["fastft"].seconds / 1e9
+        found["fastft"].facts.append(Fact("bandwidth", bandwidth, "GB/s", reached, case.reach, met))
 
 
 def interleaved(runs: dict[str, list[Run]], device, rounds: int, seed: int = 0) -> dict[str, list[float]]:
@@ -247,9 +257,10 @@ def _input_sets(case, device, seed):
 def _profile(run: Run, free, found: Measurement, device) -> Measurement:
     """What one call saves for backward, its peak memory on a GPU, and which backends of ours it ran on."""
     run()  # outside the count: what a first call allocates stays
-    found.saved_bytes = saved_bytes(run, [*free, *getattr(run, "parameters", list)()])
     if facts := getattr(run, "facts", None):
         found.facts = facts()
+    step = getattr(run, "step", run)
+    found.saved_bytes = saved_bytes(step, [*free, *getattr(run, "parameters", list)()])
     with testing.record() as calls:
         run()
     found.backend = "+".join(sorted({c.config if isinstance(c.config, str) else c.backend for c in calls}))
@@ -257,7 +268,7 @@ def _profile(run: Run, free, found: Measurement, device) -> Measurement:
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        run()
+        step()
         found.peak_bytes = torch.cuda.max_memory_allocated(device) - before
     return found
 

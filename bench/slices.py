@@ -38,6 +38,20 @@ class Inputs(lora.Inputs):
         return weight.index_select(self.dim, self.part.index)
 
 
+def cut(part: Part, weight):
+    """The part of a weight that trains."""
+    if part.kind == "entries":
+        return weight[part.index.rows(), part.index.columns.long()]
+    return weight.index_select(part.dim(), part.index)
+
+
+def mask(part: Part, weight):
+    """1 where a weight's part is, 0 elsewhere, in the weight's dtype."""
+    if part.kind == "entries":
+        return part.index.mask().to(weight.dtype)
+    return torch.zeros_like(weight, requires_grad=False).index_fill_(part.dim(), part.index.long(), 1)
+
+
 def slice_size(linear: shapes.Linear, kind: str) -> int:
     return max(1, round(RATIO * (linear.k if kind == "columns" else linear.n)))
 

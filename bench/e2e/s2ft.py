@@ -62,8 +62,13 @@ def fused_adamw(model, trained, d: Inputs):
     return torch.optim.AdamW(trained.values(), lr=d.lr, weight_decay=0.0, fused=True)
 
 
-def training(prepare, optimize=fused_adamw, state_target=None):
-    """Builder of an arm as `step.training`, which also tells what it holds between steps."""
+def training(prepare, optimize=fused_adamw, state_target=None, after=None, facts=None):
+    """Builder of an arm as `step.training`, which also tells what it holds between steps.
+
+    Its run has `held`: [model, trained, optimizer].
+
+    facts: (inputs, model, trained, optimizer) -> list[Fact], where that is not the row "state_bytes" alone.
+    """
 
     def build(d: Inputs):
         held = []
@@ -72,8 +77,9 @@ def training(prepare, optimize=fused_adamw, state_target=None):
             held[:] = model, trained, optimize(model, trained, d)
             return held[-1]
 
-        run = step.training(prepare, optimizer)(d)
-        run.facts = lambda: [state_bytes(d, *held, state_target)]
+        run = step.training(prepare, optimizer, after)(d)
+        run.held = held
+        run.facts = lambda: facts(d, *held) if facts else [state_bytes(d, *held, state_target)]
         return run
 
     return build
@@ -96,7 +102,7 @@ def _bytes(tensors) -> int:
 
 def ours(model, d: Inputs):
     handle = fastft.attach(model, fastft.S2FT(**d.options))
-    return {f"{name}.slice": module.slice_delta[handle.name] for name, module in handle.targets.items()}
+    return {f"{name}.part": module.slice_delta[handle.name] for name, module in handle.targets.items()}
 
 
 def own_optimizer(model, trained, d: Inputs):
@@ -106,24 +112,25 @@ def own_optimizer(model, trained, d: Inputs):
 
 def plain(model, d: Inputs):
     """What a careful user writes: an autograd node per linear (`slices.PlainSlice`); `write_back` is its other half."""
-    return {f"{name}.slice": _replaced(model.get_submodule(name), part) for name, part in d.parts.items()}
+    return {f"{name}.part": _replaced(model.get_submodule(name), part) for name, part in d.parts.items()}
 
 
 def _replaced(linear, part):
     dim, index = part.dim(), part.index.long()
     values = nn.Parameter(linear.weight.detach().index_select(dim, index).float())
-    linear.forward = lambda x: _rows_of(slices.PlainSlice, x, linear.weight, linear.bias, values, index, dim)
+    linear.forward = lambda x: rows_of(slices.PlainSlice, x, linear.weight, linear.bias, values, index, dim)
     return values
 
 
-def _rows_of(node, x, *rest):
+def rows_of(node, x, *rest):
+    """`node` on the rows of x."""
     return node.apply(x.flatten(0, -2), *rest).view(*x.shape[:-1], -1)
 
 
 def write_back(model, trained, d: Inputs):
     optimizer = fused_adamw(model, trained, d)
     sites = [
-        (model.get_submodule(name).weight.detach(), part.dim(), part.index.long(), trained[f"{name}.slice"])
+        (model.get_submodule(name).weight.detach(), part.dim(), part.index.long(), trained[f"{name}.part"])
         for name, part in d.parts.items()
     ]
 
@@ -155,7 +162,7 @@ def frozen(model, d: Inputs):
     dummies = {name: nn.Parameter(torch.zeros(1, device=d.ids.device)) for name in d.parts}
     for name, dummy in dummies.items():
         linear = model.get_submodule(name)
-        linear.forward = lambda x, m=linear, p=dummy: _rows_of(FrozenNode, x, m.weight, m.bias, p)
+        linear.forward = lambda x, m=linear, p=dummy: rows_of(FrozenNode, x, m.weight, m.bias, p)
     return dummies
 
 
@@ -165,20 +172,20 @@ def full(model, d: Inputs):
 
 
 def masked(model, d: Inputs):
-    """The definition in PyTorch's own operations: all of dW, of which only the slices' entries reach the optimizer."""
+    """The definition in PyTorch's own operations: all of dW, of which only the parts' entries reach the optimizer."""
     trained = {}
     for name, part in d.parts.items():
         weight = model.get_submodule(name).weight.requires_grad_(True)
-        mask = torch.zeros_like(weight, requires_grad=False).index_fill_(part.dim(), part.index.long(), 1)
+        mask = slices.mask(part, weight)
         weight.register_hook(lambda gradient, mask=mask: gradient * mask)
         trained[f"{name}.weight"] = weight
     return trained
 
 
 def checker(d: Inputs, factor: float = 2.0):
-    """The gate: the slices' gradients of the first step are float64's, and so is how far that step lowers the loss.
+    """The gate: the parts' gradients of the first step are float64's, and so is how far that step lowers the loss.
 
-    Arms that train more than the slices lower it further: of them only the gradients are compared.
+    Arms that train more than the parts lower it further: of them only the gradients are compared.
     """
     d, wide = (replace(d, model=model, lr=GATE_LR) for model in (d.model, copy.deepcopy(d.model).double()))
     golden, want, _ = _two_steps(wide, training(masked))
@@ -197,16 +204,16 @@ def checker(d: Inputs, factor: float = 2.0):
 
 
 def _two_steps(d: Inputs, build):
-    """(loss and the slices' gradients of the first step, what the second's loss is less, whether the slices train alone)."""
+    """(loss and the parts' gradients of the first step, what the second's loss is less, whether the parts train alone)."""
     run = build(d)
     out = run()
     gradients = []
     for name, part in d.parts.items():
-        gradient = out.get(f"{name}.slice")
+        gradient = out.get(f"{name}.part")
         if gradient is None:
-            gradient = out[f"{name}.weight"].index_select(part.dim(), part.index)
+            gradient = slices.cut(part, out[f"{name}.weight"])
         gradients.append(gradient.flatten())
-    first = {"loss": out["loss"].clone(), "slices": torch.cat(gradients)}
+    first = {"loss": out["loss"].clone(), "parts": torch.cat(gradients)}
     return first, (first["loss"] - run()["loss"]).item(), len(out) == len(d.parts) + 1
 
 

@@ -85,10 +85,11 @@ def make_inputs(shape: shapes.Model, dtype: str, rank: int, p: float, device, se
     return Inputs(model, ids, a, b, rank, p)
 
 
-def training(prepare, optimize=None):
+def training(prepare, optimize=None, after=None):
     """Builder of an arm: `prepare` puts adapters on a copy of the model and returns its trained parameters by name.
 
     optimize: (model, trained, inputs) -> the optimizer, where it is not just fused AdamW.
+    after: what is called with the model after each step of the optimizer.
     """
 
     def build(d):
@@ -101,7 +102,10 @@ def training(prepare, optimize=None):
             loss = model(input_ids=d.ids, labels=d.ids, use_cache=False).loss
             loss.backward()
             optimizer.step()
-            return {"loss": loss.detach(), **{name: p.grad for name, p in trained.items()}}
+            out = {"loss": loss.detach(), **{name: p.grad for name, p in trained.items()}}
+            if after is not None:
+                after(model)
+            return out
 
         run.parameters = model.parameters
         return run

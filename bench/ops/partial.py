@@ -36,7 +36,7 @@ DEFAULT = {
 def layer_checker(d: slices.Inputs, factor: float = 2.0):
     """The gate: y, dX and what of dW an arm computes (the slice, the first one of its size, all) equal float64's."""
     golden, yardstick = _dense(lora.double(d)), _dense(d)
-    return _gate(d, golden, yardstick, {"dslice", "dfirst", "dw"}, factor)
+    return gate(d, golden, yardstick, {"dslice", "dfirst", "dw"}, factor)
 
 
 def _dense(d: slices.Inputs):
@@ -45,7 +45,9 @@ def _dense(d: slices.Inputs):
     return {**found, "dslice": d.slice_of(found["dw"]), "dfirst": found["dw"].index_select(d.dim, first)}
 
 
-def _gate(d, golden, yardstick, alternatives, factor):
+def gate(d, golden, yardstick, alternatives, factor):
+    """The gate of arms that give one of the `alternatives`, and all else that the golden outputs hold."""
+
     def check(build):
         out = build(d)()
         found = {name for name in alternatives if name in out}
@@ -73,7 +75,7 @@ def forward(make_layer, name="y"):
 
 def forward_checker(d: slices.Inputs, factor: float = 2.0):
     """The gate: y equals x (W + delta)ᵀ, or for LoRAs theirs, in float64."""
-    return _gate(d, _outputs(replace(lora.double(d), delta=d.delta.double())), _outputs(d), {"y", "y_lora"}, factor)
+    return gate(d, _outputs(replace(lora.double(d), delta=d.delta.double())), _outputs(d), {"y", "y_lora"}, factor)
 
 
 def _outputs(d: slices.Inputs):

@@ -109,6 +109,20 @@ def test_share_of_a_rivals_gain(monkeypatch):
     assert fact.met is None
 
 
+def test_reach_of_a_copys_speed(monkeypatch):
+    case = make_case({"fastft": square}, copies=square, reach=0.5, moved=1000)
+    for ours, word in ((1.8, "MET"), (2.2, "MISSED")):
+        fixed_times(monkeypatch, fastft=ours, copies=1.0)
+        found = runner.measure(case, "cpu")
+        (fact,) = by_name(found)["fastft"].facts
+        assert (fact.metric, fact.unit, fact.met) == ("bandwidth", "GB/s", word == "MET")
+        assert fact.ratio.median == pytest.approx(1 / ours)
+        assert fact.value == pytest.approx(1e-6 / by_name(found)["fastft"].seconds)
+        assert "copies" not in by_name(found), "it is no implementation"
+        (said,) = results.losses(case, found)
+        assert said.startswith(word) and "of a copy's" in said
+
+
 def test_arms_tell_facts_and_their_own_parameters():
     w = torch.randn(8, 8, requires_grad=True)
 

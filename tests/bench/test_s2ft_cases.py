@@ -35,7 +35,7 @@ def test_the_gate_stops_other_units_and_a_forgotten_update():
         parts = {n: s2ft.replace(p, index=(p.index + 1) % 32) for n, p in d.parts.items()}
         return s2ft.plain(model, s2ft.replace(d, parts=parts))
 
-    with pytest.raises(WrongResult, match="slices: relative error"):
+    with pytest.raises(WrongResult, match="parts: relative error"):
         check(s2ft.training(shifted, s2ft.write_back))
     with pytest.raises(WrongResult, match="lowers the loss by"):
         check(s2ft.training(s2ft.plain))  # whose slices never reach the weights
