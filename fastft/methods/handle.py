@@ -322,6 +322,10 @@ class Handle(AdapterFiles):
             if name == PART or name.startswith(f"sparse.{self.name}.")
         }
         names = set(getattr(self.model, _DDP_IGNORES, ()))
+        if not ignore:  # other buffers may be there than when they were noted
+            held = {path: getattr(module, "sparse", {}) for path, module in self.targets.items()}
+            ours = {n for n in names for path in held if n.startswith(f"{path}.sparse.{self.name}.")}
+            ours |= {f"{path}.{PART}" for path, names_here in held.items() if set(names_here) == {self.name}}
         names = names | ours if ignore else names - ours
         if names:
             setattr(self.model, _DDP_IGNORES, sorted(names))
