@@ -85,8 +85,16 @@ class SparseMethod(Method):
                     f"{name}.weight is shared with {', '.join(tied[f'{name}.weight'])}; {type(self).__name__} changes it in "
                     "place. Leave it out with exclude_modules"
                 )
+            self.check_layout(name, module)
             if "lora_magnitude" in module._modules:
                 raise ValueError(f"{name!r} holds a DoRA adapter, which multiplies the weight; the two don't mix")
+
+    def check_layout(self, name, module):
+        if quantization(module) is None and not has_rows(module.weight):
+            raise ValueError(
+                f"the weight of {name!r} has strides {module.weight.stride()}, but its rows must lie in memory one "
+                "after the other: make it contiguous first, module.weight.data = module.weight.data.contiguous()"
+            )
 
     def shapes(self, name, module):
         count = self.counts[name]
@@ -273,6 +281,12 @@ class SparseMethod(Method):
 def exactly(names) -> str:
     """What `target_modules` must be for these modules alone: an entry of a list also means those whose names end with it."""
     return "|".join(map(re.escape, names))
+
+
+def has_rows(weight) -> bool:
+    """Do the rows lie in memory without gaps inside and without overlapping, as the ops need it?"""
+    (rows, columns), (down, across) = weight.shape, weight.stride()
+    return (across == 1 or columns <= 1) and (down >= columns or rows <= 1)
 
 
 def stored_shape(module) -> tuple[int, int]:
