@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -68,6 +68,8 @@ class SpIEL(SparseMethod):
     total_steps: int | None = None
     seed: int = 0
     target_modules: str | list[str] | None = "all-linear"
+    # The random entries of the start by module, in the CPU's memory: drawing a million takes a second, at every choice.
+    firsts: dict[str, Entries] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         super().__post_init__()
@@ -101,17 +103,23 @@ class SpIEL(SparseMethod):
             raise ValueError(
                 f"density={self.density} of {total:,} parameters is more than the {held:,} of the target modules"
             )
-        counts = dict(zip(numels, map(Counts, budget(list(numels.values()), wanted))))
-        return replace(self, counts=counts, history=[])
+        numbers = budget(list(numels.values()), wanted)
+        if not any(numbers):
+            raise ValueError(
+                f"density={self.density} of {total:,} parameters is no entry in any module, so nothing would train"
+            )
+        return replace(self, counts=dict(zip(numels, map(Counts, numbers))), history=[])
 
     def choose(self, name, module):
         return self._first(name, module)
 
     def _first(self, name, module) -> Entries:
         """The random entries of the start."""
-        # Of a generator's seed the CPU's takes 32 bits.
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
-        return random_entries(stored_shape(module), self.counts[name].entries, generator)
+        if name not in self.firsts:
+            # Of a generator's seed the CPU's takes 32 bits.
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
+            self.firsts[name] = random_entries(stored_shape(module), self.counts[name].entries, generator)
+        return self.firsts[name]
 
     def observer(self):
         if self.selection == "momentum":
@@ -130,7 +138,7 @@ class SpIEL(SparseMethod):
         """The fraction of entries that the choice after so many updates replaces."""
         if self.policy == "cosine":
             return self.initial_reselection_rate * (1 + math.cos(math.pi * min(1, updates / total))) / 2
-        if updates == self.selection_accumulation_steps:
+        if updates == self.selection_accumulation_steps < total:  # what comes in at the end would never train
             return 1.0
         return self.initial_reselection_rate * max(0.0, 1 - updates / total)
 
