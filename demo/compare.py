@@ -62,8 +62,8 @@ def train(name: str, data: Path, out: Path, steps: int, rate: float) -> dict[str
 def markdown(rows: list[dict[str, str]]) -> str:
     first = rows[0]
     lines = [
-        f"About {int(first['trained']):,} trained parameters of {PARAMETERS:,} each, {first['steps']} steps, {first['device']}; "
-        f"held-out loss before: {first['loss_before']}.",
+        f"About {int(first['trained']):,} trained parameters of {PARAMETERS:,} each, "
+        f"{first['steps']} steps, {first['device']}; held-out loss before: {first['loss_before']}.",
         "",
         "| method | held-out loss | seconds | memory beside the model, a trained number | adapter file | learning rate |",
         "|---|---|---|---|---|---|",
