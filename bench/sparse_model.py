@@ -1,0 +1,113 @@
+"""Times of a linear whose chosen entries train, on GPUs that nobody has measured yet: a model, never a measurement.
+
+    entries   token-contiguous copies of dY and X (read and written once), then for every entry a column of X^T from L2;
+              time = copies / memory bandwidth + max(2 bytes an entry and token / L2 bandwidth, 2 operations / FMA rate)
+    tiles     a GEMM of all of dYᵀ X whose epilogue picks the entries, nothing dense in memory; time = the vendor's GEMM time
+              / the share of its rate that a kernel of one's own reaches x (1 + the epilogue's share)
+    update    `sparse_adamw_`: 32 bytes an entry and the touched 32-byte sectors of the weight, read and written
+
+The kernels' own rule says which engine runs. The floor, the rates and their sources are those of `model`.
+``python -m fastft.bench.sparse_model`` prints the table; ``--write`` keeps it in bench/results/modelled and in README.
+"""
+
+import argparse
+import csv
+import math
+import sys
+
+from . import plot, results, shapes
+from .model import FOLDER, GPUS, MODEL
+
+BEGIN, END = "<!-- modelled sparse:begin -->", "<!-- modelled sparse:end -->"
+DENSITIES = (0.001, 0.01, 0.05)
+SIZE = 2  # bytes of an activation's and a weight's element: bfloat16
+COLUMNS_AS_ENTRIES, TILES_FROM = 2.5, 0.0075  # `kernels/_sampled.py`
+GEMM_SHARE = 0.85
+EPILOGUE = {0.001: 0.07, 0.01: 0.08, 0.05: 0.14}  # of a tile's time at 4,096 tokens, estimated there
+TARGETS = {0.001: 1.15, 0.01: 1.60, 0.05: 1.60}
+NARROW_TARGET = 1.30  # of k_proj at the lowest density
+
+
+def floor_seconds(linear: shapes.Linear, gpu) -> float:
+    """Forward and dX."""
+    t, k, n = linear.tokens, linear.k, linear.n
+    return 2 * max(2 * t * k * n / gpu.gemm, SIZE * (t * (k + n) + k * n) / gpu.memory)
+
+
+def engine(linear: shapes.Linear, density: float) -> str:
+    work = density + COLUMNS_AS_ENTRIES * (linear.k + linear.n) / (linear.k * linear.n)
+    return "tiles" if work > TILES_FROM else "entries"
+
+
+def gradient_seconds(linear: shapes.Linear, gpu, density: float) -> float:
+    t, k, n = linear.tokens, linear.k, linear.n
+    entries = density * k * n
+    if engine(linear, density) == "tiles":
+        return 2 * t * k * n / (GEMM_SHARE * gpu.gemm) * (1 + EPILOGUE[density])
+    copies = 2 * SIZE * t * (k + n) / gpu.memory
+    return copies + max(entries * t * SIZE / gpu.l2, 2 * entries * t / gpu.fma)
+
+
+def update_seconds(linear: shapes.Linear, gpu, density: float) -> float:
+    size, in_sector = linear.k * linear.n, 32 // SIZE
+    sectors = size / in_sector * -math.expm1(in_sector * math.log1p(-density))
+    return (32 * density * size + 2 * 32 * sectors) / gpu.memory
+
+
+def rows(name: str = MODEL) -> list[dict[str, str]]:
+    found = []
+    for gpu_name, gpu in GPUS.items():
+        for projection, linear in shapes.MODELS[name].linears().items():
+            for density in DENSITIES:
+                floor, ours = floor_seconds(linear, gpu), gradient_seconds(linear, gpu, density)
+                narrow = projection == "k_proj" and density == DENSITIES[0]
+                found.append(
+                    {
+                        "status": "modelled",
+                        "gpu": gpu_name,
+                        "linear": f"{name}/{projection}",
+                        "tokens": str(linear.tokens),
+                        "density": f"{density:g}",
+                        "engine": engine(linear, density),
+                        "floor_us": f"{floor * 1e6:.0f}",
+                        "gradient_us": f"{ours * 1e6:.0f}",
+                        "ratio": f"{1 + ours / floor:.3f}",
+                        "target": f"{NARROW_TARGET if narrow else TARGETS[density]:.2f}",
+                        "update_us": f"{update_seconds(linear, gpu, density) * 1e6:.1f}",
+                    }
+                )
+    return found
+
+
+def markdown(found) -> str:
+    """README's table: the linears of one GPU by density."""
+    lines = ["| GPU | linear | 0.1 % | 1 % | 5 % |", "|---|---|---|---|---|"]
+    for gpu, linear in dict.fromkeys((row["gpu"], row["linear"]) for row in found if row["gpu"] in ("H200", "A100")):
+        here = [row for row in found if (row["gpu"], row["linear"]) == (gpu, linear)]
+        cells = [f"{100 * (float(row['ratio']) - 1):+.0f} % ({row['engine']})" for row in here]
+        lines.append(f"| {gpu} | {linear.split('/')[1]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fastft.bench.sparse_model", description=__doc__.split("\n")[0])
+    parser.add_argument("--write", action="store_true", help="keep the rows and rewrite README's table")
+    args = parser.parse_args(argv)
+    found = rows()
+    table = [tuple(found[0]), *(tuple(row.values()) for row in found)]
+    results.show(f"{MODEL}, one linear whose entries train: modelled, not measured", table)
+    if args.write:
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        path = FOLDER / f"{MODEL}-sparse.csv"
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(found)
+        readme = results.ROOT / "README.md"
+        readme.write_text(plot.with_table(readme.read_text(), markdown(found), BEGIN, END))
+        print(f"wrote {path} and {readme}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

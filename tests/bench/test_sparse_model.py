@@ -1,0 +1,34 @@
+"""The model of sparse training's GPU times: which engine, and what the costs follow; its table is the one in README."""
+
+import csv
+
+import pytest
+
+from fastft.bench import model, plot, shapes, sparse_model
+
+
+def test_engines_are_the_kernels():
+    sampled = pytest.importorskip("fastft.kernels._sampled")
+    for linear in shapes.MODELS[model.MODEL].linears().values():
+        for density in sparse_model.DENSITIES:
+            entries = round(density * linear.k * linear.n)
+            work = sampled.work_per_million(linear.n, linear.k, entries)
+            assert (work > 1e6 * sparse_model.TILES_FROM) == (sparse_model.engine(linear, density) == "tiles")
+
+
+def test_costs():
+    linear, gpu = shapes.LINEARS["llama3-8b/q_proj"], model.GPUS["H200"]
+    at = [sparse_model.gradient_seconds(linear, gpu, density) for density in sparse_model.DENSITIES]
+    assert at == sorted(at) and at[0] < sparse_model.floor_seconds(linear, gpu) / 5
+    assert at[2] < at[1] * 1.1  # from where a GEMM forms them, more entries cost only its epilogue
+    updates = [sparse_model.update_seconds(linear, gpu, density) for density in sparse_model.DENSITIES]
+    sectors = 2 * 32 * 1e-3 * linear.k * linear.n / gpu.memory  # nearly every entry has one of its own
+    assert updates[0] == pytest.approx(1.5 * sectors, rel=0.02) and updates[2] < 50 * updates[0]
+
+
+def test_readme_and_file_are_what_the_model_says():
+    found = sparse_model.rows()
+    with open(sparse_model.FOLDER / f"{model.MODEL}-sparse.csv", newline="") as file:
+        assert list(csv.DictReader(file)) == found
+    readme = (plot.results.ROOT / "README.md").read_text()
+    assert readme == plot.with_table(readme, sparse_model.markdown(found), sparse_model.BEGIN, sparse_model.END)
