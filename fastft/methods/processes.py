@@ -11,13 +11,19 @@ def rank() -> int:
     return torch.distributed.get_rank() if several() else 0
 
 
-def from_first(*tensors: torch.Tensor) -> bool:
-    """Take over rank 0's values, in place. False where there is one process."""
-    if not several():
-        return False
-    for tensor in tensors:
-        torch.distributed.broadcast(tensor, 0)
-    return True
+def _reachable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy of it on the GPU where processes can't send what is on the CPU (NCCL)."""
+    sends = torch.distributed.get_backend_config()  # "cuda:nccl", "cpu:gloo,cuda:nccl"
+    return tensor if f"{tensor.device.type}:" in sends or "cuda:" not in sends else tensor.cuda()
+
+
+def from_first(*tensors: torch.Tensor) -> None:
+    """Take over rank 0's values, in place."""
+    for tensor in tensors if several() else ():
+        there = _reachable(tensor)
+        torch.distributed.broadcast(there, 0)
+        if there is not tensor:
+            tensor.copy_(there)
 
 
 def mean(tensor: torch.Tensor) -> None:

@@ -48,7 +48,7 @@ class SpIEL(SparseMethod):
     moments, sums are of whole updates (there of micro-batches, so that seeds were too small under gradient accumulation),
     every cycle sums over the same number of updates, all ranks choose the same entries, equal scores go to the first entry,
     and no dense gradient or mask exists: a block of rows at a time. Under DistributedDataParallel the first update of a
-    cycle only finds the candidates, on rank 0. What is seen of candidates is neither clipped nor unscaled.
+    cycle in which rank 0 uses a module only finds its candidates. What is seen of them is neither clipped nor unscaled.
     """
 
     peft_type: ClassVar[str] = "SPIEL"
@@ -152,7 +152,7 @@ class SpIEL(SparseMethod):
         at = updates % self.reselection_steps or self.reselection_steps
         if self.selection == "accumulated" and at <= self.selection_accumulation_steps:
             for module in handle.targets.values():
-                see_update(module.sparse[handle.name], first=at == 1)
+                see_update(module.sparse[handle.name])
         for module in handle.targets.values():  # after the end nothing will be chosen of what is seen
             module.sparse[handle.name].observer = self.observer() if updates < total else None
         if at == self.selection_accumulation_steps and updates <= total:
@@ -201,27 +201,39 @@ class Candidates:
         if held.updates % self.reselection_steps >= self.accumulation_steps:
             return
         if held.candidates is None:
-            if several() and rank() > 0:
-                held.consider(held.entries.copy())  # until rank 0 says which
+            if several() and rank() > 0:  # rank 0 says which
                 return
             gradient = product((left.t(), right))
             held.consider(largest(gradient, len(held.entries), held.shape, left.device, what="the gradient")[0])
+            held.proposed = several()
         entries = held.candidates
         sampled_product_(held.candidate_pending, left, right, entries.starts, entries.columns, True)
 
 
-def see_update(held: SparseEntries, first: bool) -> None:
-    """The gradients of one update are complete. first: of this cycle."""
+def see_update(held: SparseEntries) -> None:
+    """The gradients of one update are complete."""
+    if several() and (held.candidates is None or held.proposed):
+        return agree(held)
     if held.candidates is None:  # the module took no part in any backward
-        return
-    if first and from_first(held.candidate_starts, held.candidate_columns):
-        held.candidate_pending.zero_()  # each rank had looked at other entries
         return
     mean(held.candidate_pending)
     held.candidate_sum += held.candidate_pending
     held.candidate_square.addcmul_(held.candidate_pending, held.candidate_pending)
     held.candidate_pending.zero_()
     held.observed += 1
+
+
+def agree(held: SparseEntries) -> None:
+    """All ranks take over rank 0's candidates, if it has any: an expert may have got no tokens there, or only there."""
+    count = torch.tensor([-1 if held.candidates is None else len(held.candidates)], device=held.delta.device)
+    from_first(count)
+    if int(count) < 0:
+        return
+    if held.candidates is None:
+        held.consider(Entries(torch.zeros_like(held.starts), held.columns.new_empty(int(count)), held.shape))
+    from_first(held.candidate_starts, held.candidate_columns)
+    held.candidate_pending.zero_()  # what rank 0 saw alone
+    held.proposed = False
 
 
 def smallest_first(delta):

@@ -42,6 +42,7 @@ class SparseEntries(nn.Module):
             accumulated. They exist while a choice is being prepared.
         first, kept_first: uint8, a bit for each that says whether it trained first (LIFT).
         updates: of the optimizer so far; observed: those that the sums hold.
+        proposed: do other processes not know the candidates yet?
         observer: called in backward with (these entries, left, right) while a choice is being prepared, or None.
 
     Entries, sums and counts are all in ``state_dict``; loading takes over sizes that differ.
@@ -53,6 +54,7 @@ class SparseEntries(nn.Module):
         self.delta = nn.Parameter(delta)
         self._set("", entries)
         self.updates = self.observed = 0
+        self.proposed = False
         self.observer: Any = None
 
     @property
@@ -132,10 +134,10 @@ class SparseEntries(nn.Module):
     def consider(self, candidates: Entries | None) -> None:
         """Begin with sums of 0 over these candidates, or forget them and what was summed."""
         self._set("candidate_", candidates)
-        zeros = None if candidates is None else torch.zeros(len(candidates), device=candidates.device)
+        zeros = None if candidates is None else torch.zeros(len(candidates), dtype=torch.float32, device=candidates.device)
         for name in _CANDIDATES:
             self._put(name, None if zeros is None else zeros.clone())
-        self.observed = 0
+        self.observed, self.proposed = 0, False
 
     def deltas(self) -> list[tuple[Entries, torch.Tensor]]:
         """All that differs from the pretrained weight: what trains, and what is kept."""

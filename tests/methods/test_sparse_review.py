@@ -1,11 +1,12 @@
 """Entries in the corners: schedules that end early, odd weights, odd settings of PyTorch, states that don't fit."""
 
 import pytest
+import torch
 from torch import nn
 
-from fastft.methods import spiel
+from fastft.methods import processes, spiel
 
-from .sparse_net import Net, assert_same_bits, attached, bits, held, train
+from .sparse_net import Net, assert_same_bits, attached, bits, held, inputs, loss_of, train
 
 
 def test_a_choice_at_the_end_would_replace_what_was_trained():
@@ -37,3 +38,40 @@ def test_a_weight_stored_by_columns_is_refused():
             attached(kind, net=net)
     assert type(net.a) is nn.Linear
     assert_same_bits(bits(net), before)
+
+
+def test_ranks_agree_on_candidates_where_a_module_is_not_used_by_all(monkeypatch):
+    """Two nets take turns as ranks 0 and 1; rank 0 uses the module from the second update on, rank 1 in the first alone."""
+    nets = [attached("accumulated", reselection_steps=8, selection_accumulation_steps=6) for _ in range(2)]
+    ranks, now, sent = [held(handle)["a"] for _, handle in nets], 0, []
+
+    def from_first(*tensors):
+        for tensor in tensors:
+            sent.append(tensor.clone()) if now == 0 else tensor.copy_(sent.pop(0))
+
+    monkeypatch.setattr(spiel, "several", lambda: True)
+    monkeypatch.setattr(spiel, "rank", lambda: now)
+    monkeypatch.setattr(spiel, "from_first", from_first)
+    monkeypatch.setattr(spiel, "mean", lambda tensor: None)
+    for update, used in enumerate(((1,), (0,), (0,))):
+        for now in range(2):
+            if now in used:
+                loss_of(nets[now][0], inputs(update)).backward()
+            spiel.see_update(ranks[now])
+            assert (ranks[now].candidates is not None) == (update > 0)
+            assert ranks[now].observed == (update == 2)
+        assert not sent
+    assert torch.equal(ranks[0].candidate_columns, ranks[1].candidate_columns)
+    assert ranks[0].candidate_sum.any() and not ranks[1].candidate_sum.any()
+
+
+def test_what_is_on_the_cpu_is_sent_by_way_of_the_gpu_where_it_must(monkeypatch):
+    sent, ours = [], torch.zeros(2)
+    monkeypatch.setattr(processes, "several", lambda: True)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, source: sent.append(tensor.add_(1)))
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self.clone())
+    for backends, copied in (("cpu:gloo,cuda:nccl", False), ("cuda:nccl", True), ("cpu:gloo,cuda:gloo", False)):
+        monkeypatch.setattr(torch.distributed, "get_backend_config", lambda names=backends: names)
+        before = ours.clone()
+        processes.from_first(ours)
+        assert torch.equal(ours, before + 1) and (sent.pop() is not ours) == copied
