@@ -279,14 +279,22 @@ def saved_bytes(run: Run, free) -> int:
     saved: dict[int, torch.UntypedStorage] = {}  # holding the storages keeps their addresses distinct
 
     def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            saved[storage.data_ptr()] = storage
+        for dense in _dense(tensor):
+            storage = dense.untyped_storage()
+            if storage.data_ptr() not in known:
+                saved[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         run()
     return sum(storage.nbytes() for storage in saved.values())
+
+
+def _dense(tensor) -> list[torch.Tensor]:
+    """The tensors that have storages: a sparse one's indices and values, or itself."""
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    return [tensor]
 
 
 def check_close(outputs, golden, yardstick, factor: float) -> None:

@@ -74,6 +74,15 @@ def test_a_layer_saves_nothing_of_its_own():
     assert runner.saved_bytes(run, [*d.everything(), *run.parameters()]) == 0
 
 
+@pytest.mark.skipif(peers.peft_missing() is not None, reason="needs peft")
+def test_what_peft_saves_is_counted_in_sparse_tensors_too():
+    d = tiny()
+    run = entries.training(entries.shira)(d)
+    run()
+    saved = runner.saved_bytes(run, [*d.everything(), *run.parameters()])
+    assert saved >= d.weight.numel() * 4 + len(d.entries) * 16, "a clone of the weight, int64 indices"
+
+
 @pytest.mark.parametrize("dtype, expected", [("fp32", 24), ("bf16+fp32", 22)])
 def test_state_is_what_an_entry_needs(dtype, expected):
     d = updates(dtype)
