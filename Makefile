@@ -41,8 +41,9 @@ $(VENV)/.built: $(VENV)/.packages $(NATIVE_SOURCES)
 demo: setup
 	$(BIN)/python demo/run.py
 
+# One thread a process: two that spin for each other on two cores take four times as long.
 test: setup
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 test-aot: setup
 	$(BIN)/python -m pytest -q tests/aot -m "aot_all or not aot_all" $(ARGS)

@@ -1,7 +1,8 @@
 """Loads the csrc libraries for this CPU and GPU. Importing never fails: what could not be loaded has a reason.
 
 The libraries lie in ``fastft/lib``: one CPU library per instruction set, built from the same sources, and one CUDA
-library. ``FASTFT_CPU_ISA=default|avx2|avx512|avx512_bf16`` overrides the choice (for tests and bug reports), ``FASTFT_LIB`` the folder.
+library. ``FASTFT_CPU_ISA=default|avx2|avx512|avx512_bf16`` overrides the choice (for tests and bug reports),
+``FASTFT_LIB`` the folder.
 """
 
 import functools

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..ops.entries import Entries
 from ..ops.lora_linear import lora_update
-from ..ops.sparse_linear import directions, sparse_linear, sparse_update
+from ..ops.sparse_linear import Ways, sparse_linear, sparse_update
 from .peft_eligible import Input, bare, base_obstacle, dtype_name
 from .peft_layers import DISABLED, INACTIVE, MERGED, FallbackError, Record
 from .swapping import Swapped, swap
@@ -26,7 +26,7 @@ class SparseRecord(Record):
         self.made: dict[str, tuple] = {}
 
     def places(self, adapter: str, index, flat, shape):
-        """(Entries, their order among the values or None, directions). flat: () -> the positions of the values in the
+        """(Entries, their order among the values or None, `Ways`). flat: () -> the positions of the values in the
         weight."""
         made = self.made.get(adapter)
         if made is None or made[0] is not index or made[1] != index._version:
@@ -34,7 +34,7 @@ class SparseRecord(Record):
             ordered, order = positions.sort()
             entries = Entries.of_flat(ordered, shape)
             order = None if torch.equal(ordered, positions) else order
-            made = self.made[adapter] = index, index._version, (entries, order, directions(entries))
+            made = self.made[adapter] = index, index._version, (entries, order, Ways.of(entries))
         return made[2]
 
 

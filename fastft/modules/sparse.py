@@ -12,7 +12,7 @@ from torch import nn
 
 from ..ops.entries import Entries
 from ..ops.partial_linear import Part
-from ..ops.sparse_linear import directions, sparse_linear, sparse_update
+from ..ops.sparse_linear import Ways, sparse_linear, sparse_update
 from .parts import PartSettings, version_of
 from .quantized import quantization
 
@@ -45,7 +45,7 @@ class SparseEntries(nn.Module):
         proposed: do other processes not know the candidates yet?
         observer: called in backward with (these entries, left, right) while a choice is being prepared, or None.
 
-    Entries, sums and counts are all in ``state_dict``; loading takes over sizes that differ.
+    Entries, sums and counts are all in ``state_dict``; loading takes over another number of kept entries and candidates.
     """
 
     def __init__(self, entries: Entries, delta: torch.Tensor):
@@ -150,7 +150,14 @@ class SparseEntries(nn.Module):
     def set_extra_state(self, state):
         self.updates, self.observed = map(int, state)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        delta = state_dict.get(prefix + "delta", self.delta)
+        if delta.shape != self.delta.shape:  # nothing is taken over, or entries and deltas would not belong together
+            errors.append(
+                f"{prefix}delta: {len(delta)} entries in the checkpoint, {len(self.delta)} in the model; attach the method "
+                "with the options of the run that wrote it"
+            )
+            return
         if prefix + "columns" in state_dict:
             device = self.columns.device
             for name in list(self._buffers):
@@ -163,7 +170,7 @@ class SparseEntries(nn.Module):
                     if held is None or held.shape != value.shape:
                         self._buffers.pop(name, None)
                         self.register_buffer(name, torch.empty_like(value, device=device))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def _apply(self, fn, *args, **kwargs):
         # A cast of the model rounds its weights; deltas and sums stay what 16-bit weights need them for.
@@ -182,7 +189,7 @@ class EntrySettings(PartSettings):
 
     version: tuple[int, int] | None = None
     _part: Part | None = field(default=None, repr=False)
-    _ways: list = field(default_factory=list, repr=False)  # of `SparseEntries.deltas`
+    _ways: list[Ways] = field(default_factory=list, repr=False)  # of `SparseEntries.deltas`
 
     def part(self, module, name):
         if self._part is None or self._part.index.device != module.sparse[name].columns.device:
@@ -220,8 +227,8 @@ class EntrySettings(PartSettings):
     def _beside(self, module, name):
         """[(entries, delta, options)] of what is applied beside the weight; the first is what trains."""
         deltas = self.deltas(module, name)
-        if len(self._ways) != len(deltas) or self._ways[0][0][0].device != deltas[0][0].device:
-            self._ways = [directions(entries, module.fan_in_fan_out) for entries, _ in deltas]
+        if len(self._ways) != len(deltas) or self._ways[0].stored.device != deltas[0][0].device:
+            self._ways = [Ways.of(entries, module.fan_in_fan_out) for entries, _ in deltas]
         stored = {"fan_in_fan_out": module.fan_in_fan_out}
         found = [(entries, delta, {**stored, "ways": ways}) for (entries, delta), ways in zip(deltas, self._ways)]
         found[0][2]["observer"] = self.observer(module, name)

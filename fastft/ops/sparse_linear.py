@@ -8,7 +8,7 @@ Where the entries stand in the weight, `partial_linear` is the layer. The kernel
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -118,16 +118,41 @@ def transposed(entries: Entries) -> tuple[Entries, torch.Tensor]:
     return Entries(starts, rows, (b, a)), order
 
 
+@dataclass(eq=False)
+class Ways:
+    """What products with chosen entries of a stored weight need, forward and backward: made once for a choice.
+
+    stored: the entries. transposed: is the stored weight [K, N]? forth, back: (entries, where each one's value is among
+    those of `stored`, or None for the same order) of the logical weight [N, K] and of its transpose.
+    """
+
+    stored: Entries
+    transposed: bool
+    forth: tuple[Entries, torch.Tensor | None]
+    back: tuple[Entries, torch.Tensor | None]
+    _sampling: list[Sampling] = field(default_factory=list, repr=False)
+
+    @staticmethod
+    def of(entries: Entries, fan_in_fan_out: bool = False) -> "Ways":
+        own, other = (entries, None), transposed(entries)
+        forth, back = (other, own) if fan_in_fan_out else (own, other)
+        return Ways(entries, fan_in_fan_out, forth, back)
+
+    def sampling(self) -> Sampling:
+        """How the gradient is computed; looked at once."""
+        if not self._sampling:
+            self._sampling.append(Sampling.of(self.stored))
+        return self._sampling[0]
+
+
 class _SparseNode(torch.autograd.Function):
     """y + x deltaᵀ on chosen entries, y = x Wᵀ + bias computed here or, with weight None, given as `y`."""
 
     @staticmethod
-    def forward(ctx, x, y, weight, bias, delta, observer, forth, back):
-        """forth, back: the entries of the logical weight [N, K] with the places of their values (None: in order), and
-        those of its transpose."""
-        ctx.forth, ctx.back, ctx.observer, ctx.scope = forth, back, observer, Scope.captured()
+    def forward(ctx, x, y, weight, bias, delta, observer, ways):
+        ctx.ways, ctx.observer, ctx.scope = ways, observer, Scope.captured()
         out = F.linear(x, weight, bias) if y is None else y.clone(memory_format=torch.contiguous_format)
-        add_delta_(out, x, delta, *forth)
+        add_delta_(out, x, delta, *ways.forth)
         keep_x, keep_weight = ctx.needs_input_grad[4] or observer is not None, ctx.needs_input_grad[0]
         ctx.save_for_backward(x if keep_x else None, weight if keep_weight else None, delta)
         ctx.features = x.shape[1]
@@ -146,28 +171,20 @@ def _sparse_backward(ctx, dy):
     dx = None
     if need_x:
         dx = dy.new_zeros(dy.shape[0], ctx.features) if weight is None else dy @ weight
-        add_delta_(dx, dy, delta, *ctx.back)
-    (entries, order), ddelta = ctx.forth, None
-    left, right = dy, x
-    if order is not None:  # the stored weight is the transposed one, whose entries are in order
-        (entries, _), left, right = ctx.back, x, dy
+        add_delta_(dx, dy, delta, *ctx.ways.back)
+    left, right = (x, dy) if ctx.ways.transposed else (dy, x)
+    ddelta = None
     if ctx.observer is not None:
         ctx.observer(left, right)
     if need_delta:
-        ddelta = entries_gradient(left, right, entries, delta.dtype)
-    return dx, dy if need_y else None, None, dy.sum(0) if need_bias else None, ddelta, None, None, None
+        ddelta = entries_gradient(left, right, ctx.ways.stored, delta.dtype, ctx.ways.sampling())
+    return dx, dy if need_y else None, None, dy.sum(0) if need_bias else None, ddelta, None, None
 
 
 def add_delta_(y, x, delta, entries: Entries, order=None):
     """y += x deltaᵀ in place, for entries [N, K] whose values are ``delta[order]``."""
     values = delta.detach() if order is None else delta.detach()[order]
     add_sparse_product_(y, x.contiguous(), entries.starts, entries.columns, values)
-
-
-def directions(entries: Entries, fan_in_fan_out: bool = False):
-    """What `sparse_linear` multiplies with, forward and backward: made once for a choice of entries of the stored weight."""
-    other = transposed(entries)
-    return (other, (entries, None)) if fan_in_fan_out else ((entries, None), other)
 
 
 def sparse_linear(x, weight, bias, entries: Entries, delta, *, fan_in_fan_out: bool = False, observer=None, ways=None):
@@ -178,7 +195,7 @@ def sparse_linear(x, weight, bias, entries: Entries, delta, *, fan_in_fan_out: b
         weight: [N, K] of x's dtype; [K, N] with `fan_in_fan_out`.
         bias: [N] or None. entries: of the stored weight. delta: [E] float32 (float64), gets a gradient.
         observer: called in backward with (left, right), whose leftᵀ right is the gradient of the stored weight.
-        ways: ``directions(entries, fan_in_fan_out)``, if it is at hand.
+        ways: ``Ways.of(entries, fan_in_fan_out)``, if it is at hand.
 
     Raises:
         ValueError: shapes that do not fit. TypeError: dtypes.
@@ -188,13 +205,13 @@ def sparse_linear(x, weight, bias, entries: Entries, delta, *, fan_in_fan_out: b
     _check(x, weight.shape, logical.shape, entries, delta)
     if x.dtype != weight.dtype:
         raise TypeError(f"x is {x.dtype}, the weight {weight.dtype}; they must be of one dtype")
-    forth, back = ways or directions(entries, fan_in_fan_out)
+    ways = ways or Ways.of(entries, fan_in_fan_out)
     if not torch.is_grad_enabled():
         rows = _rows(x)
         y = F.linear(rows, logical, bias)
-        add_delta_(y, rows, delta, *forth)
+        add_delta_(y, rows, delta, *ways.forth)
     else:
-        y = _SparseNode.apply(_rows(x), None, logical, bias, delta, observer, forth, back)
+        y = _SparseNode.apply(_rows(x), None, logical, bias, delta, observer, ways)
     return y.view(*x.shape[:-1], logical.shape[0])
 
 
@@ -206,8 +223,8 @@ def sparse_update(y, x, entries: Entries, delta, *, fan_in_fan_out: bool = False
     _check(x, (k, n) if fan_in_fan_out else (n, k), (n, k), entries, delta)
     if y.shape[:-1] != x.shape[:-1] or y.dtype != x.dtype:
         raise ValueError(f"y {list(y.shape)} {y.dtype} does not fit x {list(x.shape)} {x.dtype}")
-    forth, back = ways or directions(entries, fan_in_fan_out)
-    return _SparseNode.apply(_rows(x), _rows(y), None, None, delta, observer, forth, back).view(y.shape)
+    ways = ways or Ways.of(entries, fan_in_fan_out)
+    return _SparseNode.apply(_rows(x), _rows(y), None, None, delta, observer, ways).view(y.shape)
 
 
 def _check(x, stored, logical, entries, delta):
