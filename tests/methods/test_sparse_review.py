@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import fastft
 from fastft.methods import processes, spiel
 
 from .sparse_net import Net, assert_same_bits, attached, bits, held, inputs, loss_of, train
@@ -75,3 +76,24 @@ def test_what_is_on_the_cpu_is_sent_by_way_of_the_gpu_where_it_must(monkeypatch)
         before = ours.clone()
         processes.from_first(ours)
         assert torch.equal(ours, before + 1) and (sent.pop() is not ours) == copied
+
+
+def test_a_state_with_another_number_of_entries_leaves_everything_as_it_is():
+    net, handle = attached("mask")
+    train(net, handle, 2)
+    before, other = bits(net), attached("mask", net=Net(seed=1), share=0.3)[0]
+    own = {name: value for name, value in other.state_dict().items() if "sparse" in name}
+    with pytest.raises(RuntimeError, match="entries in the checkpoint"):
+        net.load_state_dict(own, strict=False)
+    assert_same_bits(bits(net), before)
+
+
+def test_a_layer_is_used_twice_while_gradients_accumulate():
+    torch.manual_seed(0)
+    linear, x = nn.Linear(8, 8), torch.randn(4, 8, requires_grad=True)
+    layer = fastft.SparseDeltaLinear.from_linear(linear, mask=torch.rand(8, 8) < 0.3)
+    for count in (1, 2):
+        layer(layer(x)).sum().backward()
+        if count == 1:
+            once = layer.delta.grad.clone()
+    torch.testing.assert_close(layer.delta.grad, 2 * once)
