@@ -93,7 +93,8 @@ class SparseDeltaLinear(nn.Linear):
         elif version_of(self.delta) == self._written and not self._trained:
             return
         write_entries_(self.weight, self.starts, self.columns, self._base, self.delta.detach())
-        torch.autograd.graph.increment_version(self.weight)  # a graph that saved the weight must notice
+        if version_of(self.delta) != self._written:  # a graph that saved the weight must notice; the same bits do no harm
+            torch.autograd.graph.increment_version(self.weight)
         self._written, self._trained = version_of(self.delta), self.delta.grad is not None
 
     @torch.no_grad()
