@@ -10,7 +10,7 @@ import torch
 
 from ..modules.adapted_linear import features
 from ..ops.entries import Entries
-from .sparse import Counts, SparseMask, SparseMethod, stored_shape
+from .sparse import Counts, SparseMask, SparseMethod, exactly, stored_shape
 from .sparse_files import pack_index
 
 _SHARED = {"peft_type", "base_model_name_or_path", "auto_mapping", "inference_mode", "target_modules", "revision"}
@@ -46,7 +46,7 @@ class ForeignEntries(SparseMethod):
     def native(self, tensors):
         counts = {name: Counts(len(parts["index"])) for name, parts in tensors.items()}
         own = {f.name: getattr(self, f.name) for f in fields(SparseMethod) if f.init}
-        return SparseMask(**{**own, "counts": counts, "target_modules": list(counts), "history": []})
+        return SparseMask(**{**own, "counts": counts, "target_modules": exactly(counts), "history": []})
 
     @classmethod
     def _refuse(cls, config, known):
@@ -75,7 +75,7 @@ class SftFile(ForeignEntries):
         if not isinstance(deltas, dict) or not deltas or not all(type(n) is int and n >= 0 for n in deltas.values()):
             raise ValueError("adapter_config.json has no num_deltas: {module name: how many}")
         counts = {name: Counts(n) for name, n in deltas.items()}
-        return cls(counts=counts, target_modules=list(counts), modules_to_save=config.get("modules_to_save"))
+        return cls(counts=counts, target_modules=exactly(counts), modules_to_save=config.get("modules_to_save"))
 
 
 @dataclass(frozen=True)
