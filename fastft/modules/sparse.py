@@ -217,7 +217,8 @@ class EntrySettings(PartSettings):
 
     def observer(self, module, name):
         held = module.sparse[name]
-        return None if held.observer is None else _Observed(held.observer, held)
+        trains = held.observer is not None and held.delta.requires_grad
+        return _Observed(held.observer, held) if trains else None
 
     def _add(self, x, y, deltas):
         for entries, delta, options in deltas:
