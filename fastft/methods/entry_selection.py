@@ -38,7 +38,7 @@ def product(*pairs: tuple[Tensor, Tensor]) -> Blocks:
 
     def blocks():
         for begin in range(0, rows, BLOCK_ROWS):
-            block = torch.zeros(min(BLOCK_ROWS, rows - begin), columns, device=device)
+            block = torch.zeros(min(BLOCK_ROWS, rows - begin), columns, dtype=torch.float32, device=device)
             for left, right in pairs:
                 left, right = left.detach()[begin : begin + BLOCK_ROWS], right.detach()
                 step = max(1, left.shape[1]) if left.dtype == right.dtype == torch.float32 else _TERMS
@@ -187,11 +187,11 @@ def random_entries(shape, k: int, generator: torch.Generator) -> Entries:
         raise ValueError(f"{k} random entries are asked for, of {size} that there are")
     if k > size - k:
         return Entries.of_mask(~random_entries(shape, size - k, generator).mask())
-    drawn = torch.empty(0, dtype=torch.int64)
+    drawn = torch.empty(0, dtype=torch.int64, device="cpu")
     while True:
         # n drawn are about size (1 - exp(-n / size)) different ones.
         count = int(-size * math.log1p(-k / max(size, 1)) + 4 * math.sqrt(k)) + 16
-        drawn = torch.cat([drawn, torch.randint(max(size, 1), (count,), generator=generator)])
+        drawn = torch.cat([drawn, torch.randint(max(size, 1), (count,), generator=generator, device="cpu")])
         ordered, order = drawn.sort(stable=True)
         first = torch.ones_like(ordered, dtype=torch.bool)
         first[1:] = ordered[1:] != ordered[:-1]

@@ -48,9 +48,9 @@ def _projected(weight, rank, steps, generator):
     (rows, columns), device = weight.shape, weight.device
     width = max(16, -(-rank // 2))
     total = min(max(steps * width, rank), rows, columns)
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
-    q = torch.randn(columns, width, generator=generator).to(device)
-    basis, done = torch.empty(columns, total, device=device), 0
+    generator = torch.Generator("cpu").manual_seed(0) if generator is None else generator
+    q = torch.randn(columns, width, generator=generator, dtype=torch.float32, device="cpu").to(device)
+    basis, done = torch.empty(columns, total, dtype=torch.float32, device=device), 0
     while done < total:
         q = _gram_product(weight, q)
         q = torch.linalg.qr(q - basis[:, :done] @ (basis[:, :done].t() @ q)).Q

@@ -117,7 +117,7 @@ class SparseMethod(Method):
 
     def initial(self, name, module):
         entries = self.choose(name, module)
-        delta = torch.zeros(len(entries), device=entries.device)
+        delta = torch.zeros(len(entries), dtype=torch.float32, device=entries.device)
         return {"delta": delta, "index": pack_index(entries), "progress": torch.zeros(2, dtype=torch.int64)}
 
     def check_tensors(self, name, module, tensors):

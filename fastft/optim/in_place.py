@@ -67,10 +67,16 @@ class InPlaceOptimizer(torch.optim.Optimizer):
         """The state of AdamW, under the names of `torch.optim.AdamW`."""
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = step_zero()
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
         return state
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        for state in self.state.values():  # of a checkpoint read onto a GPU, or of a fused optimizer: asking would wait
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].cpu()
 
     def _adamw(self, parameters, group) -> None:
         """PyTorch's, which counts the step itself."""
@@ -92,6 +98,11 @@ class InPlaceOptimizer(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def step_zero() -> torch.Tensor:
+    """On the CPU, where reading it waits for nothing, and in float32, whatever PyTorch's defaults are."""
+    return torch.tensor(0.0, dtype=torch.float32, device="cpu")
 
 
 def checked(lr, eps, weight_decay, betas=(0, 0)) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..ops.sparse import sm3_update, sparse_adamw_, sparse_sm3_
-from .in_place import InPlaceOptimizer, checked
+from .in_place import InPlaceOptimizer, checked, step_zero
 
 _MOMENTS = (torch.float32, torch.bfloat16)
 
@@ -42,7 +42,7 @@ class SparseAdamW(InPlaceOptimizer):
     def _entries_state(self, delta):
         state = self.state[delta]
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = step_zero()
             kind = self.moment_dtype if delta.dtype == torch.float32 else delta.dtype
             state["exp_avg"] = torch.zeros_like(delta, dtype=kind)
             state["exp_avg_sq"] = torch.zeros_like(delta, dtype=kind)
@@ -119,7 +119,7 @@ class SparseSM3(InPlaceOptimizer):
 def _nowhere(delta):
     """A site for a delta that stands in no weight: a row of scratch memory."""
     count = len(delta)
-    starts = torch.tensor([0, count], device=delta.device)
+    starts = torch.arange(2, device=delta.device) * count  # (sending numbers to a GPU would wait for it)
     columns = torch.arange(count, dtype=torch.int32, device=delta.device)
     return delta.new_empty(1, count), starts, columns, torch.zeros_like(delta)
 
@@ -144,11 +144,20 @@ def migrate(optimizer, parameter, found: torch.Tensor, **seeds) -> None:
     Args:
         found: int64 [E], which entry of before each of the new ones is, or -1.
         seeds: by name of a state, what new entries start with, [E] (only those count) instead of 0.
+
+    Raises:
+        RuntimeError: the state is held in 8-bit codes, which can't move.
     """
     state = optimizer.state.get(parameter)
     if not state:
         return
     old, shared = found >= 0, getattr(optimizer, "shared_state", ())
+    if codes := [name for name, value in state.items() if getattr(value, "dtype", None) in (torch.uint8, torch.int8)]:
+        raise RuntimeError(
+            f"{type(optimizer).__name__} holds {', '.join(codes)} in 8-bit codes with scales of blocks, which can't follow "
+            "entries that are chosen anew: train with handle.optimizer(), whose moments can be bfloat16 "
+            "(moment_dtype=torch.bfloat16), or with a 32-bit optimizer"
+        )
     for name, value in state.items():
         if name not in shared and isinstance(value, torch.Tensor) and value.shape == found.shape and value.dim():
             start = seeds.get(name)

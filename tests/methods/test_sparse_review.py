@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import fastft
-from fastft.methods import processes, spiel
+from fastft.methods import SftFile, processes, spiel
+from fastft.methods.targets import match
 
 from .sparse_net import Net, assert_same_bits, attached, bits, held, inputs, loss_of, train
 
@@ -97,3 +98,48 @@ def test_a_layer_is_used_twice_while_gradients_accumulate():
         if count == 1:
             once = layer.delta.grad.clone()
     torch.testing.assert_close(layer.delta.grad, 2 * once)
+
+
+@pytest.mark.parametrize("kind", ["accumulated", "lift"])
+def test_pytorchs_default_dtype_decides_nothing(kind):
+    found = []
+    for default in (torch.float32, torch.bfloat16):
+        net, batches = Net(), [inputs(step) for step in range(3)]
+        try:
+            torch.set_default_dtype(default)
+            handle = attached(kind, net=net)[1]
+            optimizer = handle.optimizer(lr=0.05)
+            for x in batches:
+                net(x).square().mean().backward()
+                optimizer.step(), optimizer.zero_grad(), handle.step()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert all(optimizer.state[one.delta]["step"].dtype == torch.float32 for one in held(handle).values())
+        found.append(bits(net))
+    assert_same_bits(*found)
+
+
+def test_optimizers_with_8_bit_states_are_refused_at_the_first_choice():
+    net, handle = attached("accumulated")
+    optimizer = torch.optim.SGD(handle.parameters(), lr=0.1)
+    train(net, handle, 1, optimizer)
+    for one in held(handle).values():
+        optimizer.state[one.delta]["state1"] = torch.zeros_like(one.delta, dtype=torch.uint8)
+    before = {name: one.entries.mask() for name, one in held(handle).items()}
+    with pytest.raises(RuntimeError, match="moment_dtype"):
+        train(net, handle, 1, optimizer, start=1)
+    assert all(torch.equal(one.entries.mask(), before[name]) for name, one in held(handle).items())
+
+
+def test_nothing_is_collected_for_an_adapter_that_does_not_train():
+    net, handle = attached("accumulated")
+    for parameter in handle.parameters():
+        parameter.requires_grad_(False)
+    loss_of(net, inputs(0).requires_grad_()).backward()
+    assert all(one.candidates is None for one in held(handle).values())
+
+
+def test_entries_of_a_spiel_file_are_of_the_named_module_alone():
+    model = nn.ModuleDict({"q": nn.Linear(4, 4), "inner": nn.ModuleDict({"q": nn.Linear(4, 4)})})
+    one = SftFile.from_config({"peft_type": "SFT", "num_deltas": {"q": 3}})
+    assert list(match(model, one).targets) == ["q"]
