@@ -24,6 +24,7 @@ from ..modules.adapter import Adapter
 from ..modules.groups import GroupState
 from ..modules.merging import PART
 from ..modules.sharding import is_sharded
+from ..modules.sparse import BUFFERS
 from .dequantizing import check_target, fold_dequantized
 from .grouping import make_groups
 from .handle_files import AdapterFiles
@@ -318,8 +319,7 @@ class Handle(AdapterFiles):
             f"{path}.{name}"
             for path, module in self.targets.items()
             if self.name in getattr(module, "sparse", {})
-            for name, _ in module.named_buffers()
-            if name == PART or name.startswith(f"sparse.{self.name}.")
+            for name in (PART, *(f"sparse.{self.name}.{buffer}" for buffer in BUFFERS))  # some are there after a resume only
         }
         names = set(getattr(self.model, _DDP_IGNORES, ()))
         if not ignore:  # other buffers may be there than when they were noted

@@ -17,6 +17,9 @@ from .parts import PartSettings, version_of
 from .quantized import quantization
 
 _CANDIDATES = ("candidate_sum", "candidate_square", "candidate_pending")
+# All buffers that there can be.
+BUFFERS = ("starts", "columns", "kept_starts", "kept_columns", "kept_delta", "candidate_starts", "candidate_columns")
+BUFFERS += (*_CANDIDATES, "first", "kept_first")
 
 
 def pack_bits(flags: torch.Tensor) -> torch.Tensor:

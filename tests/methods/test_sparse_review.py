@@ -143,3 +143,16 @@ def test_entries_of_a_spiel_file_are_of_the_named_module_alone():
     model = nn.ModuleDict({"q": nn.Linear(4, 4), "inner": nn.ModuleDict({"q": nn.Linear(4, 4)})})
     one = SftFile.from_config({"peft_type": "SFT", "num_deltas": {"q": 3}})
     assert list(match(model, one).targets) == ["q"]
+
+
+@pytest.mark.parametrize("kind", ["accumulated", "lift"])
+def test_distributed_data_parallel_leaves_buffers_alone_that_come_with_a_resumed_state(kind):
+    net, handle = attached(kind)
+    train(net, handle, 5 if kind == "accumulated" else 2)
+    resumed, again = attached(kind)
+    resumed.load_state_dict(net.state_dict())
+    names = {name for name, _ in resumed.named_buffers() if ".sparse." in name}
+    assert any("candidate" in name or "kept" in name for name in names)
+    assert names <= set(resumed._ddp_params_and_buffers_to_ignore)
+    again.detach()
+    assert not hasattr(resumed, "_ddp_params_and_buffers_to_ignore")
