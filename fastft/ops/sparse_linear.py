@@ -153,7 +153,8 @@ class _SparseNode(torch.autograd.Function):
         ctx.ways, ctx.observer, ctx.scope = ways, observer, Scope.captured()
         out = F.linear(x, weight, bias) if y is None else y.clone(memory_format=torch.contiguous_format)
         add_delta_(out, x, delta, *ways.forth)
-        keep_x, keep_weight = ctx.needs_input_grad[4] or observer is not None, ctx.needs_input_grad[0]
+        keep_x = ctx.needs_input_grad[4] or ctx.needs_input_grad[2] or observer is not None
+        keep_weight = ctx.needs_input_grad[0]
         ctx.save_for_backward(x if keep_x else None, weight if keep_weight else None, delta)
         ctx.features = x.shape[1]
         return out
@@ -166,7 +167,7 @@ class _SparseNode(torch.autograd.Function):
 
 def _sparse_backward(ctx, dy):
     x, weight, delta = ctx.saved_tensors
-    need_x, need_y, _, need_bias, need_delta = ctx.needs_input_grad[:5]
+    need_x, need_y, need_weight, need_bias, need_delta = ctx.needs_input_grad[:5]
     dy = dy.contiguous()
     dx = None
     if need_x:
@@ -178,7 +179,8 @@ def _sparse_backward(ctx, dy):
         ctx.observer(left, right)
     if need_delta:
         ddelta = entries_gradient(left, right, ctx.ways.stored, delta.dtype, ctx.ways.sampling())
-    return dx, dy if need_y else None, None, dy.sum(0) if need_bias else None, ddelta, None, None
+    dweight = dy.t() @ x if need_weight else None
+    return dx, dy if need_y else None, dweight, dy.sum(0) if need_bias else None, ddelta, None, None
 
 
 def add_delta_(y, x, delta, entries: Entries, order=None):

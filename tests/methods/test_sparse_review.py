@@ -7,6 +7,8 @@ from torch import nn
 import fastft
 from fastft.methods import SftFile, processes, spiel
 from fastft.methods.targets import match
+from fastft.ops.entries import Entries
+from fastft.ops.sparse_linear import sparse_linear
 
 from .sparse_net import Net, assert_same_bits, attached, bits, held, inputs, loss_of, train
 
@@ -156,3 +158,14 @@ def test_distributed_data_parallel_leaves_buffers_alone_that_come_with_a_resumed
     assert names <= set(resumed._ddp_params_and_buffers_to_ignore)
     again.detach()
     assert not hasattr(resumed, "_ddp_params_and_buffers_to_ignore")
+
+
+@pytest.mark.parametrize("stored_by_inputs", [False, True])
+def test_a_weight_that_trains_beside_its_entries_gets_a_gradient(stored_by_inputs):
+    x, weight = torch.randn(3, 4), torch.randn((4, 6) if stored_by_inputs else (6, 4), requires_grad=True)
+    entries, delta = Entries.of_flat(torch.tensor([1, 5]), weight.shape), torch.zeros(2, requires_grad=True)
+    y = sparse_linear(x, weight, None, entries, delta, fan_in_fan_out=stored_by_inputs)
+    want = torch.autograd.grad((x @ (weight if stored_by_inputs else weight.t())).square().sum(), weight)[0]
+    found = torch.autograd.grad(y.square().sum(), (weight, delta))
+    torch.testing.assert_close(found[0], want)
+    torch.testing.assert_close(found[1], want.flatten()[[1, 5]])
