@@ -155,6 +155,9 @@ class Method(TargetOptions):
     def after_update(self, handle: Handle) -> None:
         """The method's schedule, called once per optimizer update. The default has none."""
 
+    def after_skipped(self, handle: Handle) -> None:
+        """`Handle.step` was called and no optimizer has made a step since the last time. The default does nothing."""
+
     def to_config(self, matched: dict[str, nn.Module]) -> dict[str, Any]:
         """The contents of adapter_config.json, in PEFT's terms."""
         raise NotImplementedError

@@ -147,7 +147,9 @@ class Handle(AdapterFiles):
         if self._updated:
             self._updated = False
             self.method.after_update(self)
-        elif not self._ever_updated and any(p.grad is not None for p in self.parameters()):
+            return
+        self.method.after_skipped(self)
+        if not self._ever_updated and any(p.grad is not None for p in self.parameters()):
             warnings.warn(
                 f"adapter {self.name!r} has gradients, but no optimizer that holds its parameters has made a step; "
                 "use handle.optimizer(), or make yours over handle.parameters() after attach",
@@ -288,11 +290,19 @@ class Handle(AdapterFiles):
         """The one that made the last update, whose state has to follow what a method chooses.
 
         Raises:
-            RuntimeError: there was none.
+            RuntimeError: there was none, or it does not hold all that trains.
         """
         optimizer = None if self._optimizer is None else self._optimizer()
         if optimizer is None:
             raise RuntimeError(f"no optimizer has updated adapter {self.name!r} yet")
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        others = [name for name, p in self.named_parameters() if p.requires_grad and id(p) not in held]
+        if others:
+            raise RuntimeError(
+                f"{len(others)} parameters of adapter {self.name!r} are not in the optimizer that made the last step "
+                f"({', '.join(others[:3])}); {type(self.method).__name__} moves its state along with the entries, so one "
+                "optimizer must hold all of them"
+            )
         return optimizer
 
     # ---- used by attach

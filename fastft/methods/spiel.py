@@ -48,7 +48,8 @@ class SpIEL(SparseMethod):
     moments, sums are of whole updates (there of micro-batches, so that seeds were too small under gradient accumulation),
     every cycle sums over the same number of updates, all ranks choose the same entries, equal scores go to the first entry,
     and no dense gradient or mask exists: a block of rows at a time. Under DistributedDataParallel the first update of a
-    cycle in which rank 0 uses a module only finds its candidates. What is seen of them is neither clipped nor unscaled.
+    cycle in which rank 0 uses a module only finds its candidates. What is seen of them is clipped and unscaled as
+    the gradients are.
     """
 
     peft_type: ClassVar[str] = "SPIEL"
@@ -95,6 +96,11 @@ class SpIEL(SparseMethod):
             raise ValueError(f"total_steps={self.total_steps!r}; it must be a positive integer or None")
 
     def bind(self, model):
+        if self.selection == "accumulated" and self.selection_accumulation_steps < 2 and several():
+            raise ValueError(
+                "selection_accumulation_steps=1 on several processes: the first update of a cycle only finds the candidates "
+                "there, so nothing would ever be chosen; give at least 2"
+            )
         targets = match(model, self).targets
         numels = {name: math.prod(stored_shape(module)) for name, module in targets.items()}
         total, held = parameter_count(model), sum(numels.values())
@@ -159,6 +165,13 @@ class SpIEL(SparseMethod):
             changes = self._reselect(handle, self.rate(updates, total))
             self.history.append({"update": updates, **changes})
 
+    def after_skipped(self, handle):
+        # A GradScaler that met an overflow makes no step, and what was seen in that backward counts as little.
+        if any(p.grad is not None and not p.grad.isfinite().all() for p in handle.parameters()):
+            for module in handle.targets.values():
+                if module.sparse[handle.name].candidates is not None:
+                    module.sparse[handle.name].candidate_pending.zero_()
+
     def _reselect(self, handle, rate) -> dict[str, Any]:
         optimizer = handle.last_optimizer()
         changed = overlap = count = 0
@@ -204,8 +217,13 @@ class Candidates:
             if several() and rank() > 0:  # rank 0 says which
                 return
             gradient = product((left.t(), right))
-            held.consider(largest(gradient, len(held.entries), held.shape, left.device, what="the gradient")[0])
+            try:
+                chosen, _ = largest(gradient, len(held.entries), held.shape, left.device, what="the gradient")
+            except FloatingPointError:  # an overflow, for which a GradScaler skips the step: the next micro-batch will do
+                return
+            held.consider(chosen)
             held.proposed = several()
+        held.watch_gradient()
         entries = held.candidates
         sampled_product_(held.candidate_pending, left, right, entries.starts, entries.columns, True)
 
@@ -217,6 +235,7 @@ def see_update(held: SparseEntries) -> None:
     if held.candidates is None:  # the module took no part in any backward
         return
     mean(held.candidate_pending)
+    held.candidate_pending *= held.changed_since(mean)
     held.candidate_sum += held.candidate_pending
     held.candidate_square.addcmul_(held.candidate_pending, held.candidate_pending)
     held.candidate_pending.zero_()

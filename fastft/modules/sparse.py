@@ -16,6 +16,7 @@ from ..ops.sparse_linear import Ways, sparse_linear, sparse_update
 from .parts import PartSettings, version_of
 from .quantized import quantization
 
+_WATCHED = 64  # numbers of a gradient that tell by what it was multiplied
 _CANDIDATES = ("candidate_sum", "candidate_square", "candidate_pending")
 # All buffers that there can be.
 BUFFERS = ("starts", "columns", "kept_starts", "kept_columns", "kept_delta", "candidate_starts", "candidate_columns")
@@ -59,6 +60,7 @@ class SparseEntries(nn.Module):
         self.updates = self.observed = 0
         self.proposed = False
         self.observer: Any = None
+        self._gradient: torch.Tensor | None = None
 
     @property
     def entries(self) -> Entries:
@@ -141,6 +143,24 @@ class SparseEntries(nn.Module):
         for name in _CANDIDATES:
             self._put(name, None if zeros is None else zeros.clone())
         self.observed, self.proposed = 0, False
+
+    def watch_gradient(self) -> None:
+        """From now on remember the first numbers of the gradient as backward leaves it, for `changed_since`."""
+        if not getattr(self.delta, "_post_accumulate_grad_hooks", None):  # (copies of parameters lose theirs)
+            self.delta.register_post_accumulate_grad_hook(self._note_gradient)
+
+    def _note_gradient(self, delta) -> None:
+        self._gradient = delta.grad[:_WATCHED].detach().clone()
+
+    def changed_since(self, average) -> torch.Tensor | float:
+        """By what the gradient was multiplied since the last backward: a GradScaler's unscaling, clipping. `average` makes
+        the mean over processes, in place."""
+        if self._gradient is None or self.delta.grad is None:
+            return 1.0
+        before, now = self._gradient, self.delta.grad[:_WATCHED]
+        average(before)
+        square = (before * before).sum()
+        return torch.where(square > 0, (before * now).sum() / square, 1.0)
 
     def deltas(self) -> list[tuple[Entries, torch.Tensor]]:
         """All that differs from the pretrained weight: what trains, and what is kept."""
@@ -265,6 +285,8 @@ class Sparse:
         """Let `change(held)` choose other entries for adapter `name`. What stands in the weight follows."""
         adapter, merged = self._adapters[name], name in self._merged
         self.set_merged(adapter, False)
-        change(self.sparse[name])
-        self._parts[name].forget()
-        self.set_merged(adapter, merged)
+        try:
+            change(self.sparse[name])
+        finally:
+            self._parts[name].forget()
+            self.set_merged(adapter, merged)

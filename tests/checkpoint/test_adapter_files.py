@@ -121,7 +121,7 @@ def test_configs_that_are_not_supported(folder):
         ({"an_option_of_tomorrow": 1}, "an_option_of_tomorrow"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' changed the base weights"),
         ({"init_lora_weights": "olora"}, "olora"),
-        ({"peft_type": "IA3"}, r"peft_type 'IA3' is not supported; supported: \['LORA', 'S2FT'\]"),
+        ({"peft_type": "IA3"}, r"peft_type 'IA3' is not supported; supported: \['LIFT', 'LORA', 'S2FT'"),
         ({"peft_type": None}, "peft_type None"),
         ({"r": "8"}, "rank r='8'"),
         ({"lora_dropout": 2.0}, "lora_dropout"),

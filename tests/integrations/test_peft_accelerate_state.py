@@ -190,7 +190,7 @@ def test_other_kinds_of_models():
     want = step(randomize(injected))
     assert_same_step(step(fastft.accelerate(injected)), want)
     assert paths(injected) == {"fused": 2}
-    with pytest.raises(ValueError, match="no LoRA layer of PEFT in this model; accelerate it after get_peft_model"):
+    with pytest.raises(ValueError, match="no LoRA layer of PEFT in this model, nor one of SHiRA"):
         fastft.accelerate(llama())
     saved = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]))
     want = step(randomize(saved))
