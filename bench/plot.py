@@ -42,7 +42,7 @@ FACTS = {
     "speedup": "full fine-tuning takes {value:.2f} times as long as fastft; of the floor's speed over it fastft keeps "
     "{kept}",
     "state_bytes": "{value:.4g} bytes a trained number between steps",
-    "entry_bytes": "{value:.4g} of them are held by entry",
+    "entry_bytes": "{value:.4g} bytes an entry between steps, its index included",
     "bandwidth": "{value:.3g} GB/s of the bytes that it has to move, {kept} of a copy's speed",
 }
 
