@@ -230,12 +230,13 @@ class Candidates:
 
 def see_update(held: SparseEntries) -> None:
     """The gradients of one update are complete."""
+    changed = held.changed_since(mean)
     if several() and (held.candidates is None or held.proposed):
         return agree(held)
     if held.candidates is None:  # the module took no part in any backward
         return
     mean(held.candidate_pending)
-    held.candidate_pending *= held.changed_since(mean)
+    held.candidate_pending *= changed
     held.candidate_sum += held.candidate_pending
     held.candidate_square.addcmul_(held.candidate_pending, held.candidate_pending)
     held.candidate_pending.zero_()

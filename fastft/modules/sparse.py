@@ -60,7 +60,7 @@ class SparseEntries(nn.Module):
         self.updates = self.observed = 0
         self.proposed = False
         self.observer: Any = None
-        self._gradient: torch.Tensor | None = None
+        self._gradient: torch.Tensor | None = None  # its first numbers as the update's last backward left them
 
     @property
     def entries(self) -> Entries:
@@ -153,14 +153,16 @@ class SparseEntries(nn.Module):
         self._gradient = delta.grad[:_WATCHED].detach().clone()
 
     def changed_since(self, average) -> torch.Tensor | float:
-        """By what the gradient was multiplied since the last backward: a GradScaler's unscaling, clipping. `average` makes
-        the mean over processes, in place."""
-        if self._gradient is None or self.delta.grad is None:
-            return 1.0
-        before, now = self._gradient, self.delta.grad[:_WATCHED]
+        """By what the gradient was multiplied since the update's last backward: a GradScaler's unscaling, clipping. To be
+        asked once an update, by all processes: `average` makes the mean over them, in place."""
+        before, self._gradient = self._gradient, None
+        if before is None:  # no gradient here, but maybe in others
+            before = torch.zeros_like(self.delta[:_WATCHED], requires_grad=False)
         average(before)
+        if self.delta.grad is None:
+            return 1.0
         square = (before * before).sum()
-        return torch.where(square > 0, (before * now).sum() / square, 1.0)
+        return torch.where(square > 0, (before * self.delta.grad[:_WATCHED]).sum() / square, 1.0)
 
     def deltas(self) -> list[tuple[Entries, torch.Tensor]]:
         """All that differs from the pretrained weight: what trains, and what is kept."""

@@ -107,3 +107,15 @@ def test_parameters_that_two_optimizers_share_are_refused():
             for optimizer in optimizers:
                 optimizer.step()
             handle.step()
+
+
+def test_a_process_without_a_gradient_takes_part_in_the_mean():
+    """An expert may get no tokens in one process: it must not wait for the others, nor they for it."""
+    one, taken = held(train(1)[0])[0], []
+    assert one.changed_since(taken.append) == 1.0
+    one.delta.grad = torch.ones_like(one.delta)
+    one._note_gradient(one.delta)
+    assert one.changed_since(lambda before: before.mul_(2)) == 0.5
+    one.delta.grad = None
+    assert one.changed_since(taken.append) == 1.0
+    assert len(taken) == 2 and not taken[0].any() and not taken[1].any(), "an update leaves nothing to the next one"
