@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..ops import selection
 from ..ops.entries import Entries
-from ..ops.sparse import KERNEL_DTYPES, write_entries_
+from ..ops.registry import KERNEL_DTYPES
+from ..ops.sparse import write_entries_
 
 Blocks = Callable[[], Iterable[Tensor]]
 BLOCK_ROWS = 256

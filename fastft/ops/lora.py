@@ -24,9 +24,7 @@ for gradcheck. The autograd and public functions on top are in `lora_linear`.
 import torch
 
 from ._philox import dropout_mask, unpack_mask
-from .registry import Op
-
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from .registry import KERNEL_DTYPES, Op
 
 
 def _accumulator(*tensors) -> torch.dtype:

@@ -28,9 +28,7 @@ Indices out of range are refused on CPUs; on GPUs, where looking would wait for 
 
 import torch
 
-from .registry import Op
-
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from .registry import Op, nothing_fake, refuse_dtypes
 
 
 def _accumulator(t) -> torch.dtype:
@@ -76,49 +74,35 @@ def _adamw_reference(weight, index, dim, base, delta, grad, exp_avg, exp_avg_sq,
     _write_reference(weight, index, dim, base, delta)
 
 
-def _nothing_fake(*args):
-    return None
-
-
-def _refuse_dtypes(*positions):
-    """Kernels take `KERNEL_DTYPES` activations and weights, not the reference's float64."""
-
-    def reason(*args):
-        given = {args[i].dtype for i in positions if args[i] is not None} - set(KERNEL_DTYPES)
-        return f"kernels take {', '.join(map(str, KERNEL_DTYPES))}, not {given.pop()}" if given else None
-
-    return dict.fromkeys(("cpu", "cuda", "triton"), reason)
-
-
 gather_columns = Op(
     "gather_columns(Tensor x, Tensor index) -> Tensor",
     _gather_reference,
     _gather_fake,
-    _refuse_dtypes(0),
+    refuse_dtypes(0),
 )
 scatter_add_columns_ = Op(
     "scatter_add_columns_(Tensor(a!) y, Tensor index, Tensor z) -> ()",
     _scatter_add_reference,
-    _nothing_fake,
-    _refuse_dtypes(0),
+    nothing_fake,
+    refuse_dtypes(0),
 )
 write_slice_ = Op(
     "write_slice_(Tensor(a!) weight, Tensor index, int dim, Tensor base, Tensor? delta) -> ()",
     _write_reference,
-    _nothing_fake,
-    _refuse_dtypes(0),
+    nothing_fake,
+    refuse_dtypes(0),
 )
 exchange_slice_ = Op(
     "exchange_slice_(Tensor(a!) weight, int dim, Tensor old_index, Tensor old_base, Tensor index, Tensor delta) -> Tensor",
     _exchange_reference,
     _exchange_fake,
-    _refuse_dtypes(0),
+    refuse_dtypes(0),
 )
 slice_adamw_ = Op(
     "slice_adamw_(Tensor(a!) weight, Tensor index, int dim, Tensor base, Tensor(b!) delta, Tensor grad, "
     "Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, float lr, float beta1, float beta2, float eps, float weight_decay, "
     "int step) -> ()",
     _adamw_reference,
-    _nothing_fake,
-    _refuse_dtypes(0),
+    nothing_fake,
+    refuse_dtypes(0),
 )

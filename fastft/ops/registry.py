@@ -251,6 +251,23 @@ def _fell_back(op: str, reasons: dict, args) -> None:
         warnings.warn(message, FallbackWarning, stacklevel=2)
 
 
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def refuse_dtypes(*positions: int) -> dict[str, Any]:
+    """An op's `unsupported` where kernels take `KERNEL_DTYPES` at these positions (or None), not the reference's float64."""
+
+    def reason(*args):
+        given = {args[i].dtype for i in positions if args[i] is not None} - set(KERNEL_DTYPES)
+        return f"kernels take {', '.join(map(str, KERNEL_DTYPES))}, not {given.pop()}" if given else None
+
+    return dict.fromkeys(("cpu", "cuda", "triton"), reason)
+
+
+def nothing_fake(*args) -> None:
+    """The shape function of an op that returns nothing."""
+
+
 class Scope:
     """The forced backend and the recorder of the present context, to be entered again elsewhere.
 

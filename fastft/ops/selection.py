@@ -13,8 +13,7 @@ int64 [R]. NaNs count as the largest: the last 255 bins are theirs, 0xFF00 holds
 
 import torch
 
-from .registry import Op
-from .sparse import KERNEL_DTYPES
+from .registry import Op, nothing_fake, refuse_dtypes
 
 BINS, SHIFT = 1 << 16, 15
 
@@ -45,25 +44,13 @@ def _take_reference(columns, found, scores, offsets, bin):
     found[at] = key[mask]
 
 
-def _nothing_fake(*args):
-    return None
-
-
-def _refuse_dtypes(position):
-    def reason(*args):
-        given = args[position].dtype
-        return None if given in KERNEL_DTYPES else f"kernels take {', '.join(map(str, KERNEL_DTYPES))}, not {given}"
-
-    return dict.fromkeys(("cpu", "cuda", "triton"), reason)
-
-
 count_bins_ = Op(
-    "count_bins_(Tensor(a!) counts, Tensor scores) -> ()", _count_bins_reference, _nothing_fake, _refuse_dtypes(1)
+    "count_bins_(Tensor(a!) counts, Tensor scores) -> ()", _count_bins_reference, nothing_fake, refuse_dtypes(1)
 )
-count_at_least = Op("count_at_least(Tensor scores, int bin) -> Tensor", _count_reference, _count_fake, _refuse_dtypes(0))
+count_at_least = Op("count_at_least(Tensor scores, int bin) -> Tensor", _count_reference, _count_fake, refuse_dtypes(0))
 take_at_least_ = Op(
     "take_at_least_(Tensor(a!) columns, Tensor(b!) keys, Tensor scores, Tensor offsets, int bin) -> ()",
     _take_reference,
-    _nothing_fake,
-    _refuse_dtypes(2),
+    nothing_fake,
+    refuse_dtypes(2),
 )

@@ -36,9 +36,7 @@ Shapes: A rows and B columns of the stored weight, E entries, T tokens.
 
 import torch
 
-from .registry import Op
-
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from .registry import Op, nothing_fake, refuse_dtypes
 
 
 def rows_of(starts, columns):
@@ -137,52 +135,38 @@ def _add_product_reference(y, x, starts, columns, values):
     y.copy_(y.to(values.dtype) + x.to(values.dtype) @ delta.t())
 
 
-def _nothing_fake(*args):
-    return None
-
-
-def _refuse_dtypes(*positions):
-    """Kernels take `KERNEL_DTYPES` activations and weights, not the reference's float64."""
-
-    def reason(*args):
-        given = {args[i].dtype for i in positions} - set(KERNEL_DTYPES)
-        return f"kernels take {', '.join(map(str, KERNEL_DTYPES))}, not {given.pop()}" if given else None
-
-    return dict.fromkeys(("cpu", "cuda", "triton"), reason)
-
-
 gather_entries = Op(
     "gather_entries(Tensor weight, Tensor starts, Tensor columns) -> Tensor",
     _gather_reference,
     _gather_fake,
-    _refuse_dtypes(0),
+    refuse_dtypes(0),
 )
 write_entries_ = Op(
     "write_entries_(Tensor(a!) weight, Tensor starts, Tensor columns, Tensor base, Tensor? delta) -> ()",
     _write_reference,
-    _nothing_fake,
-    _refuse_dtypes(0),
+    nothing_fake,
+    refuse_dtypes(0),
 )
 sampled_product_ = Op(
     "sampled_product_(Tensor(a!) out, Tensor left, Tensor right, Tensor starts, Tensor columns, bool add) -> ()",
     _product_reference,
-    _nothing_fake,
-    _refuse_dtypes(1, 2),
+    nothing_fake,
+    refuse_dtypes(1, 2),
 )
 sparse_adamw_ = Op(
     "sparse_adamw_(Tensor(a!) weight, Tensor starts, Tensor columns, Tensor base, Tensor(b!) delta, Tensor grad, "
     "Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor(e!)? age, Tensor? corrections, float lr, float beta1, float beta2, "
     "float eps, float weight_decay, int step, int seed) -> ()",
     _adamw_reference,
-    _nothing_fake,
-    _refuse_dtypes(0),
+    nothing_fake,
+    refuse_dtypes(0),
 )
 sparse_sm3_ = Op(
     "sparse_sm3_(Tensor(a!) weight, Tensor starts, Tensor columns, Tensor base, Tensor(b!) delta, Tensor grad, "
     "Tensor(c!) row_max, Tensor(d!) column_max, float lr, float eps, float weight_decay) -> ()",
     _sm3_reference,
-    _nothing_fake,
-    _refuse_dtypes(0),
+    nothing_fake,
+    refuse_dtypes(0),
 )
 match_entries = Op(
     "match_entries(Tensor starts, Tensor columns, Tensor other_starts, Tensor other_columns) -> Tensor",
@@ -192,6 +176,6 @@ match_entries = Op(
 add_sparse_product_ = Op(
     "add_sparse_product_(Tensor(a!) y, Tensor x, Tensor starts, Tensor columns, Tensor values) -> ()",
     _add_product_reference,
-    _nothing_fake,
-    _refuse_dtypes(0, 1),
+    nothing_fake,
+    refuse_dtypes(0, 1),
 )
