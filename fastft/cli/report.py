@@ -21,7 +21,8 @@ def summarize(config, trainer, speed, handle, model, train_rows, eval_rows) -> d
     import fastft
 
     from ..integrations.transformers import peak_memory
-    from .slices import densities, memory, parameter_count, per_layer, share
+    from ..methods.targets import parameter_count
+    from .slices import densities, memory, per_layer, share
 
     history = trainer.state.log_history
     losses = [{"step": h["step"], "loss": h["loss"], "lr": h["learning_rate"]} for h in history if "loss" in h]
@@ -38,7 +39,7 @@ def summarize(config, trainer, speed, handle, model, train_rows, eval_rows) -> d
         "peak_memory_bytes": peak_memory(device),
         "peak_memory_is": "CUDA allocator" if device.type == "cuda" else "resident set of the process",
         "trainable_parameters": trainable,
-        "base_parameters": parameter_count(model) - trainable,
+        "base_parameters": parameter_count(model),
         "trainable_fraction": trainable / whole,
         "adapter_memory_bytes": memory(handle),
         "slices": per_layer(handle),

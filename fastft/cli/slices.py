@@ -7,25 +7,16 @@ import re
 from collections import defaultdict
 from typing import Any
 
-from torch import nn
-
 from ..methods.sparse import SparseMethod
+from ..methods.targets import parameter_count
 from ..modules.merging import PART
-from ..modules.quantized import quantization, sizes
 from ..optim.sparse import SparseSM3
 
 
 def share(handle: Any) -> tuple[int, int]:
     """(parameters that train, parameters of the model with them). Slices and entries are the model's own."""
-    trainable = sum(p.numel() for p in handle.parameters())
-    with_copies = parameter_count(handle.model)
-    return trainable, with_copies - trainable if handle.method.trains_merged else with_copies
-
-
-def parameter_count(model: Any) -> int:
-    """Numbers that the model's parameters stand for: two where a byte holds two quantised ones."""
-    layers = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Linear) and quantization(m) is not None}
-    return sum(math.prod(sizes(layers[id(p)])) if id(p) in layers else p.numel() for p in model.parameters())
+    trainable, base = sum(p.numel() for p in handle.parameters()), parameter_count(handle.model)
+    return trainable, base if handle.method.trains_merged else base + trainable
 
 
 def memory(handle: Any) -> dict[str, int]:

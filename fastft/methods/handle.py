@@ -325,17 +325,12 @@ class Handle(AdapterFiles):
     def _leave_to_us(self, ignore: bool) -> None:
         """Tell DistributedDataParallel not to send the buffers of entries from rank 0 in every forward: all ranks choose the
         same, and everything that follows from a choice would have to be made anew."""
-        ours = {
-            f"{path}.{name}"
-            for path, module in self.targets.items()
-            if self.name in getattr(module, "sparse", {})
-            for name in (PART, *(f"sparse.{self.name}.{buffer}" for buffer in BUFFERS))  # some are there after a resume only
+        held = {
+            path: set(module.sparse) for path, module in self.targets.items() if self.name in getattr(module, "sparse", {})
         }
+        ours = {f"{path}.sparse.{self.name}.{buffer}" for path in held for buffer in BUFFERS}  # some come with a resume only
+        ours |= {f"{path}.{PART}" for path, adapters in held.items() if adapters == {self.name}}
         names = set(getattr(self.model, _DDP_IGNORES, ()))
-        if not ignore:  # other buffers may be there than when they were noted
-            held = {path: getattr(module, "sparse", {}) for path, module in self.targets.items()}
-            ours = {n for n in names for path in held if n.startswith(f"{path}.sparse.{self.name}.")}
-            ours |= {f"{path}.{PART}" for path, names_here in held.items() if set(names_here) == {self.name}}
         names = names | ours if ignore else names - ours
         if names:
             setattr(self.model, _DDP_IGNORES, sorted(names))

@@ -15,7 +15,7 @@ import torch
 from ..modules.adapted_linear import features
 from ..modules.merging import pristine
 from ..modules.quantized import quantization
-from ..modules.sparse import SparseEntries
+from ..modules.sparse import SUMS, SparseEntries
 from ..ops.entries import Entries
 from ..optim.sparse import SparseAdamW
 from .base import Method
@@ -24,8 +24,6 @@ from .targets import tied_names
 
 _DESCRIPTIVE = {"peft_type", "base_model_name_or_path", "auto_mapping", "inference_mode", "target_modules"}
 _OF_TARGETS = {"modules_to_save", "bias", "task_type"}
-# Part of a file -> what `SparseEntries` calls the tensors.
-_SUMS = ("candidate_sum", "candidate_square", "candidate_pending")
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class SparseMethod(Method):
         "first": "sparse_first",
         "kept_first": "kept_first",
         "candidate_index": "candidate_index",
-        **{name: name for name in _SUMS},
+        **{name: name for name in SUMS},
         "progress": "sparse_progress",
     }
     trains_merged: ClassVar[bool] = True
@@ -108,7 +106,7 @@ class SparseMethod(Method):
             if self.remembers_first:
                 shapes["kept_first"] = (-(-count.kept // 8),)
         if count.candidates:
-            shapes |= dict.fromkeys(("candidate_index", *_SUMS), (count.candidates,))
+            shapes |= dict.fromkeys(("candidate_index", *SUMS), (count.candidates,))
         return shapes
 
     def choose(self, name: str, module) -> Entries:
@@ -195,7 +193,7 @@ class SparseMethod(Method):
             if self.remembers_first:
                 tensors["kept_first"] = held.kept_first
         if (candidates := held.candidates) is not None:
-            tensors |= {"candidate_index": pack_index(candidates), **{name: getattr(held, name) for name in _SUMS}}
+            tensors |= {"candidate_index": pack_index(candidates), **{name: getattr(held, name) for name in SUMS}}
         return tensors
 
     def _values(self, module, name):
@@ -260,11 +258,7 @@ class SparseMethod(Method):
         options = {key: config[key] for key in (*cls.in_files, *_OF_TARGETS) if config.get(key) is not None}
         history = config.get("history") or []
         absolute = bool(config.get("absolute"))
-        return cls.of_counts(options, counts, target_modules=exactly(counts), absolute=absolute, history=list(history))
-
-    @classmethod
-    def of_counts(cls, options, counts, **fixed) -> "SparseMethod":
-        return cls(**options, counts=counts, **fixed)
+        return cls(**options, counts=counts, target_modules=exactly(counts), absolute=absolute, history=list(history))
 
     # ---- schedules
 
@@ -296,8 +290,6 @@ def stored_shape(module) -> tuple[int, int]:
 
 def fill(held: SparseEntries, tensors: dict[str, torch.Tensor]) -> None:
     """All but entries and delta from a file's tensors."""
-    held.updates, held.observed = map(int, tensors.get("progress", (0, 0)))
-    observed = held.observed
     kept = tensors.get("kept_index")
     kept = None if kept is None else unpack_index(kept, held.shape).to(kept.device)
     held.keep(kept, tensors.get("kept_delta"), tensors.get("kept_first"))
@@ -306,9 +298,9 @@ def fill(held: SparseEntries, tensors: dict[str, torch.Tensor]) -> None:
     candidates = tensors.get("candidate_index")
     held.consider(None if candidates is None else unpack_index(candidates, held.shape).to(candidates.device))
     if candidates is not None:
-        for name in _SUMS:
+        for name in SUMS:
             getattr(held, name).copy_(tensors[name])
-    held.observed = observed
+    held.set_extra_state(tensors.get("progress", (0, 0)))
 
 
 def _counts(name, numbers) -> Counts:

@@ -17,10 +17,10 @@ from .parts import PartSettings, version_of
 from .quantized import quantization
 
 _WATCHED = 64  # numbers of a gradient that tell by what it was multiplied
-_CANDIDATES = ("candidate_sum", "candidate_square", "candidate_pending")
+SUMS = ("candidate_sum", "candidate_square", "candidate_pending")
 # All buffers that there can be.
 BUFFERS = ("starts", "columns", "kept_starts", "kept_columns", "kept_delta", "candidate_starts", "candidate_columns")
-BUFFERS += (*_CANDIDATES, "first", "kept_first")
+BUFFERS += (*SUMS, "first", "kept_first")
 
 
 def pack_bits(flags: torch.Tensor) -> torch.Tensor:
@@ -140,7 +140,7 @@ class SparseEntries(nn.Module):
         """Begin with sums of 0 over these candidates, or forget them and what was summed."""
         self._set("candidate_", candidates)
         zeros = None if candidates is None else torch.zeros(len(candidates), dtype=torch.float32, device=candidates.device)
-        for name in _CANDIDATES:
+        for name in SUMS:
             self._put(name, None if zeros is None else zeros.clone())
         self.observed, self.proposed = 0, False
 

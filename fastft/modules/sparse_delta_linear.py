@@ -42,10 +42,8 @@ class SparseDeltaLinear(nn.Linear):
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, mask=None, indices=None) -> "SparseDeltaLinear":
         """One that holds `linear`'s own weight and bias (not copies). Raises as the constructor does."""
-        bias = linear.bias is not None
-        layer = cls(
-            linear.in_features, linear.out_features, bias, "meta", linear.weight.dtype, mask=mask, indices=indices
-        )  # fmt: skip
+        layer, bias = cls.__new__(cls), linear.bias is not None
+        nn.Linear.__init__(layer, linear.in_features, linear.out_features, bias, "meta", linear.weight.dtype)
         layer.weight, layer.bias = linear.weight, linear.bias
         layer._choose(mask, indices)
         layer.train(linear.training)
