@@ -162,15 +162,21 @@ def main(argv=None) -> int:
         lines.append((op, backend, f"{once / 1e6:.0f}", f"{total / 1e6:.0f}", str(kernels)))
     results.show(f"Bytes of one layer's launches, bf16, r={shapes.RANK}, p=0", lines)
     if args.write:
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        with open(FOLDER / f"{MODEL}.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(found)
-        readme = results.ROOT / "README.md"
-        readme.write_text(plot.with_table(readme.read_text(), markdown(found), BEGIN, END))
-        print(f"wrote {FOLDER / f'{MODEL}.csv'} and {readme}")
+        keep(found, MODEL, markdown(found), BEGIN, END)
     return 0
+
+
+def keep(found: list[dict[str, str]], name: str, table: str, begin: str, end: str) -> None:
+    """Write the rows to results/modelled/NAME.csv and the table between README's marks."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    path = FOLDER / f"{name}.csv"
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(found)
+    readme = results.ROOT / "README.md"
+    readme.write_text(plot.with_table(readme.read_text(), table, begin, end))
+    print(f"wrote {path} and {readme}")
 
 
 if __name__ == "__main__":

@@ -11,12 +11,11 @@ The kernels' own rule says which engine runs. The floor, the rates and their sou
 """
 
 import argparse
-import csv
 import math
 import sys
 
-from . import plot, results, shapes
-from .model import FOLDER, GPUS, MODEL
+from . import results, shapes
+from .model import GPUS, MODEL, keep
 
 BEGIN, END = "<!-- modelled sparse:begin -->", "<!-- modelled sparse:end -->"
 DENSITIES = (0.001, 0.01, 0.05)
@@ -97,15 +96,7 @@ def main(argv=None) -> int:
     table = [tuple(found[0]), *(tuple(row.values()) for row in found)]
     results.show(f"{MODEL}, one linear whose entries train: modelled, not measured", table)
     if args.write:
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        path = FOLDER / f"{MODEL}-sparse.csv"
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(found)
-        readme = results.ROOT / "README.md"
-        readme.write_text(plot.with_table(readme.read_text(), markdown(found), BEGIN, END))
-        print(f"wrote {path} and {readme}")
+        keep(found, f"{MODEL}-sparse", markdown(found), BEGIN, END)
     return 0
 
 

@@ -28,7 +28,7 @@ def test_costs():
 
 def test_readme_and_file_are_what_the_model_says():
     found = sparse_model.rows()
-    with open(sparse_model.FOLDER / f"{model.MODEL}-sparse.csv", newline="") as file:
+    with open(model.FOLDER / f"{model.MODEL}-sparse.csv", newline="") as file:
         assert list(csv.DictReader(file)) == found
     readme = (plot.results.ROOT / "README.md").read_text()
     assert readme == plot.with_table(readme, sparse_model.markdown(found), sparse_model.BEGIN, sparse_model.END)

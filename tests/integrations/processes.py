@@ -1,14 +1,20 @@
-"""Run files of cases in several processes: torchrun starts pytest on the same files in each, on CPU with gloo.
+"""Run functions (`results`) or files of cases (`run_cases`) in several processes, on CPU with gloo.
 
-A case is a test in a file `cases_*.py` (which pytest does not collect by itself) that takes the fixture `rank` of `ranks`;
-all ranks go through the same cases in the same order.
+For files torchrun starts pytest on the same ones in each process. A case is a test in a file `cases_*.py` (which pytest does
+not collect by itself) that takes the fixture `rank` of `ranks`; all ranks go through the same cases in the same order.
 """
 
 import os
 import re
 import subprocess
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 120  # of a whole launch: the processes import everything on whatever cores are left
@@ -37,6 +43,30 @@ def launch(folder, *arguments, processes=2, environment=()):
     assert process.returncode == 0, "\n".join([said[-2000:], *(o[-6000:] for o in (*outputs["stderr"], *outputs["stdout"]))])
     assert len(outputs["stdout"]) == processes, said
     return outputs["stdout"]
+
+
+def results(folder, job):
+    """What ``job(rank)``, a function of a module, gave in each of two processes with a process group, through files in
+    `folder`."""
+    processes = mp.spawn(_worker, (job, str(folder)), nprocs=2, join=False)
+    end = time.monotonic() + SECONDS
+    try:
+        while not processes.join(timeout=5):
+            assert time.monotonic() < end, "the processes hang"
+    finally:
+        for process in processes.processes:
+            if process.is_alive():
+                process.kill()
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def _worker(rank, job, folder):
+    torch.set_num_threads(1)
+    meet = f"file://{folder}/meet"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2, timeout=timedelta(seconds=SECONDS))
+    torch.save(job(rank), f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def run_cases(folder, *files, processes=2):

@@ -1,13 +1,9 @@
 """S²FT on two processes: DistributedDataParallel gives the bits of one adapter on both; fully_shard is refused by name."""
 
-import time
 from contextlib import nullcontext
-from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -15,10 +11,11 @@ from torch.nn.parallel import DistributedDataParallel
 import fastft
 from tests.methods.models import llama, tokens
 
+from .processes import results
+
 RATIOS = {"down_ratio": 0.2, "o_ratio": 0.5, "up_ratio": 0.1, "v_ratio": 0.5}
 SELECTS = ("random", "activation")
 ROWS = tokens(rows=4, length=9)
-SECONDS = 120  # two processes import everything on whatever cores are left
 
 
 def attach(select, seed=0, layers=2):
@@ -55,30 +52,10 @@ def outcome(handle, losses):
     }
 
 
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=SECONDS)
-    )
-    torch.save(job(rank), f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What `job(rank)` gave in each of two processes."""
-    folder = tmp_path_factory.mktemp("ranks")
-    processes = mp.spawn(worker, (str(folder),), nprocs=2, join=False)
-    end = time.monotonic() + SECONDS
-    try:
-        while not processes.join(timeout=5):
-            assert time.monotonic() < end, "the processes hang"
-    finally:
-        for process in processes.processes:
-            if process.is_alive():
-                process.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return results(tmp_path_factory.mktemp("ranks"), job)
 
 
 def job(rank):

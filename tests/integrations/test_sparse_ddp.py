@@ -1,13 +1,9 @@
 """SpIEL, LIFT and SparseMask on two processes: both choose the same entries, hold the same bits; fully_shard is refused."""
 
-import time
 from contextlib import nullcontext
-from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -15,8 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 import fastft
 from tests.methods.models import llama, tokens
 
+from .processes import results
+
 ROWS = tokens(rows=4, length=9)
-SECONDS = 120  # two processes import everything on whatever cores are left
 STEPS = 7
 CYCLE = {"reselection_steps": 3, "selection_accumulation_steps": 2, "total_steps": 20}
 
@@ -87,29 +84,10 @@ def job(rank):
     return found
 
 
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    meet = f"file://{folder}/meet"
-    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2, timeout=timedelta(seconds=SECONDS))
-    torch.save(job(rank), f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What `job(rank)` gave in each of two processes."""
-    folder = tmp_path_factory.mktemp("ranks")
-    processes = mp.spawn(worker, (str(folder),), nprocs=2, join=False)
-    end = time.monotonic() + SECONDS
-    try:
-        while not processes.join(timeout=5):
-            assert time.monotonic() < end, "the processes hang"
-    finally:
-        for process in processes.processes:
-            if process.is_alive():
-                process.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return results(tmp_path_factory.mktemp("ranks"), job)
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
