@@ -1,6 +1,6 @@
 """Random adapters of every kind in one store, and the float64 definition that every backend is held to."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,18 +12,20 @@ NAN = float("nan")
 
 @dataclass
 class Case:
-    """The arguments of the grouped ops, and the dense float64 delta [y columns, x columns] of every slot."""
+    """The arguments of the grouped ops; of every slot the dense float64 delta [y columns, x columns], its scale included,
+    and the sum of the absolute values of the terms that make each of its elements up."""
 
     store: torch.Tensor
     offsets: torch.Tensor
     columns: torch.Tensor
     pieces: torch.Tensor
-    deltas: list[torch.Tensor]  # scale included
+    deltas: list[torch.Tensor]
+    magnitudes: list[torch.Tensor]
     width: int
 
     def to(self, device):
         moved = {name: getattr(self, name).to(device) for name in ("store", "offsets", "columns", "pieces")}
-        return Case(**moved, deltas=self.deltas, width=self.width)
+        return replace(self, **moved)
 
 
 class Builder:
@@ -65,12 +67,13 @@ class Builder:
         return torch.randperm(size, generator=self.generator)[:count].tolist()
 
     def piece(self, kind, count, x_first, k, y_first, n, s_first, scale):
-        """(fields, dense float64 delta [n, k])."""
+        """(fields, dense float64 delta [n, k], its magnitude)."""
         left = right = 0
-        delta = torch.zeros(n, k, dtype=torch.float64)
+        delta, magnitude = torch.zeros(n, k, dtype=torch.float64), None
         if kind == LOW_RANK:
             a, b = self.draw(count, k, factor=k**-0.5), self.draw(count, n)
             left, right, delta = self.rows(a), self.rows(b), b.double().t() @ a.double()
+            magnitude = b.double().abs().t() @ a.double().abs()
         elif kind == COLUMNS:
             count = min(count, k)
             channels, values = self.choose(k, count), self.draw(count, n)
@@ -84,7 +87,8 @@ class Builder:
         elif kind == ENTRIES:
             count, left = self.entries(delta, count)
         fields = [kind, count, left, right, x_first, k, y_first, n, s_first, grouped.scale_bits(scale)]
-        return fields, delta * torch.tensor(scale, dtype=torch.float32).double()
+        factor = torch.tensor(scale, dtype=torch.float32).double()
+        return fields, delta * factor, (delta.abs() if magnitude is None else magnitude) * factor.abs()
 
     def entries(self, delta, density):
         """`density` per cent of the entries (at least one where there are any), in blocks of a few rows; fills delta."""
@@ -115,22 +119,25 @@ def make(adapters, k, outputs, dtype=torch.float32, seed=0, scale=0.5):
     adapters: per slot, per output, (kind, count) - a rank, a number of channels, a density in per cent - or None.
     """
     builder = Builder(dtype, seed)
-    pieces, deltas, width = [], [], 0
+    pieces, deltas, magnitudes, width = [], [], [], 0
     for own in adapters:
-        rows, dense, s_first = [], torch.zeros(sum(outputs), k, dtype=torch.float64), 0
+        rows, s_first = [], 0
+        dense, absolute = torch.zeros(2, sum(outputs), k, dtype=torch.float64)
         for i, n in enumerate(outputs):
             kind, count = own[i] or (NONE, 0)
             y_first = sum(outputs[:i])
-            fields, delta = builder.piece(kind, count, 0, k, y_first, n, s_first, scale * (1 + i))
+            fields, delta, magnitude = builder.piece(kind, count, 0, k, y_first, n, s_first, scale * (1 + i))
             rows.append(fields)
             dense[y_first : y_first + n] += delta
+            absolute[y_first : y_first + n] += magnitude
             s_first += fields[1] if kind in (LOW_RANK, ROWS) else 0
         pieces.append(rows)
         deltas.append(dense)
+        magnitudes.append(absolute)
         width = max(width, s_first)
     columns = torch.tensor(builder.columns, dtype=torch.int32).to(torch.int16)
     tables = torch.tensor(builder.offsets, dtype=torch.int64)
-    return Case(builder.store(), tables, columns, torch.tensor(pieces, dtype=torch.int64), deltas, width)
+    return Case(builder.store(), tables, columns, torch.tensor(pieces, dtype=torch.int64), deltas, magnitudes, width)
 
 
 def route(slots, empty=0):
@@ -149,13 +156,22 @@ def route(slots, empty=0):
 
 
 def expected(y, x, case, slots, weights=None):
-    """y + what the adapters add, float64 [T, ΣN]."""
-    out = y.double().cpu().clone()
+    """(y + what the adapters add, the sum of its terms' absolute values), float64 [T, ΣN]."""
+    out, magnitude = y.double().cpu().clone(), y.double().cpu().abs()
     for t, own in enumerate(slots):
         for j, slot in enumerate(own if isinstance(own, (list, tuple)) else [own]):
             if slot >= 0:
-                out[t] += (1.0 if weights is None else float(weights[t, j])) * (case.deltas[slot] @ x[t].double().cpu())
-    return out
+                w, row = 1.0 if weights is None else float(weights[t, j]), x[t].double().cpu()
+                out[t] += w * (case.deltas[slot] @ row)
+                magnitude[t] += abs(w) * (case.magnitudes[slot] @ row.abs())
+    return out, magnitude
 
 
-KINDS = {"low rank": LOW_RANK, "columns": COLUMNS, "rows": ROWS, "entries": ENTRIES}
+def defined(case, segments, assignments):
+    """bool [M, width]: what pieces define of S."""
+    mask = torch.zeros(len(assignments), case.width, dtype=torch.bool)
+    for slot, begin, end in segments.tolist():
+        for kind, count, *_, s_first, _ in case.pieces[slot].tolist():
+            if kind in (LOW_RANK, ROWS):
+                mask[begin:end, s_first : s_first + count] = True
+    return mask
