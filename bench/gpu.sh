@@ -3,6 +3,7 @@
 set -euo pipefail
 
 ALL="build info test bench sanitize graph collect"
+MEASURED="lora dora partial sparse selection step s2ft spiel"
 
 usage() {
     cat <<TEXT
@@ -12,7 +13,7 @@ Stages, in order (default: all):
   build     a virtual environment OUT/venv over this python3's packages, with fastft built and installed in it
   info      fastft info: versions, and which backend each op has here
   test      tests/ops on every backend of the GPU; writes OUT/proof.json, OUT/test.txt and OUT/test-failures.txt
-  bench     fastft bench lora, dora, partial, step and s2ft on the GPU; rows in OUT/results/<device>.csv
+  bench     fastft bench of every family in \$FAMILIES on the GPU; rows in OUT/results/<device>.csv
   sanitize  compute-sanitizer memcheck, racecheck, synccheck on the tests marked "sanitize"
   graph     a LoRA layer captured in a CUDA graph and replayed: fresh dropout masks, eager's results
   collect   OUT/summary.json from what the stages left
@@ -26,7 +27,7 @@ environment:
   PYTHON    use this Python, in which fastft is installed, instead of OUT/venv (then build is not needed)
   FASTFT_COMMIT  what the rows call the source, where the tree came without its .git
   LIMIT     seconds a stage may take
-  FAMILIES  what bench measures (default: lora dora partial step s2ft)
+  FAMILIES  what bench measures (default: $MEASURED)
   TESTS     what test runs, an expression for pytest -k (default: on_gpu, the backends of the GPU)
 TEXT
 }
@@ -135,13 +136,22 @@ summarise_tests() {
     [[ ! -e $OUT/test.txt ]] || tail -n 1 "$OUT/test.txt"
 }
 
+# What a GPU is measured with: without TF32 a float32 layer takes twenty times as long, and nobody trains so on a GPU. The
+# deltas of slices and entries are float32, so that these have no "bf16"; scores are one tensor, so that these have no other.
+dtypes_of() {
+    case $1 in
+        step) ;; # its own choice
+        s2ft | sparse | spiel) echo --dtype bf16+fp32 ;;
+        selection) echo --dtype bf16 ;;
+        *) echo --dtype bf16 --dtype bf16+fp32 ;;
+    esac
+}
+
 # On an H100 about 60 s for lora (5 implementations of 4 layers, 2 dtypes, with and without dropout), less for dora.
 stage_bench() {
     local family dtypes
-    for family in ${FAMILIES:-lora dora partial step s2ft}; do
-        dtypes=()
-        # Without TF32 a float32 layer takes twenty times as long, and nobody trains so on a GPU.
-        [[ $family == step ]] || dtypes=(--dtype bf16 --dtype bf16+fp32)
+    for family in ${FAMILIES:-$MEASURED}; do
+        read -ra dtypes < <(dtypes_of "$family" && echo)
         run "$PY" -m fastft.bench.run "$family" --device cuda "${dtypes[@]}" --resume --out "$OUT/results"
     done
 }

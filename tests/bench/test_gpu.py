@@ -1,5 +1,6 @@
 """bench/gpu.sh and its Python, as far as they go without a GPU."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -7,10 +8,11 @@ import sys
 
 import pytest
 
-from fastft.bench import gpu_checks, results
+from fastft.bench import gpu_checks, results, run
 
 SCRIPT = results.ROOT / "bench" / "gpu.sh"
 STAGES = ["build", "info", "test", "bench", "sanitize", "graph", "collect"]
+MEASURED = ["lora", "dora", "partial", "sparse", "selection", "step", "s2ft", "spiel"]
 
 
 def gpu_sh(*args, **env):
@@ -54,6 +56,17 @@ def test_dry_run_prints_every_stage_and_touches_nothing(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_every_family_is_measured_with_what_it_takes(tmp_path):
+    """The command lines of the bench stage, parsed as they would be."""
+    done = gpu_sh(tmp_path, "bench", DRY="1")
+    commands = [line.split("fastft.bench.run ")[1].split() for line in done.stdout.splitlines() if "bench.run " in line]
+    assert [family for family, *_ in commands] == MEASURED
+    for family, *rest in commands:
+        args = run._parser().parse_args([family, *rest])
+        cases = importlib.import_module(run.families()[family]).cases(args.device, None, args.dtype, None)
+        assert any(True for _ in cases), family
+
+
 def test_a_finished_stage_is_skipped_and_a_failed_one_repeated(tmp_path, fake):
     out = tmp_path / "out"
     (tmp_path / "bad").write_text("write-proof")
@@ -65,9 +78,14 @@ def test_a_finished_stage_is_skipped_and_a_failed_one_repeated(tmp_path, fake):
         "test.failed",
     ]
     # info's two, whether xdist is there and the tests, a bench for each family
-    assert [line.split()[0] for line in calls(tmp_path)] == ["python", "fastft", *["python"] * 2, *["python"] * 5]
+    assert [line.split()[0] for line in calls(tmp_path)] == [
+        "python",
+        "fastft",
+        *["python"] * 2,
+        *["python"] * len(MEASURED),
+    ]
     measured = [line.split("fastft.bench.run ")[1].split()[0] for line in calls(tmp_path) if "fastft.bench.run" in line]
-    assert measured == ["lora", "dora", "partial", "step", "s2ft"]
+    assert measured == MEASURED
 
     (tmp_path / "bad").write_text("nothing")
     (tmp_path / "calls").unlink()
