@@ -20,6 +20,12 @@ def backends():
     return names
 
 
+def devices():
+    """Where tests run that leave the backend to the registry."""
+    gpu = [pytest.param("cuda", id="on_gpu")] if torch.cuda.is_available() else []
+    return [pytest.param("cpu", id="on_cpu"), *gpu]
+
+
 @contextmanager
 def run_on(name):
     """Force the named backend; yields the device its tensors live on, and checks that it ran."""

@@ -7,9 +7,13 @@ namespace {
 
 constexpr int kBins = 1 << 16, kShift = 15;
 
-// The bits of |score| as float32.
+// The bits of |score| as float32. Widening float16 is an addition (HADD2), which gives every NaN the same bits.
 template <class T>
 __device__ __forceinline__ uint32_t key_of(T score) {
+  if constexpr (std::is_same_v<T, c10::Half>) {
+    const uint32_t half = score.x & 0x7fffu;
+    if (half > 0x7c00u) return half << 13 | 0x7f800000u;
+  }
   const float value = static_cast<float>(score);
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));

@@ -20,7 +20,12 @@ BINS, SHIFT = 1 << 16, 15
 
 def keys(scores):
     """int32, ascending with |score|; a NaN keeps its bits (abs() would replace those of a bfloat16)."""
-    return scores.float().contiguous().view(torch.int32) & 0x7FFFFFFF
+    bits = scores.float().contiguous().view(torch.int32) & 0x7FFFFFFF
+    if scores.dtype != torch.float16:
+        return bits
+    # Widening float16 is an addition on NVIDIA's GPUs, which gives every NaN the same bits.
+    half = scores.contiguous().view(torch.int16).int() & 0x7FFF
+    return torch.where(half > 0x7C00, half << 13 | 0x7F800000, bits)
 
 
 def _count_bins_reference(counts, scores):

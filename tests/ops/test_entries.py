@@ -5,6 +5,7 @@ import torch
 
 import fastft
 from fastft.ops.entries import Entries
+from tests.golden import devices
 
 SHAPES = [(0, 0), (3, 0), (0, 4), (1, 1), (7, 13), (63, 129), (1, 1023), (100, 1)]
 
@@ -54,10 +55,11 @@ def test_positions_outside_or_given_twice_are_refused(index, message):
         Entries.of_flat(torch.tensor(index), (3, 4))
 
 
+@pytest.mark.parametrize("device", devices())
 @pytest.mark.parametrize("shape", SHAPES)
-def test_set_operations(anywhere, shape):
+def test_set_operations(anywhere, shape, device):
     for seed in range(3):
-        a, b = draw(shape, 0.4, seed), draw(shape, 0.3, seed + 10)
+        a, b = draw(shape, 0.4, seed).to(device), draw(shape, 0.3, seed + 10).to(device)
         left, right = Entries.of_mask(a), Entries.of_mask(b)
         assert_equal(left.union(right), Entries.of_mask(a | b))
         assert_equal(left.minus(right), Entries.of_mask(a & ~b))
@@ -65,7 +67,7 @@ def test_set_operations(anywhere, shape):
         assert len(left.minus(left)) == 0
         at = left.find(right)
         assert torch.equal(at >= 0, b[a]) and torch.equal(right.flat()[at[at >= 0]], left.flat()[at >= 0])
-        keep = draw((len(left),), 0.5, seed)
+        keep = draw((len(left),), 0.5, seed).to(device)
         assert torch.equal(left.select(keep).flat(), left.flat()[keep])
 
 

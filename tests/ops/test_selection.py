@@ -49,8 +49,8 @@ def wider(t, before=3, after=4):
 
 
 def keys(scores):
-    """int64: the bits of |score| as float32."""
-    return scores.float().contiguous().view(torch.int32).long() & 0x7FFFFFFF
+    """int64: the bits of |score| as float32; widened on the CPU, where a NaN of a float16 keeps what it holds."""
+    return (scores.cpu().float().contiguous().view(torch.int32).long() & 0x7FFFFFFF).to(scores.device)
 
 
 def all_scores(device, apart):

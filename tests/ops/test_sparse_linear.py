@@ -10,24 +10,29 @@ import torch.nn.functional as F
 from fastft.ops import sparse_linear as module
 from fastft.ops.entries import Entries
 from fastft.ops.sparse_linear import Sampling, engine, entries_gradient, sparse_linear, sparse_update
+from tests.golden import devices
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 
 
-def entries(shape, share=0.3, seed=0, rows=slice(None), columns=slice(None)):
+def entries(shape, share=0.3, seed=0, rows=slice(None), columns=slice(None), device="cpu"):
     mask = torch.zeros(shape, dtype=torch.bool)
     part = mask[rows, columns]
     part[torch.rand(part.shape, generator=torch.Generator().manual_seed(seed)) < share] = True
-    return Entries.of_mask(mask)
+    return Entries.of_mask(mask.to(device))
 
 
+@pytest.mark.parametrize("device", devices())
 @pytest.mark.parametrize("kind", ["sampled", "compacted", "blocks"])
 @pytest.mark.parametrize("count", [1, 255, 256, 257, 512])
-def test_gradients_by_every_engine(kind, count, monkeypatch):
+def test_gradients_by_every_engine(kind, count, device, monkeypatch):
     monkeypatch.setattr(module, "engine", lambda *args: kind)
     for dtype in (F32, BF16):
-        for chosen in (entries((count, 37)), entries((count, 37), 0.5, rows=slice(0, None, 3), columns=slice(5, 20))):
-            left, right = (torch.randn(19, n, generator=torch.Generator().manual_seed(n)).to(dtype) for n in chosen.shape)
+        clustered = {"share": 0.5, "rows": slice(0, None, 3), "columns": slice(5, 20)}
+        for chosen in (entries((count, 37), device=device), entries((count, 37), device=device, **clustered)):
+            left, right = (
+                torch.randn(19, n, generator=torch.Generator().manual_seed(n)).to(device, dtype) for n in chosen.shape
+            )
             got = entries_gradient(left, right, chosen, F32)
             assert Sampling.of(chosen).engine == kind and got.dtype == F32
             want = (left.double().t() @ right.double())[chosen.mask()]
@@ -79,13 +84,15 @@ def test_gradcheck(transposed):
     assert torch.autograd.gradcheck(lambda y, x, d: sparse_update(y, x, chosen, d, **options), (y, x, delta))
 
 
+@pytest.mark.parametrize("device", devices())
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_forward_is_that_of_the_sum(dtype, transposed):
+def test_forward_is_that_of_the_sum(dtype, transposed, device):
     torch.manual_seed(0)
     shape = (40, 24) if transposed else (24, 40)
-    chosen, weight = entries(shape, 0.1), torch.randn(shape).to(dtype)
-    x, bias, delta = torch.randn(2, 9, 40).to(dtype), torch.randn(24).to(dtype), torch.randn(len(chosen), requires_grad=True)
+    chosen, weight = entries(shape, 0.1, device=device), torch.randn(shape).to(device, dtype)
+    x, bias = torch.randn(2, 9, 40).to(device, dtype), torch.randn(24).to(device, dtype)
+    delta = torch.randn(len(chosen)).to(device).requires_grad_()
     full = weight.double().flatten().index_add(0, chosen.flat(), delta.detach().double()).view(shape)
     want = F.linear(x.double(), full.t() if transposed else full, bias.double())
     seen, before = [], weight.clone()
