@@ -1,0 +1,1 @@
+"""Serving one base model with many adapters in one batch."""
