@@ -1,3 +1,3 @@
 """Ops: the maths, one file a family. Importing this package defines every ``fastft::`` op."""
 
-from . import dora, lora, partial  # noqa: F401
+from . import dora, grouped, lora, partial, selection, sparse  # noqa: F401

@@ -130,7 +130,7 @@ def make(adapters, k, outputs, dtype=torch.float32, seed=0, scale=0.5):
             rows.append(fields)
             dense[y_first : y_first + n] += delta
             absolute[y_first : y_first + n] += magnitude
-            s_first += fields[1] if kind in (LOW_RANK, ROWS) else 0
+            s_first += fields[1] if kind in (LOW_RANK, COLUMNS, ROWS) else 0  # COLUMNS: for backward
         pieces.append(rows)
         deltas.append(dense)
         magnitudes.append(absolute)
