@@ -51,7 +51,7 @@ _STATE = ("_adapters", "_merged", "_store", "_settings", "_parts", "_written", "
 
 def is_linear(module: nn.Module) -> bool:
     """Is this a linear layer that computes with its weight as it stands? Quantised ones are none, see `quantized`."""
-    cls = module.plain if isinstance(module, Adapted) else type(module)
+    cls = getattr(type(module), "plain", type(module))  # of adapted and of routed layers
     return (cls.__module__, cls.__qualname__) in LINEAR_CLASSES and quantization(module) is None
 
 
@@ -65,7 +65,7 @@ def features(module: nn.Module) -> tuple[int, int]:
 
 def is_transposed(module: nn.Module) -> bool:
     """Is the weight of this linear layer stored [K, N]? (How a quantised layer stores its own does not matter.)"""
-    cls = module.plain if isinstance(module, Adapted) else type(module)
+    cls = getattr(type(module), "plain", type(module))  # of adapted and of routed layers
     return quantization(module) is None and LINEAR_CLASSES[cls.__module__, cls.__qualname__]
 
 

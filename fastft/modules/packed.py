@@ -76,9 +76,9 @@ class PackedWeights:
         self.weight = self.bias = None
         self.reason = packing_obstacle(self.members)
         if self.reason is None:
-            self.weight = _into_one([member.weight for member in self.members])
+            self.weight = into_one([member.weight for member in self.members])
             if self.members[0].bias is not None:
-                self.bias = _into_one([member.bias for member in self.members])
+                self.bias = into_one([member.bias for member in self.members])
         return self.reason is None
 
     def _pack_again(self) -> bool:
@@ -94,7 +94,8 @@ class PackedWeights:
         return packed
 
 
-def _into_one(parameters):
+def into_one(parameters):
+    """A new buffer with the rows of these Parameters one after the other, of which they become slices."""
     # In inference mode Parameters would become inference tensors, which can't be trained through ever after.
     with torch.inference_mode(False), torch.no_grad():
         packed = torch.cat([parameter.detach() for parameter in parameters])
@@ -114,9 +115,9 @@ def _are_slices(parameters, packed) -> bool:
     return place == packed.data_ptr() + packed.numel() * packed.element_size()
 
 
-def packing_obstacle(members) -> str | None:
-    """Why the weights of these layers can't lie in one buffer, or None."""
-    if any(member.fan_in_fan_out for member in members):
+def packing_obstacle(members, trainable: bool = False) -> str | None:
+    """Why the weights of these layers can't lie in one buffer, or None. trainable: may they require gradients?"""
+    if any(getattr(member, "fan_in_fan_out", False) for member in members):
         return "a Conv1D's weight is [K, N]: its outputs are columns, which can't be packed as rows"
     biases = [member.bias for member in members]
     if any(b is None for b in biases) and any(b is not None for b in biases):
@@ -124,7 +125,7 @@ def packing_obstacle(members) -> str | None:
     for tensors, what in (([m.weight for m in members], "weights"), (biases, "biases")):
         if tensors[0] is None:
             continue
-        if any(type(t) is not nn.Parameter or t.requires_grad for t in tensors):
+        if any(type(t) is not nn.Parameter or (t.requires_grad and not trainable) for t in tensors):
             return f"the {what} are not all plain frozen Parameters"
         first = tensors[0]
         if any((t.dtype, t.device, t.shape[1:]) != (first.dtype, first.device, first.shape[1:]) for t in tensors):
