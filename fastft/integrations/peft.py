@@ -12,7 +12,7 @@ from torch import nn
 from .peft_layers import FallbackError, Record, accelerate_layers
 from .peft_report import report
 from .peft_sparse import accelerate_sparse_layers, sparse_kinds
-from .peft_tuner import FastLoraModel, FastTuner
+from .peft_tuner import FastLoraModel, FastTuner, forget_banks
 from .swapping import Swapped, swap, unswap
 
 __all__ = ["FallbackError", "accelerate", "report", "restore"]
@@ -83,5 +83,6 @@ def restore(peft_model: nn.Module) -> nn.Module:
     """
     for module in peft_model.modules():
         if isinstance(module, Swapped):
+            forget_banks(module)
             unswap(module)
     return peft_model

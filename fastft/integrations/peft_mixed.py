@@ -28,9 +28,34 @@ _NOT_REENTRANT = inspect.unwrap(checkpoint.checkpoint).__code__
 class Index(list):
     """The adapter's name of every sample; ``__base__`` stands for none."""
 
-    def __init__(self, names):
+    def __init__(self, names, prepare=None):
         super().__init__(names)
-        self._rows = {}
+        self._rows, self._routes = {}, {}
+        self._prepare, self._banks, self._slots = prepare, None, {}
+
+    def bank_of(self, layer):
+        """The layer's adapters laid out for the grouped ops, or None."""
+        if self._banks is None:
+            named = [name for name in dict.fromkeys(self) if name != "__base__"]
+            self._banks, self._slots = self._prepare(named) if self._prepare and named else ({}, {})
+        return self._banks.get(layer)
+
+    def routing(self, device, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(segments, assignments) of `ops.grouped`, where each sample is so many tokens long; after `bank_of`."""
+        found = self._routes.get((device, length))
+        if found is None:
+            places: dict[int, list[int]] = {}
+            for position, name in enumerate(self):
+                if name != "__base__":
+                    places.setdefault(self._slots[name], []).append(position)
+            segments, assignments = [], []
+            for slot, samples in places.items():
+                begin = len(assignments)
+                assignments += [sample * length + t for sample in samples for t in range(length)]
+                segments.append([slot, begin, len(assignments)])
+            kind = {"dtype": torch.int32, "device": device}
+            found = self._routes[device, length] = torch.tensor(segments, **kind), torch.tensor(assignments, **kind)
+        return found
 
     def rows(self, device) -> list[tuple[str, torch.Tensor]]:
         """(adapter, positions of its samples), each adapter once, the base left out."""

@@ -1,0 +1,163 @@
+"""The adapters of PEFT's mixed batches, laid out for the grouped ops: a layer's in one store, made when first named.
+
+B lies transposed there, so an adapter that was named takes its memory twice until `fastft.restore`. Before each batch every
+adapter in it is compared with the parameters it was made of (identity, address, version, scale) and made again if one
+changed. What no version counts, a write through ``.data``, is seen only if it exchanges the memory.
+"""
+
+import threading
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..ops.grouped import FIELDS, LOW_RANK, grouped_expand_, grouped_shrink, scale_bits
+from .peft_eligible import DTYPES, PLAIN, autocasting, bare, unfit
+
+_ALIGNED = 64  # bytes
+
+
+@dataclass
+class _Entry:
+    """An adapter of a layer: the modules and parameters it was made of (None: the layer has no such adapter), and why it is
+    not in the layer's store."""
+
+    a: nn.Module | None = None
+    b: nn.Module | None = None
+    made_of: tuple = ()
+    reason: str | None = None
+
+
+@dataclass
+class LayerBank:
+    """One layer's adapters in one store; none of them if `store` is None."""
+
+    entries: dict[str, _Entry]
+    store: torch.Tensor | None = None
+    offsets: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
+    pieces: torch.Tensor | None = None
+    width: int = 0
+
+
+class Bank:
+    """All layers' adapters of one PEFT model; `prepare` before each batch, `add` in each layer."""
+
+    def __init__(self):
+        self._slots: dict[str, int] = {}
+        self._layers: dict[nn.Module, LayerBank] = {}
+        self._lock = threading.Lock()
+
+    def prepare(self, layers, names) -> tuple[dict[nn.Module, LayerBank], dict[str, int]]:
+        """Which layers can take all these adapters, and the adapters' slots."""
+        with self._lock:
+            for name in names:
+                self._slots.setdefault(name, len(self._slots))
+            found = {}
+            for layer in layers:
+                bank = self._layers.get(layer)
+                if bank is None or not all(_intact(layer, name, bank.entries.get(name)) for name in names):
+                    # A new one: other threads may be using the old.
+                    bank = self._layers[layer] = self._make(layer, {*names, *(bank.entries if bank else ())})
+                if bank.store is not None and all(bank.entries[name].reason is None for name in names):
+                    found[layer] = bank
+            return found, self._slots
+
+    def _make(self, layer, names) -> LayerBank:
+        made = LayerBank({name: _entry(layer, name) for name in names})
+        present, kind = {}, None
+        for name, entry in made.entries.items():
+            if entry.a is None:
+                continue
+            factors = _factors(layer, name)
+            if isinstance(factors, str):
+                entry.reason = factors
+                continue
+            kind = kind or (factors[0].dtype, factors[0].device)
+            if kind != (factors[0].dtype, factors[0].device):
+                entry.reason = "its dtype or device is not that of the layer's other adapters"
+                continue
+            present[name] = factors
+        if present:
+            _lay_out(made, present, self._slots, *kind)
+        return made
+
+
+def _lay_out(made: LayerBank, present, slots, dtype, device) -> None:
+    unit = _ALIGNED // dtype.itemsize
+    parts, offsets, at = [], [], 0
+    pieces = torch.zeros(len(slots), 1, len(FIELDS), dtype=torch.int64)
+    for name, (a, b, scale) in present.items():
+        (r, k), n = a.shape, b.shape[0]
+        left = len(offsets)
+        for matrix in (a, b.t()):
+            rows, width = matrix.shape
+            padded = -(-width // unit) * unit
+            part = torch.zeros(rows, padded, dtype=dtype, device=device)
+            part[:, :width] = matrix
+            parts.append(part.view(-1))
+            offsets += range(at, at + rows * padded, padded)
+            at += rows * padded
+        pieces[slots[name], 0] = torch.tensor([LOW_RANK, r, left, left + r, 0, k, 0, n, 0, scale_bits(scale)])
+        made.width = max(made.width, r)
+    made.store, made.offsets = torch.cat(parts), torch.tensor(offsets, dtype=torch.int64, device=device)
+    made.columns, made.pieces = torch.zeros(0, dtype=torch.int16, device=device), pieces.to(device)
+
+
+def _entry(layer, name) -> _Entry:
+    a, b = layer.lora_A._modules.get(name), layer.lora_B._modules.get(name)
+    if a is None or b is None:
+        return _Entry()
+    return _Entry(a, b, _made_of(layer, name, a, b))
+
+
+def _made_of(layer, name, a, b) -> tuple:
+    a, b = a._parameters.get("weight"), b._parameters.get("weight")
+    if a is None or b is None:
+        return ()
+    return id(a), a._version, a.data_ptr(), id(b), b._version, b.data_ptr(), layer.scaling.get(name)
+
+
+def _intact(layer, name, entry) -> bool:
+    own = layer.__dict__["_modules"]
+    a = own["lora_A"]._modules.get(name)
+    if entry is None or a is not entry.a:
+        return False
+    b = own["lora_B"]._modules.get(name)
+    return b is entry.b and (a is None or _made_of(layer, name, a, b) == entry.made_of)
+
+
+def _factors(layer, name):
+    """(A, B, scale) of an adapter, or why it can't be grouped."""
+    a, b, scale = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
+    if layer.lora_variant.get(name) is not None:
+        return "a variant of LoRA"
+    if not (bare(a, nn.Linear) and bare(b, nn.Linear)) or a.bias is not None or b.bias is not None:
+        return "lora_A or lora_B is hooked, has a bias, or is no plain Linear"
+    a, b = a.weight, b.weight
+    if type(a) not in PLAIN or type(b) not in PLAIN or a.dtype not in DTYPES or a.dtype != b.dtype or a.device != b.device:
+        return "lora_A and lora_B are no plain tensors of one dtype and device"
+    if type(scale) is not float or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or a.is_meta:
+        return "the scale is a tensor, or lora_A and lora_B don't fit"
+    return a.detach(), b.detach(), scale
+
+
+def add(bank: LayerBank, layer, x, index):
+    """The layer's output on x with every sample's adapter, or None where it has to be computed another way."""
+    own = layer.__dict__
+    if own["_disable_adapters"] or own["merged_adapters"] or len(index) != len(x) or unfit(x):
+        return None
+    store, device = bank.store, x.device
+    if store.device != device or (store.dtype is not x.dtype and store.dtype is not torch.float32):
+        return None
+    if autocasting(device.type) or not (x.dtype is store.dtype or own["cast_input_dtype_enabled"]):
+        return None
+    y = own["_modules"]["base_layer"](x)
+    if type(y) is not torch.Tensor or y.dtype is not x.dtype or not y.is_contiguous():
+        return None
+    segments, assignments = index.routing(device, x.shape[1:-1].numel())
+    rows = x.reshape(-1, x.shape[-1])
+    s = grouped_shrink(rows, store, bank.offsets, bank.pieces, segments, assignments, 1, bank.width)
+    out = y.view(-1, y.shape[-1])
+    grouped_expand_(out, rows, s, store, bank.offsets, bank.columns, bank.pieces, segments, assignments, None, 1)
+    return y

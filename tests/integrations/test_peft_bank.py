@@ -1,0 +1,126 @@
+"""Mixed batches of accelerated PEFT models on the grouped ops: which calls take them, and that nothing stale is used."""
+
+import copy
+
+import pytest
+import torch
+
+import fastft
+from fastft.integrations import peft_tuner
+from tests.integrations.peft_models import accelerated, peft, peft_llama, randomize
+from tests.methods.models import tokens
+
+NAMES = ["default", "b", "__base__", "b"]
+
+
+def model(dtype=torch.float32, **config):
+    plain = peft_llama(("default",))
+    plain.add_adapter("b", peft.LoraConfig(r=5, lora_alpha=20, use_rslora=True, target_modules=["q_proj", "down_proj"]))
+    if config:
+        plain.add_adapter("odd", peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj"], **config))
+    return randomize(plain).to(dtype).eval()
+
+
+def logits(m, names=NAMES, ids=None):
+    with torch.no_grad():
+        return m(input_ids=tokens(len(names)) if ids is None else ids, adapter_names=names).logits
+
+
+def grouped(m, names=NAMES):
+    """The logits, and how many sites took the grouped ops."""
+    with fastft.testing.record() as calls:
+        found = logits(m, names)
+    return found, sum(call.op == "grouped_expand_" for call in calls)
+
+
+@pytest.mark.parametrize("length", [1, 7])
+def test_all_layers_take_them(length):
+    plain = model()
+    fast = accelerated(plain)
+    ids = tokens(4)[:, :length]
+    torch.testing.assert_close(logits(fast, ids=ids), logits(plain, ids=ids))
+    layers = sum(type(m).__name__ == "Linear" and hasattr(m, "lora_A") for m in fast.modules())
+    assert grouped(fast)[1] == layers > 4
+
+
+@pytest.mark.parametrize("change", ["in place", "replaced", "data", "scale", "deleted and added", "reloaded"])
+def test_nothing_stale_is_used(change):
+    plain = model()
+    fast = accelerated(plain)
+    before = logits(fast)
+    for m in (plain, fast):
+        layers = [x for x in m.modules() if hasattr(x, "lora_A") and "b" in x.lora_A]
+        with torch.no_grad():
+            if change == "deleted and added":
+                m.delete_adapter("b")
+                m.add_adapter("b", peft.LoraConfig(r=3, target_modules=["up_proj"]))
+                for x in m.modules():
+                    if hasattr(x, "lora_A") and "b" in x.lora_A:
+                        x.lora_B["b"].weight.fill_(0.1)
+                        x.lora_A["b"].weight.fill_(0.1)
+                m.eval()
+            for x in layers if change != "deleted and added" else ():
+                weight = x.lora_B["b"].weight
+                if change == "in place":
+                    weight.mul_(2)
+                elif change == "replaced":
+                    x.lora_B["b"].weight = torch.nn.Parameter(weight * 2)
+                elif change == "data":
+                    weight.data = weight.data * 2
+                elif change == "scale":
+                    x.scaling["b"] *= 2.0
+        if change == "reloaded":
+            state = {k: v * 2 for k, v in peft.get_peft_model_state_dict(m, adapter_name="b").items()}
+            peft.set_peft_model_state_dict(m, state, adapter_name="b")
+    got = logits(fast)
+    torch.testing.assert_close(got, logits(plain))
+    assert not torch.allclose(got[1], before[1])
+
+
+def test_adapters_that_come_later_and_orders_of_names():
+    plain = model()
+    fast = accelerated(plain)
+    for names in (["b"] * 4, NAMES, ["__base__"] * 4, NAMES[::-1]):
+        torch.testing.assert_close(logits(fast, names), logits(plain, names))
+    for m in (plain, fast):
+        m.add_adapter("c", peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+        for x in m.modules():
+            if hasattr(x, "lora_A") and "c" in x.lora_A:
+                x.lora_B["c"].weight.data.fill_(0.2)
+                x.lora_A["c"].weight.data.fill_(0.3)
+        m.eval()
+    names = ["c", "b", "c", "__base__"]
+    torch.testing.assert_close(logits(fast, names), logits(plain, names))
+
+
+def test_what_does_not_fit_goes_the_other_way():
+    plain = model(lora_bias=True)
+    fast = accelerated(plain)
+    names = ["odd", "b", "default", "odd"]
+    got, count = grouped(fast, names)
+    torch.testing.assert_close(got, logits(plain, names))
+    everything = grouped(fast)[1]
+    assert 0 < count < everything, "only the layers that the odd adapter is in"
+
+
+def test_float32_adapters_on_a_bfloat16_base():
+    plain = model()
+    for name, parameter in plain.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.bfloat16()
+    fast = accelerated(plain)
+    (got, count), want = grouped(fast), logits(copy.deepcopy(plain).float())
+    assert count and got.dtype == torch.bfloat16
+    error = (got.float() - want).norm() / want.norm()
+    assert error <= 1.2 * (logits(plain).float() - want).norm() / want.norm()
+
+
+def test_gradients_take_the_other_way_and_restore_frees_the_memory():
+    fast = accelerated(model()).requires_grad_(True)
+    with fastft.testing.record() as calls:
+        fast(input_ids=tokens(4), adapter_names=NAMES).logits.sum().backward()
+    assert not any(call.op.startswith("grouped") for call in calls)
+    logits(fast)
+    assert fast.base_model in peft_tuner._banks
+    fastft.restore(fast)
+    assert fast.base_model not in peft_tuner._banks
