@@ -1,0 +1,282 @@
+"""Serving one base model with many adapters, in this process, on transformers' continuous batching.
+
+with Engine(model, tokenizer, adapter_dir="adapters") as engine:
+    request = engine.submit(prompt_ids, adapter="support", max_tokens=64)
+    for token in request: ...
+    engine.generate([prompt_ids, prompt_ids], adapters=["support", None], max_tokens=16)
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import secrets
+import time
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import limits
+from .admission import Admission
+from .batching import Steps, library
+from .contract import check_library
+from .memory import AdapterMemory
+from .requests import Completion, EngineStopped, QueueFull, Request, Sampling, UnknownAdapter
+from .sites import install
+
+_STALLED_SECONDS = 60.0
+
+
+class Engine:
+    """Runs requests, each with its own adapter or none, in common batches. Its methods may be called from any thread.
+
+    Args:
+        model: a transformers causal language model in the state it is to be served. While the engine exists its linears are
+            routed ones, and while it runs its attention is paged: don't use it otherwise.
+        adapter_dir: a folder with one folder for each adapter: PEFT LoRA, or what fastft's handles save (LoRA, S²FT, SpIEL,
+            LIFT, SHiRA). Their names are [A-Za-z0-9_-]{1,64}.
+        slots: adapters in device memory at a time. device_bytes, host_bytes: memory for them there, and in waiting.
+        cache_bytes: memory of the paged cache of keys and values (CPU: 512 MiB; GPU: what is free).
+            num_blocks: the same, in blocks of `page_size` tokens.
+        max_batch_tokens: tokens a step: a longer prompt takes several, in which others go on.
+        max_running, max_waiting: requests that run, and that wait, at a time. patience: see `admission.Admission`, for
+            how long a request may wait for its adapter.
+        prefix_sharing: keep and share the cache of equal prefixes, within one content of one adapter.
+        flash: None or True: flash attention on GPUs if it is there; False: never.
+
+    Raises: UnsupportedLibrary, for a version of transformers whose insides are others than those used here.
+
+    A request's output: greedy tokens are those of the model with its adapter merged, but for rounding (sums are formed in
+    another order in batches of other shapes). Drawn tokens depend on its seed and on nothing else in the batch, but for the
+    same rounding. A request whose logits are not finite ends with finish_reason "error" and changes no bit of others' rows.
+    """
+
+    def __init__(
+        self,
+        model,
+        tokenizer=None,
+        adapter_dir: str | Path | None = None,
+        *,
+        slots: int = 64,
+        device_bytes: int | None = None,
+        host_bytes: int | None = None,
+        max_batch_tokens: int | None = None,
+        num_blocks: int | None = None,
+        page_size: int | None = None,
+        cache_bytes: int | None = None,
+        max_running: int | None = None,
+        max_waiting: int = 1024,
+        patience: float = 2.0,
+        prefix_sharing: bool = True,
+        flash: bool | None = None,
+    ):
+        check_library()
+        limits.check_model(model)
+        self.model, self.tokenizer = model, tokenizer
+        self._config = limits.batching_config(
+            model, max_batch_tokens, num_blocks, page_size, cache_bytes, max_running, prefix_sharing, flash
+        )
+        self._stops = limits.stop_tokens(model, tokenizer)
+        self._manager = self._failure = None
+        self._closed = False
+        self._ids = itertools.count()
+        self.adapters = self._routed = None
+        if adapter_dir is not None:
+            self._routed = install(model)
+            try:
+                self.adapters = AdapterMemory(
+                    self._routed.sites,
+                    device=model.device,
+                    dtype=model.dtype,
+                    adapter_dir=adapter_dir,
+                    slots=slots,
+                    device_bytes=device_bytes,
+                    host_bytes=host_bytes,
+                )
+                self._routed.bind(self.adapters)
+            except BaseException:
+                self._routed.uninstall()
+                raise
+        self._admission = Admission(
+            self.adapters,
+            slots=slots,
+            max_running=self._config.max_requests_per_batch,
+            max_waiting=max_waiting,
+            patience=patience,
+        )
+        few = getattr(model, "_supports_logits_to_keep", lambda: False)()
+        self._steps = Steps(self._admission, self.adapters, self._routed, slots=slots, few_heads=few, on_end=self._ended)
+        if self.adapters is not None:
+            self.adapters.on_change(self._look_again)
+
+    def start(self) -> Engine:
+        """Make the cache and start the engine's thread. Raises what is wrong with the sizes or the device."""
+        from transformers import GenerationConfig
+
+        if self._closed:
+            raise EngineStopped("the engine was closed; make a new one")
+        if self._manager is not None:
+            return self
+        self._failure = None
+        # Drawing and stopping are ours: the library is to take every token as it comes.
+        generation = GenerationConfig(do_sample=False, eos_token_id=-1)
+        manager = library()(self._steps, self.model, generation, self._config)
+        manager.batch_processor = manager._create_batch_processor()
+        self._manager = manager
+        manager.start()
+        stop = weakref.WeakMethod(self.stop)
+        atexit.register(lambda: stop() and stop()(drain=False, timeout=5))
+        return self
+
+    def stop(self, drain: bool = True, timeout: float | None = None) -> None:
+        """Take no more requests; finish those that are there (`drain`) for at most `timeout` seconds, and end the rest."""
+        manager, self._manager = self._manager, None
+        if manager is None:
+            return
+        drained = drain and manager.is_running() and self._admission.wait_empty(timeout)
+        manager.stop(block=True, hard_stop=not drained)
+
+    def close(self) -> None:
+        """Stop at once, free the adapters' memory and give the model its own linears back."""
+        self.stop(drain=False)
+        if not self._closed:
+            self._closed = True
+            if self.adapters is not None:
+                self.adapters.close()
+                self._routed.uninstall()
+
+    def __enter__(self) -> Engine:
+        return self.start()
+
+    def __exit__(self, kind, *_):
+        self.stop(drain=kind is None)
+        self.close()
+
+    @property
+    def max_length(self) -> int:
+        """Prompt tokens and max_tokens that one request may have together: what the model and the cache hold."""
+        blocks = self._config.num_blocks
+        positions = limits.positions(self.model)
+        manager = self._manager
+        if manager is not None and manager.batch_processor is not None:
+            blocks = manager.batch_processor.cache.num_blocks
+        return positions if blocks is None else min(positions, blocks * self._config.page_size)
+
+    def submit(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        adapter: str | None = None,
+        max_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop_token_ids: Sequence[int] = (),
+        logprobs: bool = False,
+    ) -> Request:
+        """Queue a request; returns at once.
+
+        Args:
+            max_tokens: of the answer, at least 1. stop_token_ids: beside the model's own end-of-text tokens.
+            temperature: 0 takes the likeliest token. top_p: the share of probability, from the likeliest on, to draw from.
+            seed: with the same seed the same tokens are drawn, whatever else the engine does. None: another each time.
+
+        Raises: ValueError (a request that could never run), UnknownAdapter, QueueFull, EngineStopped.
+        """
+        prompt = limits.check_prompt(prompt_ids, self.model, max_tokens, self.max_length)
+        limits.check_sampling(temperature, top_p)
+        if adapter is not None and (self.adapters is None or adapter not in self.adapters.names()):
+            raise UnknownAdapter(
+                f"no adapter {adapter!r} in the adapter folder; adapter_names() lists {len(self.adapter_names())}"
+            )
+        sampling = Sampling(
+            max_tokens=max_tokens,
+            temperature=float(temperature),
+            top_p=float(top_p),
+            seed=secrets.randbits(63) if seed is None else int(seed),
+            stop_token_ids=self._stops.union(int(token) for token in stop_token_ids),
+            logprobs=bool(logprobs),
+        )
+        request = Request(f"r{next(self._ids)}", prompt, adapter, sampling, self._cancel)
+        manager = self._running_manager()
+        self._admission.add(request)
+        if adapter is not None:
+            self.adapters.prefetch(adapter)
+        manager.wake()
+        if self._failure is not None or not manager.is_running():  # it ended in between, and may not have seen the request
+            self._steps.stopped(self._failure)
+        return request
+
+    def generate(self, prompts, adapters=None, **sampling) -> list[Completion]:
+        """Complete all prompts (token ids, or texts if there is a tokenizer), in order; see `submit` for the rest."""
+        adapters = [None] * len(prompts) if adapters is None else adapters
+        requests = []
+        for prompt, adapter in zip(prompts, adapters, strict=True):
+            ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+            while True:
+                try:
+                    requests.append(self.submit(ids, adapter=adapter, **sampling))
+                    break
+                except QueueFull:
+                    next(r for r in requests if r.finish_reason is None).result()
+        return [request.result() for request in requests]
+
+    def adapter_names(self) -> list[str]:
+        """Names of the adapters in the adapter folder."""
+        return [] if self.adapters is None else list(self.adapters.names())
+
+    def stats(self) -> dict[str, float]:
+        """Numbers: requests running and waiting, the longest wait for admission, steps and tokens so far, the cache."""
+        steps, numbers = self._steps, {}
+        processor = None if self._manager is None else self._manager.batch_processor
+        if processor is not None:
+            numbers = {
+                "cache_blocks": processor.cache.num_blocks,
+                "cache_free": processor.cache.compute_free_capacity(),
+            }
+        return {
+            "running": len(self._admission.running),
+            "waiting": len(self._admission),
+            "longest_wait_seconds": self._admission.longest_wait,
+            "steps_total": steps.count,
+            "tokens_total": steps.tokens,
+            "errors_total": steps.errors,
+            **numbers,
+        }
+
+    def healthy(self) -> str | None:
+        """None, or in a line why requests don't get on. Looks, and waits for nothing."""
+        if self._failure is not None:
+            return f"the engine's thread failed: {self._failure!r}"
+        manager = self._manager
+        if manager is None or not manager.is_running():
+            return "the engine is not running"
+        since = time.monotonic() - (self._steps.beat or time.monotonic())
+        if since > _STALLED_SECONDS:
+            return f"the engine's thread has been in one step for {since:.0f} s"
+        return None
+
+    def _running_manager(self):
+        manager = self._manager
+        if self._failure is not None:
+            raise EngineStopped(f"the engine failed: {self._failure!r}") from self._failure
+        if manager is None or not manager.is_running():
+            raise EngineStopped("the engine is not running: call start(), or use it in a with statement")
+        return manager
+
+    def _cancel(self, request: Request) -> None:
+        if self._admission.withdraw(request):
+            request._finish("cancelled")
+            return
+        manager = self._manager
+        if manager is not None and request.finish_reason is None:
+            manager.cancel_request(request.id)
+
+    def _look_again(self, *_) -> None:
+        self._admission.look_again()
+        manager = self._manager
+        if manager is not None:
+            manager.wake()
+
+    def _ended(self, error: Exception | None) -> None:
+        self._failure = error

@@ -1,0 +1,113 @@
+"""What an engine takes: sizes of its cache and batches by default, and what a model and a request must be."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+# On a CPU transformers would take 60 % of the memory: 4.5 GB here for a model of 2 layers.
+CPU_CACHE_BYTES = 512 << 20
+_PAGE = {"cpu": 16, "cuda": 256}  # flash attention's block tables need 256
+_RUNNING = {"cpu": 64, "cuda": 256}
+_BATCH_TOKENS = {"cpu": 512, "cuda": 2048}  # a step takes as long as its prompts: others wait for it
+_INT32 = 1 << 31
+
+
+def check_model(model) -> None:
+    """Raises ValueError for what could fail or mix requests up only later, in the engine's thread."""
+    config = model.config.get_text_config()
+    if getattr(model, "_device_mesh", None) is not None:
+        raise ValueError("the model is split over several devices (tensor parallel), which adapters are not: load it on one")
+    if model.device.type == "meta":
+        raise ValueError("the model has no weights yet (its device is meta)")
+    kinds = set(getattr(config, "layer_types", None) or [])
+    sliding = kinds - {"full_attention"} or (not kinds and getattr(config, "sliding_window", None) is not None)
+    special = sliding or getattr(config, "attn_logit_softcapping", None) or any(hasattr(m, "sinks") for m in model.modules())
+    if special and "flash" not in (config._attn_implementation or ""):
+        raise ValueError(
+            f"{type(model).__name__} has sliding windows, softcapping or sinks in its attention, which are served with "
+            "flash attention alone: load it with attn_implementation='flash_attention_2'"
+        )
+
+
+def batching_config(
+    model, max_batch_tokens, num_blocks, page_size, cache_bytes, max_running, prefix_sharing: bool, flash: bool | None
+):
+    """transformers' ContinuousBatchingConfig with every size that a CPU needs. Raises ValueError if they don't fit."""
+    from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+    kind = "cpu" if model.device.type == "cpu" else "cuda"
+    page_size = page_size or _PAGE[kind]
+    max_running = max_running or _RUNNING[kind]
+    max_batch_tokens = max_batch_tokens or max(_BATCH_TOKENS[kind], max_running)
+    if page_size < 4 or max_running < 1 or max_batch_tokens < max_running:
+        raise ValueError(
+            f"page_size {page_size} (at least 4), max_running {max_running} (at least 1) and max_batch_tokens "
+            f"{max_batch_tokens} (at least max_running: every running request has a token in a step) don't go together"
+        )
+    if num_blocks is None and (cache_bytes is not None or kind == "cpu"):
+        per_block = block_bytes(model, page_size)
+        num_blocks = int((cache_bytes or CPU_CACHE_BYTES) // per_block)
+        if num_blocks < 1:
+            raise ValueError(f"cache_bytes {cache_bytes or CPU_CACHE_BYTES} holds no block: one takes {per_block}")
+        # More than all running requests can fill is of use for shared prefixes alone: as much again.
+        num_blocks = min(num_blocks, 2 * max_running * math.ceil(positions(model) / page_size))
+    return ContinuousBatchingConfig(
+        page_size=page_size,
+        num_blocks=num_blocks,
+        max_batch_tokens=max_batch_tokens,
+        max_requests_per_batch=max_running,
+        allow_block_sharing=prefix_sharing,
+        return_logprobs=True,  # the row that also tells of logits that are not finite
+        auto_switch_to_flash=flash is not False,
+    )
+
+
+def block_bytes(model, page_size: int) -> int:
+    """Bytes of the cache for `page_size` tokens of all layers."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_hidden_layers * 2 * heads * size * model.dtype.itemsize * page_size
+
+
+def positions(model) -> int:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or _INT32
+
+
+def stop_tokens(model, tokenizer) -> frozenset[int]:
+    """The end-of-text tokens that the model and the tokenizer name."""
+    found = set()
+    for ids in (
+        getattr(getattr(model, "generation_config", None), "eos_token_id", None),
+        getattr(model.config.get_text_config(), "eos_token_id", None),
+        getattr(tokenizer, "eos_token_id", None),
+    ):
+        found.update(ids if isinstance(ids, list | tuple) else [ids])
+    return frozenset(token for token in found if token is not None)
+
+
+def check_prompt(prompt_ids, model, max_tokens: int, max_length: int) -> list[int]:
+    """The prompt as a list. Raises ValueError if it could never be run."""
+    prompt = prompt_ids.tolist() if isinstance(prompt_ids, torch.Tensor) else list(prompt_ids)
+    vocabulary = model.config.get_text_config().vocab_size
+    if not prompt:
+        raise ValueError("the prompt has no tokens")
+    if not all(type(token) is int for token in prompt):
+        wrong = next(token for token in prompt if type(token) is not int)
+        raise ValueError(f"the prompt holds {wrong!r} ({type(wrong).__name__}), token ids are int")
+    if min(prompt) < 0 or max(prompt) >= vocabulary:
+        raise ValueError(f"the prompt holds token ids {min(prompt)} to {max(prompt)}, the model has 0 to {vocabulary - 1}")
+    if type(max_tokens) is not int or max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens!r}, must be an int of at least 1")
+    if len(prompt) + max_tokens > max_length:
+        raise ValueError(f"{len(prompt)} prompt tokens and max_tokens {max_tokens} are more than {max_length} together")
+    return prompt
+
+
+def check_sampling(temperature: float, top_p: float) -> None:
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}, must be at least 0 and finite")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}, must be above 0 and at most 1")
