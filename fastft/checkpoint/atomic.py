@@ -29,10 +29,16 @@ def current(folder: Path, name: str) -> Path:
 
 def read(folder: Path, name: str) -> bytes:
     """The contents of the current version of a file."""
+    with opened(folder, name) as file:
+        return file.read()
+
+
+def opened(folder: Path, name: str):
+    """The current version of a file, open for reading; it stays what it is if a writer comes."""
     try:
-        return current(folder, name).read_bytes()
+        return open(current(folder, name), "rb")
     except FileNotFoundError:  # a writer moved it since we looked, or it isn't there
-        return current(folder, name).read_bytes()
+        return open(current(folder, name), "rb")
 
 
 def switch(folder: Path, contents: dict[str, bytes], marker: str) -> None:

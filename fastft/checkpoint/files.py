@@ -1,6 +1,8 @@
 """Reading and writing an adapter folder. Only safetensors and JSON are read, and all of it is checked first."""
 
 import json
+import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +12,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from .atomic import locked, read, switch
+from .atomic import locked, opened, read, switch
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_DTYPES += (torch.int64, torch.int32, torch.uint8, torch.bool)  # counters among a saved module's buffers
+# As safetensors names them, and the bytes of one element. Integers: counters among a saved module's buffers, indices.
+_DTYPES = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
 _READS = 3
 # A copy of a bias that PEFT also writes with bias="all" and modules_to_save; it reads neither of them.
 _DUPLICATE = re.compile(r"\.(original_module|modules_to_save)\.(.*\.)?bias$")
@@ -37,11 +39,14 @@ def write_adapter(directory, config: dict[str, Any], tensors: dict[str, torch.Te
     switch(Path(directory), contents, marker=CONFIG)
 
 
-def read_adapter(directory, expected: Callable[[dict[str, Any]], Shapes]) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter folder, on the CPU.
+def read_adapter(
+    directory, expected: Callable[[dict[str, Any]], Shapes], max_bytes: int | None = None
+) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter folder, on the CPU. Names, shapes and dtypes are checked before any of them is read.
 
     Args:
         expected: given the config, the exact names and shapes of the tensors that must be there.
+        max_bytes: refuse larger files.
 
     Raises:
         FileNotFoundError: the folder or a file is missing. AdapterFileError: anything else that is wrong.
@@ -53,7 +58,7 @@ def read_adapter(directory, expected: Callable[[dict[str, Any]], Shapes]) -> dic
         for _ in range(_READS):  # where there are no locks, a writer may switch the files while we read
             raw = read(folder, CONFIG)
             try:
-                tensors, error = _read_weights(folder, expected(_parse(folder, raw))), None
+                tensors, error = _read_weights(folder, expected(_parse(folder, raw)), max_bytes), None
             except (FileNotFoundError, AdapterFileError) as caught:
                 error = caught
             if read(folder, CONFIG) == raw and not isinstance(error, FileNotFoundError):
@@ -73,10 +78,10 @@ def _parse(folder: Path, raw: bytes) -> dict[str, Any]:
     return config
 
 
-def _read_weights(folder: Path, expected: Shapes) -> dict[str, torch.Tensor]:
+def _read_weights(folder: Path, expected: Shapes, max_bytes: int | None) -> dict[str, torch.Tensor]:
     path = folder / WEIGHTS
     try:
-        data = read(folder, WEIGHTS)
+        file = opened(folder, WEIGHTS)
     except FileNotFoundError as error:
         pickles = [p.name for p in folder.glob("adapter_model.*") if p.suffix in (".bin", ".pt", ".pth")]
         if not pickles:
@@ -85,20 +90,49 @@ def _read_weights(folder: Path, expected: Shapes) -> dict[str, torch.Tensor]:
             f"{folder}: no {WEIGHTS}; {pickles[0]} is a pickle, which can run code when it is opened, and is not read: "
             "convert it with PEFT (load it there, then save_pretrained)"
         ) from error
-    # From memory: safe_open opens the file twice, and a writer may switch it in between.
+    with file:
+        size = os.fstat(file.fileno()).st_size
+        if max_bytes is not None and size > max_bytes:
+            raise AdapterFileError(f"{path} has {size:,} bytes; at most {max_bytes:,} are read")
+        try:
+            _check_header(path, json.loads(_header(file, size)), expected)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            if isinstance(error, AdapterFileError):
+                raise
+            raise AdapterFileError(f"{path} is damaged ({size} bytes): its header is no list of tensors") from error
+        # From memory: safe_open opens the file once more, and a writer may switch it in between.
+        file.seek(0)
+        data = file.read()
     try:
         tensors = {key: tensor for key, tensor in load(data).items() if not _DUPLICATE.search(key)}
-    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch lacks
-        raise AdapterFileError(f"{path} is damaged ({len(data)} bytes): {error!r}") from error
-    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    except SafetensorError as error:
+        raise AdapterFileError(f"{path} is damaged ({size} bytes): {error!r}") from error
+    _refuse(path, "not finite", [key for key, tensor in tensors.items() if not tensor.isfinite().all()])
+    return tensors
+
+
+def _header(file, size: int) -> bytes:
+    """The JSON at the start of a safetensors file. Raises ValueError if there is none."""
+    length = int.from_bytes(file.read(8), "little")
+    if not 0 < length <= size - 8:
+        raise ValueError(f"a header of {length} bytes")
+    return file.read(length)
+
+
+def _check_header(path: Path, header: dict[str, Any], expected: Shapes) -> None:
+    found = {key: one for key, one in header.items() if key != "__metadata__" and not _DUPLICATE.search(key)}
+    shapes = {key: tuple(one["shape"]) for key, one in found.items()}
     _refuse(path, "missing", [key for key in expected if key not in shapes])
     _refuse(path, "not expected by this model and config", [key for key in shapes if key not in expected])
     wrong = [f"{key} {list(shapes[key])} (want {list(want)})" for key, want in expected.items() if shapes[key] != want]
     _refuse(path, "of the wrong shape", wrong)
-    kinds = [f"{key} ({tensor.dtype})" for key, tensor in tensors.items() if tensor.dtype not in _DTYPES]
-    _refuse(path, "of an unsupported dtype", kinds)
-    _refuse(path, "not finite", [key for key, tensor in tensors.items() if not tensor.isfinite().all()])
-    return tensors
+    _refuse(
+        path, "of an unsupported dtype", [f"{k} ({one['dtype']})" for k, one in found.items() if one["dtype"] not in _DTYPES]
+    )
+    for key, one in found.items():
+        begin, end = one["data_offsets"]
+        if end - begin != math.prod(shapes[key]) * _DTYPES[one["dtype"]]:
+            raise ValueError(f"{key} has {end - begin} bytes")
 
 
 def _refuse(path: Path, what: str, offenders: list[str]) -> None:

@@ -6,6 +6,7 @@ freezing, checking files, the handle and its promises) is here and in `handle`, 
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -223,23 +224,7 @@ def load(model: nn.Module, directory, adapter_name: str = "default") -> Handle:
     """
     model = plain_model(model)
     check_name(model, adapter_name)
-    found: dict[str, Any] = {}
-
-    def expected(config):
-        method = Method.read(directory, config)
-        matched = match(model, method, lenient=True)
-        _check_quantized(method, matched.targets)
-        method.check(matched.targets, model)
-        found.update(method=method, matched=matched)
-        shapes = method.expected(matched.targets)
-        for name, (module, owned) in matched.copies.items():
-            for own in owned:
-                shapes[matched.copy_key(name, own)] = tuple(getattr(module, own).shape)
-        return shapes
-
-    values = read_adapter(directory, expected)
-    method, matched = found["method"], found["matched"]
-    method.check_file(directory, matched.targets, values)
+    method, matched, values = read_folder(model, directory)
     tensors = {name: method.tensors_of(name, module, values) for name, module in matched.targets.items()}
     method = method.native(tensors)
     copies = {
@@ -247,6 +232,37 @@ def load(model: nn.Module, directory, adapter_name: str = "default") -> Handle:
         for name, (module, owned) in matched.copies.items()
     }
     return install_adapter(model, method, adapter_name, matched, tensors, copies)
+
+
+def read_folder(model, directory, accept: Callable | None = None, max_bytes: int | None = None):
+    """The adapter in a folder, checked against a model which is not touched: (method, what it matches, tensors by key).
+
+    Args:
+        accept: called with the method and what it matches before tensors are read; may raise ValueError.
+        max_bytes: refuse a larger file of tensors.
+
+    Raises:
+        as `load`.
+    """
+    found: dict[str, Any] = {}
+
+    def expected(config):
+        method = Method.read(directory, config)
+        matched = match(model, method, lenient=True)
+        _check_quantized(method, matched.targets)
+        method.check(matched.targets, model)
+        if accept is not None:
+            accept(method, matched)
+        found.update(method=method, matched=matched)
+        shapes = method.expected(matched.targets)
+        for name, (module, owned) in matched.copies.items():
+            for own in owned:
+                shapes[matched.copy_key(name, own)] = tuple(getattr(module, own).shape)
+        return shapes
+
+    values = read_adapter(directory, expected, max_bytes)
+    found["method"].check_file(directory, found["matched"].targets, values)
+    return found["method"], found["matched"], values
 
 
 def plain_model(model):
