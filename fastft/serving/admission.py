@@ -15,8 +15,8 @@ class Admission:
 
     First come, first served, as far as adapters are there: a request whose adapter must be loaded first is passed by those
     behind it, which go on while it loads. A load may need a slot that running requests hold; newer requests for adapters
-    that are there could keep the slots for ever. So, once a request has waited for `patience` seconds and its load for room, no
-    request behind it that needs an adapter is admitted before it.
+    that are there could keep the slots for ever. So, once a request has waited for `patience` seconds and its load for room,
+    no request behind it that needs an adapter is admitted before it.
 
     The bound: the request that is first in the queue is admitted at the latest when
         patience + the time the running requests need to finish + one load
