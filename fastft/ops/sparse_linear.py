@@ -21,25 +21,24 @@ from .registry import Scope
 from .sparse import add_sparse_product_, gather_entries, sampled_product_
 
 _BLOCK = 256  # rows of leftᵀ right that exist at a time where a GEMM forms them
+_HELD = 32 << 20  # bytes of them on a GPU: what the GEMM wrote is read from L2
 # From this density on a GEMM of which only the entries are read is faster on a CPU than the sampled product.
 DENSE = 0.2
-# On a GPU the sampled product is itself a GEMM from about 0.8 % on; leaving empty rows and columns out must save half of it.
-SPARSE_GPU, COMPACT_GPU = 0.008, 0.5
+# The same on a GPU, where the vendor's GEMMs of 16-bit operands reach twice the rate of ours; of float32, without tensor
+# cores. Leaving empty rows and columns out must save half of it.
+DENSE_GPU, DENSE_GPU_FLOAT32, COMPACT = 0.0025, 0.056, 0.5
 
 
 def engine(device: str, shape: tuple[int, int], count: int, rows: int, columns: int) -> str:
     """How the gradient of `count` entries, in so many different rows and columns of a weight of `shape`, is computed:
 
-    "sampled" (the kernel: entry by entry, or on a GPU a GEMM whose epilogue picks them), "compacted" (a GEMM over the rows
-    and columns that have any: masks that cluster) or "blocks" (a GEMM over all of them, some rows at a time).
+    "sampled" (the kernel), "compacted" (a GEMM over the rows and columns that have any: masks that cluster) or "blocks" (a
+    GEMM over all of them, some rows at a time).
     """
-    size = max(1, shape[0] * shape[1])
     inside = max(1, rows * columns)
-    if device == "cpu":
-        if count < DENSE * inside:
-            return "sampled"
-        return "compacted" if inside < COMPACT_GPU * size else "blocks"
-    return "compacted" if count >= SPARSE_GPU * inside and inside < COMPACT_GPU * size else "sampled"
+    if count < (DENSE if device == "cpu" else DENSE_GPU) * inside:
+        return "sampled"
+    return "compacted" if inside < COMPACT * max(1, shape[0] * shape[1]) else "blocks"
 
 
 @dataclass(eq=False)
@@ -47,14 +46,16 @@ class Sampling:
     """What `entries_gradient` has to know of a choice of entries; made once for it, since it reads sizes from the device.
 
     rows, columns: int32, those that hold any entry, for "compacted". inner: the same entries among those rows and columns
-    ("compacted") or all ("blocks"). bounds: where in them each block of rows begins.
+    ("compacted") or all ("blocks"). blocks: of each block of rows in them that holds any entry, the rows, the entries, and
+    the rows' starts. sparse: there are too few entries for GEMMs of float32.
     """
 
     engine: str
     rows: torch.Tensor | None = None
     columns: torch.Tensor | None = None
     inner: Entries | None = None
-    bounds: list[int] | None = None
+    blocks: list[tuple[slice, slice, torch.Tensor]] | None = None
+    sparse: bool = False
 
     @staticmethod
     def of(entries: Entries) -> "Sampling":
@@ -71,10 +72,23 @@ class Sampling:
             starts = torch.cat([entries.starts[:-1][used], entries.starts[-1:]])
             place = (present.cumsum(0) - 1).int()
             inner = Entries(starts, place[entries.columns.long()], (len(rows), len(columns)))
-        bounds = inner.starts[::_BLOCK].tolist()
-        if inner.shape[0] % _BLOCK:
-            bounds.append(len(inner))
-        return Sampling(kind, rows, columns, inner, bounds)
+        sparse = entries.device.type != "cpu" and len(entries) < DENSE_GPU_FLOAT32 * len(rows) * len(columns)
+        return Sampling(kind, rows, columns, inner, _blocks(inner), sparse)
+
+
+def _blocks(entries):
+    height, fit = _BLOCK, _HELD // (4 * max(1, entries.shape[1]))
+    if entries.device.type != "cpu":
+        height = max(height, fit // 128 * 128)
+    bounds = entries.starts[::height].tolist()
+    if entries.shape[0] % height:
+        bounds.append(len(entries))
+    found = []
+    for block, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        if begin < end:
+            rows = slice(block * height, (block + 1) * height)
+            found.append((rows, slice(begin, end), entries.starts[rows.start : rows.stop + 1] - begin))
+    return found
 
 
 def entries_gradient(left, right, entries: Entries, dtype, sampling: Sampling | None = None):
@@ -86,20 +100,17 @@ def entries_gradient(left, right, entries: Entries, dtype, sampling: Sampling | 
     """
     sampling = Sampling.of(entries) if sampling is None else sampling
     wide = torch.promote_types(left.dtype, torch.float32)
-    if sampling.engine == "sampled":
+    if sampling.engine == "sampled" or (sampling.sparse and left.dtype == torch.float32):
         out = torch.empty(len(entries), dtype=wide, device=left.device)
         sampled_product_(out, left, right, entries.starts, entries.columns, False)
         return out.to(dtype)
     if sampling.engine == "compacted":
         left, right = gather_columns(left, sampling.rows), gather_columns(right, sampling.columns)
-    inner, out = sampling.inner, torch.empty(len(entries), dtype=wide, device=left.device)
-    for block, (begin, end) in enumerate(itertools.pairwise(sampling.bounds)):
-        if begin == end:
-            continue
-        first = block * _BLOCK
-        rows = left[:, first : first + _BLOCK]
-        starts = inner.starts[first : first + rows.shape[1] + 1] - begin
-        out[begin:end] = gather_entries(product(rows.t(), right, wide), starts, inner.columns[begin:end])
+    found = [
+        gather_entries(product(left[:, rows].t(), right, wide), starts, sampling.inner.columns[inside])
+        for rows, inside, starts in sampling.blocks
+    ]
+    out = found[0] if len(found) == 1 else torch.cat([left.new_empty(0, dtype=wide), *found])
     return out.to(dtype)
 
 

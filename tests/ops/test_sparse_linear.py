@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import fastft
 from fastft.ops import sparse_linear as module
 from fastft.ops.entries import Entries
 from fastft.ops.sparse_linear import Sampling, engine, entries_gradient, sparse_linear, sparse_update
@@ -27,6 +28,7 @@ def entries(shape, share=0.3, seed=0, rows=slice(None), columns=slice(None), dev
 @pytest.mark.parametrize("count", [1, 255, 256, 257, 512])
 def test_gradients_by_every_engine(kind, count, device, monkeypatch):
     monkeypatch.setattr(module, "engine", lambda *args: kind)
+    monkeypatch.setattr(module, "_HELD", 0)
     for dtype in (F32, BF16):
         clustered = {"share": 0.5, "rows": slice(0, None, 3), "columns": slice(5, 20)}
         for chosen in (entries((count, 37), device=device), entries((count, 37), device=device, **clustered)):
@@ -41,19 +43,39 @@ def test_gradients_by_every_engine(kind, count, device, monkeypatch):
             )
 
 
-def test_nothing_chosen_and_no_tokens(monkeypatch):
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_nothing_chosen_and_no_tokens(dtype, device, monkeypatch):
     for kind in ("sampled", "compacted", "blocks"):
         monkeypatch.setattr(module, "engine", lambda *args, kind=kind: kind)
-        none, some = entries((30, 20), 0.0), entries((30, 20))
-        assert entries_gradient(torch.randn(4, 30), torch.randn(4, 20), none, F32).shape == (0,)
-        assert not entries_gradient(torch.zeros(0, 30), torch.zeros(0, 20), some, F32).any()
+        none, some = entries((30, 20), 0.0, device=device), entries((30, 20), device=device)
+        for tokens, chosen in ((4, none), (0, some)):
+            left, right = (torch.ones(tokens, n, dtype=dtype, device=device) for n in chosen.shape)
+            got = entries_gradient(left, right, chosen, F32)
+            assert got.shape == (len(chosen),) and got.dtype == F32 and not got.any()
+
+
+def test_few_entries_of_float32_on_a_gpu_are_left_to_the_kernel(monkeypatch):
+    """By what is known of the choice, as if its tensors were on one."""
+    monkeypatch.setattr(module, "engine", lambda *args: "blocks")
+    chosen = entries((300, 200), 0.02)
+    assert not Sampling.of(chosen).sparse
+    few = Sampling(**vars(Sampling.of(chosen)) | {"sparse": True})
+    for dtype, ops in ((F32, {"sampled_product_"}), (BF16, {"gather_entries"})):
+        left, right = (torch.randn(7, n, generator=torch.Generator().manual_seed(n)).to(dtype) for n in chosen.shape)
+        with fastft.testing.record() as calls:
+            got = entries_gradient(left, right, chosen, F32, few)
+        assert {call.op for call in calls} == ops
+        want = (left.float().t() @ right.float())[chosen.mask()]
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=0.1)
 
 
 def test_engines():
     assert engine("cpu", (1000, 1000), 10_000, 1000, 1000) == "sampled"
     assert engine("cpu", (1000, 1000), 400_000, 1000, 1000) == "blocks"
     assert engine("cpu", (1000, 1000), 20_000, 100, 300) == "compacted"
-    assert engine("cuda", (1000, 1000), 400_000, 1000, 1000) == "sampled"
+    assert engine("cuda", (1000, 1000), 2_000, 1000, 1000) == "sampled"
+    assert engine("cuda", (1000, 1000), 10_000, 1000, 1000) == "blocks"
     assert engine("cuda", (1000, 1000), 20_000, 100, 300) == "compacted"
     assert engine("cpu", (0, 5), 0, 0, 0) in ("sampled", "blocks", "compacted")
 
