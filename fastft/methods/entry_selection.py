@@ -4,6 +4,7 @@ Scores of a weight [A, B] are a function that yields them anew at every call, bl
 block of them exists at a time: `magnitude`, `product`, `outer`. Their sign doesn't matter.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 
@@ -26,8 +27,9 @@ _FIRST_INFINITE = 0xFF00  # the bin of infinities; those of NaN follow
 
 
 def magnitude(weight: Tensor) -> Blocks:
-    """The weight's own entries: views, nothing is copied."""
-    return lambda: weight.detach().split(BLOCK_ROWS)
+    """The weight's own entries: a view of all of it where the kernels take its dtype, since each block is some launches."""
+    rows = max(1, len(weight)) if weight.dtype in KERNEL_DTYPES else BLOCK_ROWS
+    return lambda: weight.detach().split(rows)
 
 
 def product(*pairs: tuple[Tensor, Tensor]) -> Blocks:
@@ -127,11 +129,13 @@ def _threshold(blocks, k, shape, device, what):
         selection.count_bins_(counts, _comparable(block))
     if rows != shape[0]:
         raise ValueError(f"{what}: blocks of {rows} rows in all, of a weight of shape {shape}")
-    from_bin = counts.cpu().flip(0).cumsum(0).flip(0)
-    if wrong := int(from_bin[_FIRST_INFINITE]):
+    # One wait for the device.
+    from_bin = torch.cat([counts.flip(0).cumsum(0).flip(0), counts.new_zeros(1)])
+    bin = (from_bin[:-1] >= k).sum() - 1
+    bin, count, above, wrong = torch.stack([bin, from_bin[bin], from_bin[bin + 1], from_bin[_FIRST_INFINITE]]).tolist()
+    if wrong:
         raise FloatingPointError(f"{what}: {wrong} of {shape[0]} x {shape[1]} are NaN or infinite")
-    bin = int((from_bin >= k).sum()) - 1
-    return bin, int(from_bin[bin]), int(from_bin[bin + 1 :][:1].sum())
+    return bin, count, above
 
 
 def _take(blocks, count, bin, shape, device):
@@ -151,7 +155,7 @@ def _take_thinned(blocks, k, bin, shape, device):
     """The same but for most of what `_cut` would leave out, where equal scores make that much. Waits for each block."""
     index, keys = (torch.empty(0, dtype=dtype, device=device) for dtype in (torch.int64, torch.int32))
     row = 0
-    for block in blocks:
+    for block in itertools.chain.from_iterable(block.split(BLOCK_ROWS) for block in blocks):
         count = int(selection.count_at_least(_comparable(block), bin).sum())
         inside, found = _take([block], count, bin, tuple(block.shape), device)
         index, keys = torch.cat([index, inside.flat() + row * shape[1]]), torch.cat([keys, found])
