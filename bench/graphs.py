@@ -37,6 +37,8 @@ def groups(runs: dict[str, list[Callable]], timing: str | None) -> list[Group]:
         except Exception as error:  # whatever a library raises in a capture that it can't be in
             reason = (str(error).strip().splitlines() or [""])[0]
             refused[name] = f"eager: not captured, {type(error).__name__}: {reason}"[:200]
+            if name in BESIDE:
+                break  # then all are eager
     if refused.keys() & set(BESIDE) or captured.keys() <= set(BESIDE):
         return [Group(runs, {name: refused.get(name) or "eager, as the others" for name in runs})]
     found = [Group(captured, dict.fromkeys(captured, "CUDA graph"))]

@@ -113,18 +113,18 @@ def test_count_at_least(backend, apart):
 
 def taken(scores, view, bin, gap):
     """What take_at_least_ writes, with `gap` places between the rows' that nothing may be written to, and what it should."""
-    mask = (keys(scores) >> 15) >= bin
+    key = keys(scores).cpu()
+    mask = (key >> 15) >= bin
     row_counts = mask.sum(1)
-    offsets = gap + row_counts.cumsum(0) - row_counts + gap * torch.arange(len(row_counts), device=scores.device)
+    before = row_counts.cumsum(0) - row_counts
+    offsets = before + gap * torch.arange(1, len(row_counts) + 1)
     size = gap * (len(row_counts) + 1) + int(row_counts.sum())
     columns, found = (torch.full((size,), -7, dtype=torch.int32, device=scores.device) for _ in range(2))
-    want_columns, want_found = columns.clone(), found.clone()
-    for row in range(len(row_counts)):
-        inside = slice(int(offsets[row]), int(offsets[row] + row_counts[row]))
-        want_columns[inside] = mask[row].nonzero()[:, 0].int()
-        want_found[inside] = keys(scores[row])[mask[row]].int()
-    selection.take_at_least_(columns, found, view, offsets, bin)
-    return (columns, found), (want_columns, want_found)
+    rows, places = mask.nonzero().unbind(1)
+    to = offsets[rows] + torch.arange(len(rows)) - before[rows]
+    want = [torch.full((size,), -7, dtype=torch.int32).index_put_((to,), t.int()) for t in (places, key[mask])]
+    selection.take_at_least_(columns, found, view, offsets.to(scores.device), bin)
+    return (columns.cpu(), found.cpu()), want
 
 
 @pytest.mark.sanitize
