@@ -1,0 +1,79 @@
+"""Attention over the paged cache against the formula, and requests that don't see each other."""
+
+import pytest
+import torch
+
+from fastft.serving.attention import attend, plan_step
+
+HEADS, KV_HEADS, SIZE, PAGE, STRIDE, BLOCKS = 4, 2, 8, 4, 16, 12
+
+
+def scene(spans, seed=0):
+    """A cache in which requests with (past, new) tokens lie in blocks of their own, everything else full of NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    keys, values = (torch.full((BLOCKS * STRIDE, KV_HEADS * SIZE), float("nan")) for _ in range(2))
+    keys[:PAGE], values[:PAGE] = 0, 0  # block 0: nobody's, zeros
+    total = sum(new for _, new in spans)
+    query = torch.randn(total, HEADS, SIZE, generator=generator)
+    new_keys, new_values = (torch.randn(total, KV_HEADS, SIZE, generator=generator) for _ in range(2))
+    blocks, histories, free, at = [], [], torch.randperm(BLOCKS - 1, generator=generator).tolist(), 0
+    for past, new in spans:
+        own = [free.pop() + 1 for _ in range(-(-(past + new) // PAGE))]
+        history = []
+        for cache, fresh in ((keys, new_keys), (values, new_values)):
+            full = torch.cat([torch.randn(past, KV_HEADS, SIZE, generator=generator), fresh[at : at + new]])
+            rows = torch.tensor([own[i // PAGE] * STRIDE + i % PAGE for i in range(past + new)])
+            cache[rows] = full.flatten(1)
+            history.append(full)
+        blocks.append(own)
+        histories.append(history)
+        at += new
+    return query, keys, values, new_keys, new_values, blocks, histories
+
+
+def golden(query, spans, histories, scale=SIZE**-0.5):
+    out, at = [], 0
+    for (past, new), (keys, values) in zip(spans, histories):
+        for i in range(new):
+            for head in range(HEADS):
+                k, v = (t[: past + i + 1, head * KV_HEADS // HEADS].double() for t in (keys, values))
+                out.append(torch.softmax(k @ query[at + i, head].double() * scale, 0) @ v)
+        at += new
+    return torch.stack(out).view(at, HEADS, SIZE).float()
+
+
+SPANS = {
+    "decoding": [(3, 1), (7, 1), (0, 1), (8, 1)],
+    "equally long": [(5, 1), (5, 1)],
+    "prompts": [(0, 5), (0, 2)],
+    "chunk with a past": [(6, 3)],
+    "mixed": [(5, 1), (4, 4), (0, 3), (9, 1), (3, 2)],
+}
+
+
+@pytest.mark.parametrize("name", SPANS)
+def test_it_is_the_formula(name):
+    spans = SPANS[name]
+    query, keys, values, new_keys, new_values, blocks, histories = scene(spans)
+    plan = plan_step(spans, blocks, PAGE, STRIDE, torch.device("cpu"))
+    got = attend(query, keys, values, new_keys, new_values, plan, None)
+    assert torch.allclose(got, golden(query, spans, histories), atol=2e-6)
+    scaled = attend(query, keys, values, new_keys, new_values, plan, 0.5)
+    assert torch.allclose(scaled, golden(query, spans, histories, 0.5), atol=2e-6)
+
+
+@pytest.mark.parametrize("sick", range(5))
+def test_nan_in_one_request_changes_no_bit_of_another(sick):
+    spans = SPANS["mixed"]
+    query, keys, values, new_keys, new_values, blocks, _ = scene(spans)
+    plan = plan_step(spans, blocks, PAGE, STRIDE, torch.device("cpu"))
+    healthy = attend(query, keys, values, new_keys, new_values, plan, None)
+    begin = sum(new for _, new in spans[:sick])
+    own = torch.zeros(len(query), dtype=torch.bool)
+    own[begin : begin + spans[sick][1]] = True
+    query[own], new_keys[own], new_values[own] = (float("nan"),) * 3
+    for block in blocks[sick]:
+        keys[block * STRIDE : block * STRIDE + PAGE] = float("nan")
+        values[block * STRIDE : block * STRIDE + PAGE] = float("inf")
+    ill = attend(query, keys, values, new_keys, new_values, plan, None)
+    assert torch.equal(ill[~own], healthy[~own]) and ill[own].isnan().all()
