@@ -14,7 +14,7 @@ from fastft.serving.packing import Packer
 from fastft.serving.sites import find_sites
 from tests.methods.models import gpt2, llama
 
-from .adapters import LORA, S2FT, methods, write, write_lift, write_sft
+from .kinds import LORA, S2FT, methods, write, write_lift, write_sft
 from .pool import pool
 
 SMALL = 1024  # bytes a page: rows of B in parts, blocks of entries and tables of rows that end with the page
