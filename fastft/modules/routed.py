@@ -320,6 +320,8 @@ class RoutedModel:
 
 def check_sites(modules: dict[str, nn.Module], sites) -> None:
     """Raises ValueError, before anything is touched, for sites that this model can't have."""
+    if hasattr(modules[""], "peft_config"):
+        raise ValueError("the model holds PEFT adapters; unload() them before serving, and serve their folders")
     for name, module in modules.items():
         if isinstance(module, Routed):
             raise ValueError(f"{name!r} is routed already; a model runs in one engine at a time: uninstall the other first")

@@ -11,7 +11,7 @@ from ..modules.quantized import quantization
 from ..modules.routed import RoutedModel, Site, group_obstacle
 
 # Their rows are those that a router chose, so tokens can't be told by their place in the batch.
-_EXPERTS = re.compile(r"(^|\.)experts\.\d+\.")
+_EXPERTS = re.compile(r"(^|\.)experts\.\d+(\.|$)")
 
 
 def find_sites(model: nn.Module) -> list[Site]:
