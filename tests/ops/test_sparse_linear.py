@@ -74,8 +74,8 @@ def test_engines():
     assert engine("cpu", (1000, 1000), 10_000, 1000, 1000) == "sampled"
     assert engine("cpu", (1000, 1000), 400_000, 1000, 1000) == "blocks"
     assert engine("cpu", (1000, 1000), 20_000, 100, 300) == "compacted"
-    assert engine("cuda", (1000, 1000), 2_000, 1000, 1000) == "sampled"
-    assert engine("cuda", (1000, 1000), 10_000, 1000, 1000) == "blocks"
+    assert engine("cuda", (4000, 4000), 20_000, 4000, 4000) == "sampled"
+    assert engine("cuda", (4000, 4000), 100_000, 4000, 4000) == "blocks"
     assert engine("cuda", (1000, 1000), 20_000, 100, 300) == "compacted"
     assert engine("cpu", (0, 5), 0, 0, 0) in ("sampled", "blocks", "compacted")
 
