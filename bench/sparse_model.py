@@ -1,12 +1,12 @@
-"""Times of a linear whose chosen entries train, on GPUs that nobody has measured yet: a model, never a measurement.
+"""Times of a linear whose chosen entries train, on GPUs and at sizes that nobody has measured yet: a model, no measurement.
 
     entries   token-contiguous copies of dY and X (read and written once), then for every entry a column of X^T from L2;
               time = copies / memory bandwidth + max(2 bytes an entry and token / L2 bandwidth, 2 operations / FMA rate)
-    tiles     a GEMM of all of dYᵀ X whose epilogue picks the entries, nothing dense in memory; time = the vendor's GEMM time
-              / the share of its rate that a kernel of one's own reaches x (1 + the epilogue's share)
+    blocks    the vendor's GEMM of some rows of dYᵀ X at a time in float32, of which the entries are read; time = the GEMM's
+              + 8 bytes an element of the weight, to L2 and back
     update    `sparse_adamw_`: 32 bytes an entry and the touched 32-byte sectors of the weight, read and written
 
-The kernels' own rule says which engine runs. The floor, the rates and their sources are those of `model`.
+`ops/sparse_linear.py`'s rule says which engine runs. The floor, the rates and their sources are those of `model`.
 ``python -m fastft.bench.sparse_model`` prints the table; ``--write`` keeps it in bench/results/modelled and in README.
 """
 
@@ -14,15 +14,14 @@ import argparse
 import math
 import sys
 
+from fastft.ops import sparse_linear
+
 from . import results, shapes
 from .model import GPUS, MODEL, keep
 
 BEGIN, END = "<!-- modelled sparse:begin -->", "<!-- modelled sparse:end -->"
 DENSITIES = (0.001, 0.01, 0.05)
 SIZE = 2  # bytes of an activation's and a weight's element: bfloat16
-COLUMNS_AS_ENTRIES, TILES_FROM = 2.5, 0.0075  # `kernels/_sampled.py`
-GEMM_SHARE = 0.85
-EPILOGUE = {0.001: 0.07, 0.01: 0.08, 0.05: 0.14}  # of a tile's time at 4,096 tokens, estimated there
 TARGETS = {0.001: 1.15, 0.01: 1.60, 0.05: 1.60}
 NARROW_TARGET = 1.30  # of k_proj at the lowest density
 
@@ -34,15 +33,16 @@ def floor_seconds(linear: shapes.Linear, gpu) -> float:
 
 
 def engine(linear: shapes.Linear, density: float) -> str:
-    work = density + COLUMNS_AS_ENTRIES * (linear.k + linear.n) / (linear.k * linear.n)
-    return "tiles" if work > TILES_FROM else "entries"
+    count = round(density * linear.k * linear.n)
+    kind = sparse_linear.engine("cuda", (linear.n, linear.k), count, linear.n, linear.k)
+    return "entries" if kind == "sampled" else kind
 
 
 def gradient_seconds(linear: shapes.Linear, gpu, density: float) -> float:
     t, k, n = linear.tokens, linear.k, linear.n
     entries = density * k * n
-    if engine(linear, density) == "tiles":
-        return 2 * t * k * n / (GEMM_SHARE * gpu.gemm) * (1 + EPILOGUE[density])
+    if engine(linear, density) == "blocks":
+        return 2 * t * k * n / gpu.gemm + 8 * k * n / gpu.l2
     copies = 2 * SIZE * t * (k + n) / gpu.memory
     return copies + max(entries * t * SIZE / gpu.l2, 2 * entries * t / gpu.fma)
 
