@@ -3,7 +3,7 @@
 set -euo pipefail
 
 ALL="build info test bench sanitize graph collect"
-MEASURED="lora dora partial sparse selection step s2ft spiel"
+MEASURED="lora grouped dora partial sparse selection step s2ft spiel"
 
 usage() {
     cat <<TEXT
@@ -137,17 +137,19 @@ summarise_tests() {
 }
 
 # What a GPU is measured with: without TF32 a float32 layer takes twenty times as long, and nobody trains so on a GPU. The
-# deltas of slices and entries are float32, so that these have no "bf16"; scores are one tensor, so that these have no other.
+# deltas of slices and entries are float32, so that these have no "bf16"; scores are one tensor, and adapters are served as the
+# model is, so that these have no other.
 dtypes_of() {
     case $1 in
         step) ;; # its own choice
         s2ft | sparse | spiel) echo --dtype bf16+fp32 ;;
-        selection) echo --dtype bf16 ;;
+        grouped | selection) echo --dtype bf16 ;;
         *) echo --dtype bf16 --dtype bf16+fp32 ;;
     esac
 }
 
-# On an H100 about 60 s for lora (5 implementations of 4 layers, 2 dtypes, with and without dropout), less for dora.
+# On an H100 about 60 s for lora (5 implementations of 4 layers, 2 dtypes, with and without dropout), less for dora. On an
+# H200 100 s for sparse, of which a case takes 2 to 8 s, and 120 s for selection, for its exact SVDs of 1.1 s.
 stage_bench() {
     local family dtypes
     for family in ${FAMILIES:-$MEASURED}; do

@@ -12,7 +12,7 @@ from fastft.bench import gpu_checks, results, run
 
 SCRIPT = results.ROOT / "bench" / "gpu.sh"
 STAGES = ["build", "info", "test", "bench", "sanitize", "graph", "collect"]
-MEASURED = ["lora", "dora", "partial", "sparse", "selection", "step", "s2ft", "spiel"]
+MEASURED = ["lora", "grouped", "dora", "partial", "sparse", "selection", "step", "s2ft", "spiel"]
 
 
 def gpu_sh(*args, **env):
@@ -61,6 +61,7 @@ def test_every_family_is_measured_with_what_it_takes(tmp_path):
     done = gpu_sh(tmp_path, "bench", DRY="1")
     commands = [line.split("fastft.bench.run ")[1].split() for line in done.stdout.splitlines() if "bench.run " in line]
     assert [family for family, *_ in commands] == MEASURED
+    assert {family for family, module in run.families().items() if ".ops." in module} <= set(MEASURED)
     for family, *rest in commands:
         args = run._parser().parse_args([family, *rest])
         cases = importlib.import_module(run.families()[family]).cases(args.device, None, args.dtype, None)
