@@ -1,0 +1,1 @@
+"""The HTTP interface over an engine: OpenAI's routes, health, metrics and the operator's routes."""

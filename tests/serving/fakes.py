@@ -1,0 +1,136 @@
+"""An engine with the real one's interface and no model: tokens follow from adapter, prompt and seed, or from a script."""
+
+import hashlib
+import threading
+import time
+import types
+import zlib
+
+import torch
+
+from fastft.checkpoint.files import AdapterFileError
+from fastft.serving.requests import EngineStopped, QueueFull, Request, Sampling, UnknownAdapter
+
+
+class FakeMemory:
+    def __init__(self, names):
+        self._names, self.loaded, self.pinned, self.calls = list(names), set(), set(), []
+        self.broken = {}
+
+    def names(self):
+        return list(self._names)
+
+    def _known(self, name):
+        if name not in self._names:
+            raise UnknownAdapter(f"no adapter {name!r}")
+
+    def error(self, name):
+        return self.broken.get(name)
+
+    def load(self, name, timeout):
+        self._known(name)
+        self.calls.append(("load", name, timeout))
+        if name in self.broken:
+            raise AdapterFileError(self.broken[name])
+        self.loaded.add(name)
+
+    def unload(self, name, timeout):
+        self._known(name)
+        if name in self.pinned:
+            raise TimeoutError(f"{name} is still used after {timeout} s")
+        self.loaded.discard(name)
+        return 4096
+
+    def update(self, name):
+        self._known(name)
+        self.calls.append(("update", name))
+
+    def pin(self, name):
+        self._known(name)
+        self.pinned.add(name)
+
+    def unpin(self, name):
+        self._known(name)
+        self.pinned.discard(name)
+
+    def stats(self):
+        return {"bytes": 4096 * len(self.loaded), "slots": 4, "evictions_total": 3, "hits": {"host_total": 7}}
+
+
+class FakeEngine:
+    """script(prompt_ids, adapter) -> tokens. delay: seconds a token takes. `hold()` keeps new tokens back until `go()`."""
+
+    def __init__(self, tokenizer, adapters=("math", "code"), *, script=None, delay=0.0, max_waiting=64, max_length=512):
+        self.tokenizer, self.max_length, self.max_waiting, self.delay = tokenizer, max_length, max_waiting, delay
+        self.adapters = FakeMemory(adapters) if adapters is not None else None
+        self.script = script or self._random
+        weight = torch.empty(len(tokenizer), 1)
+        self.model = types.SimpleNamespace(get_input_embeddings=lambda: types.SimpleNamespace(weight=weight))
+        self.submitted, self.cancelled, self.fail, self.reason = [], [], {}, None
+        self.running, self._lock, self._stopped = set(), threading.Lock(), False
+        self._free = threading.Event()
+        self._free.set()
+
+    def adapter_names(self):
+        return [] if self.adapters is None else self.adapters.names()
+
+    def hold(self):
+        self._free.clear()
+
+    def go(self):
+        self._free.set()
+
+    def submit(self, prompt_ids, *, adapter=None, max_tokens, temperature=0.0, top_p=1.0, seed=None, logprobs=False):
+        assert prompt_ids and 0 <= min(prompt_ids) <= max(prompt_ids) < len(self.tokenizer)
+        assert len(prompt_ids) + max_tokens <= self.max_length
+        if self._stopped:
+            raise EngineStopped("the engine was stopped")
+        if adapter is not None and adapter not in self.adapter_names():
+            raise UnknownAdapter(f"no adapter {adapter!r}")
+        with self._lock:
+            if len(self.running) >= self.max_waiting:
+                raise QueueFull(f"{self.max_waiting} requests wait")
+            sampling = Sampling(max_tokens, temperature, top_p, seed or 0, frozenset(), logprobs)
+            request = Request(f"r{len(self.submitted)}", list(prompt_ids), adapter, sampling, self._cancel)
+            self.submitted.append(request)
+            self.running.add(request)
+        threading.Thread(target=self._run, args=(request,), daemon=True).start()
+        return request
+
+    def _cancel(self, request):
+        self.cancelled.append(request)
+        request._finish("cancelled")
+        self.running.discard(request)
+
+    def _run(self, request):
+        if request.adapter in self.fail:
+            request._finish("error", self.fail[request.adapter])
+            self.running.discard(request)
+            return
+        request.admitted = time.monotonic()
+        if request.adapter is not None:
+            request.lease = types.SimpleNamespace(digest=hashlib.sha256(request.adapter.encode()).hexdigest())
+        tokens = list(self.script(request.prompt_ids, request.adapter, request.sampling))
+        reason = "length" if len(tokens) >= request.sampling.max_tokens else "stop"
+        for at, token in enumerate(tokens[: request.sampling.max_tokens]):
+            self._free.wait()
+            time.sleep(self.delay)
+            if request.finish_reason is not None:
+                return
+            request._produce(token, -0.5 - at if request.sampling.logprobs else None)
+        request._finish(reason)
+        self.running.discard(request)
+
+    def _random(self, prompt_ids, adapter, sampling):
+        seed = zlib.crc32(repr((prompt_ids, adapter, sampling.seed if sampling.temperature else 0)).encode())
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(8, len(self.tokenizer), (sampling.max_tokens,), generator=generator).tolist()
+
+    def healthy(self):
+        return self.reason
+
+    def stats(self):
+        return {"running": len(self.running), "waiting": 0}
+
+    def stop(self, drain=True, timeout=None):
+        self._stopped = True

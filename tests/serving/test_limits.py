@@ -1,0 +1,124 @@
+"""How much one request, and all together, may ask for."""
+
+import threading
+import time
+
+import pytest
+
+from fastft.serving.api.config import Limits
+from fastft.serving.api.guard import BodyLimit
+
+from .server_fixtures import CHAT, HELLO, FakeEngine, client, load_tokenizer, post
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer()
+
+
+@pytest.fixture
+def engine(tokenizer):
+    return FakeEngine(tokenizer)
+
+
+def test_limits_of_one_request(engine):
+    limits = Limits(choices=4, prompt_tokens=20, max_tokens=30, stop_strings=2, stop_length=5)
+    http = client(engine, limits=limits)
+    for body, code in [
+        ({"n": 5}, "too_many_choices"),
+        ({"prompt": ["a", "b", "c"], "n": 2}, "too_many_choices"),
+        ({"prompt": [5] * 21}, "prompt_too_long"),
+        ({"max_tokens": 31}, "too_many_tokens"),
+        ({"stop": ["a", "b", "c"]}, "too_many_stops"),
+        ({"stop": "abcdef"}, "stop_too_long"),
+    ]:
+        error = post(http, {**HELLO, **body}, status=422)["error"]
+        assert error["code"] == code and error["message"].startswith("Given ") and "supported" in error["message"]
+    assert not engine.submitted
+    post(http, {**HELLO, "n": 4, "prompt": [5] * 20, "max_tokens": 30, "stop": ["a", "abcde"]})
+
+
+def test_prompt_and_answer_fit_the_engine(engine):
+    http = client(engine)
+    error = post(http, {**HELLO, "prompt": [5] * 500, "max_tokens": 13}, status=422)["error"]
+    assert error["code"] == "too_many_tokens" and "supported are 12" in error["message"]
+    assert post(http, {**HELLO, "prompt": [5] * 512}, status=422)["error"]["code"] == "prompt_too_long"
+    post(http, {**HELLO, "prompt": [5] * 500, "max_tokens": 12})
+    post(http, {**CHAT, "max_tokens": 1000}, "/v1/chat/completions", 422)
+
+
+def test_body_size_is_counted_while_it_arrives(engine):
+    http = client(engine, limits=Limits(body_bytes=1000))
+    assert post(http, {**HELLO, "prompt": "x" * 2000}, status=413)["error"]["code"] == "body_too_large"
+    sent = []
+
+    def chunks():
+        for _ in range(100):
+            sent.append(1)
+            yield b" " * 100
+
+    answer = http.post("/v1/completions", content=chunks(), headers={"content-type": "application/json"})
+    assert answer.status_code == 413 and "content-length" not in answer.request.headers
+    post(http, {**HELLO, "prompt": "x" * 500})
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("messages,status", [([b"x" * 600] * 3, 413), ([b"x"], 408)])
+async def test_reading_stops_at_the_limit_and_at_the_time(messages, status, anyio_backend):
+    import anyio
+
+    taken, sent = [], []
+
+    async def receive():
+        if not messages:
+            await anyio.sleep(60)
+        taken.append(messages.pop())
+        return {"type": "http.request", "body": taken[-1], "more_body": True}
+
+    async def send(message):
+        sent.append(message)
+
+    async def app(*_):
+        raise AssertionError("the app must not be reached")
+
+    guard = BodyLimit(app, Limits(body_bytes=1000, body_seconds=0.2), lambda code: None)
+    await guard({"type": "http", "headers": []}, receive, send)
+    assert sent[0]["status"] == status and len(taken) == (2 if status == 413 else 1)
+
+
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
+
+
+def test_a_full_queue_says_try_again(tokenizer):
+    engine = FakeEngine(tokenizer, max_waiting=2)
+    answer = client(engine).post("/v1/completions", json={**HELLO, "n": 3})
+    assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
+    assert answer.json()["error"]["code"] == "queue_full" and answer.json()["error"]["type"] == "rate_limit_error"
+    assert engine.cancelled == engine.submitted and len(engine.submitted) == 2  # the two that got in are not left behind
+
+
+def test_sequences_and_adapters_in_progress_are_limited(engine):
+    http = client(engine, limits=Limits(sequences=3, adapters=1))
+    engine.hold()
+    threads = [
+        threading.Thread(target=http.post, args=("/v1/completions",), kwargs={"json": {**HELLO, "model": "math"}})
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    while len(engine.submitted) < 2:
+        time.sleep(0.01)
+    assert post(http, {**HELLO, "model": "code"}, status=429)["error"]["code"] == "too_many_adapters"
+    assert post(http, {**HELLO, "n": 2}, status=429)["error"]["code"] == "too_many_requests"
+    engine.go()
+    for thread in threads:
+        thread.join()
+    post(http, {**HELLO, "model": "code"})
+
+
+def test_a_stopped_engine(engine):
+    engine.stop()
+    answer = client(engine).post("/v1/completions", json=HELLO)
+    assert answer.status_code == 503 and answer.json()["error"]["code"] == "engine_stopped"

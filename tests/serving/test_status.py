@@ -1,0 +1,122 @@
+"""Health, metrics and the operator's routes."""
+
+import pytest
+
+from fastft.serving.api import status
+from fastft.serving.api.config import Limits
+
+from .server_fixtures import ADMIN, HELLO, FakeEngine, client, load_tokenizer, post
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer()
+
+
+@pytest.fixture
+def engine(tokenizer):
+    return FakeEngine(tokenizer)
+
+
+def test_health_asks_the_engine_for_a_token(engine, monkeypatch):
+    http = client(engine)
+    assert http.get("/health").json() == {"status": "ok", "reason": None} and len(engine.submitted) == 1
+    http.get("/health")
+    assert len(engine.submitted) == 1  # fresh enough: nobody can keep the engine busy with it
+    engine.reason = "the step thread died"
+    monkeypatch.setattr(status, "_FRESH", 0.0)
+    answer = http.get("/health")
+    assert answer.status_code == 503 and answer.json()["reason"] == "the step thread died"
+
+
+def test_health_of_an_engine_that_hangs(engine, monkeypatch):
+    monkeypatch.setattr(status, "_PROBE_SECONDS", 0.1)
+    engine.hold()
+    answer = client(engine).get("/health")
+    assert answer.status_code == 503 and "within 0.1 s" in answer.json()["reason"]
+    assert engine.cancelled == engine.submitted  # the probe is not left in the queue
+    engine.go()
+
+
+def test_health_of_a_busy_engine(engine, monkeypatch):
+    http = client(engine)
+    post(http, HELLO)
+    monkeypatch.setattr(status, "_FRESH", 0.0)
+    engine.max_waiting = 0
+    assert http.get("/health").status_code == 200
+    monkeypatch.setattr(status, "_BUSY_SECONDS", 0.0)
+    assert "no token has come" in http.get("/health").json()["reason"]
+
+
+def test_health_tells_of_a_failing_engine(tokenizer):
+    engine = FakeEngine(tokenizer)
+    engine.fail[None] = "CUDA error: /secret"
+    answer = client(engine).get("/health")
+    assert answer.status_code == 503 and "secret" not in answer.text
+
+
+def test_metrics(tokenizer):
+    engine = FakeEngine(tokenizer, delay=0.002)
+    http = client(engine)
+    for model in ("base", "math", "math"):
+        post(http, {**HELLO, "model": model})
+    post(http, {**HELLO, "n": 0}, status=422)
+    lines = http.get("/metrics").text.splitlines()
+    for line in (
+        'fastft_requests_total{finish_reason="length",model="math"} 2.0',
+        'fastft_requests_total{finish_reason="length",model="base"} 1.0',
+        'fastft_generated_tokens_total{model="math"} 16.0',
+        'fastft_prompt_tokens_total{model="base"} 2.0',
+        'fastft_time_to_first_token_seconds_count{model="math"} 2.0',
+        'fastft_inter_token_seconds_count{model="math"} 14.0',
+        'fastft_request_seconds_count{model="base"} 1.0',
+        'fastft_errors_total{code="invalid_value"} 1.0',
+        "fastft_adapter_memory_bytes 0.0",
+        "fastft_adapter_memory_evictions_total 3.0",
+        "fastft_adapter_memory_hits_host_total 7.0",
+        "fastft_engine_running 0.0",
+    ):
+        assert line in lines
+    total = next(float(line.split()[1]) for line in lines if line.startswith('fastft_inter_token_seconds_sum{model="math"}'))
+    assert 14 * 0.002 <= total < 5
+
+
+def test_labels_are_bounded(tokenizer):
+    engine = FakeEngine(tokenizer, adapters=[f"a{i}" for i in range(20)])
+    http = client(engine, limits=Limits(metric_models=5))
+    for i in range(20):
+        post(http, {**HELLO, "model": f"a{i}", "max_tokens": 1})
+        post(http, {**HELLO, "model": f"unknown{i}"}, status=404)
+    lines = [line for line in http.get("/metrics").text.splitlines() if line.startswith("fastft_requests_total")]
+    assert len(lines) == 6 and 'fastft_requests_total{finish_reason="length",model="_others"} 15.0' in lines
+
+
+def test_admin(engine):
+    http = client(engine, admin_token=ADMIN)
+    key = {"authorization": f"Bearer {ADMIN}"}
+
+    def act(action, name="math", status=200, **query):
+        return post(http, None, f"/admin/adapters/{name}/{action}", status, headers=key, params=query)
+
+    assert act("load", timeout=5)["action"] == "load" and engine.adapters.calls == [("load", "math", 5.0)]
+    listed = http.get("/admin/adapters", headers=key).json()
+    assert [one["name"] for one in listed["adapters"]] == ["code", "math"] and listed["memory"]["slots"] == 4
+    act("pin")
+    assert act("unload", status=409)["error"]["code"] == "timeout"
+    act("unpin")
+    assert act("unload")["freed_bytes"] == 4096
+    act("update")
+    assert act("load", name="none", status=404)["error"]["code"] == "adapter_not_found"
+    engine.adapters.broken["code"] = "2 tensors are of the wrong shape"
+    assert "wrong shape" in act("load", name="code", status=422)["error"]["message"]
+    assert http.get("/admin/adapters", headers=key).json()["adapters"][0]["error"] == "2 tensors are of the wrong shape"
+    for name in ("a.b", "..%2fmath", "%2e%2e", "x" * 65, "a%00"):
+        assert http.post(f"/admin/adapters/{name}/load", headers=key).status_code in (404, 422)
+    assert act("load", timeout=1e9, status=422)["error"]["param"] == "timeout"
+
+
+def test_admin_without_adapters(tokenizer):
+    http = client(FakeEngine(tokenizer, adapters=None), admin_token=ADMIN)
+    answer = http.get("/admin/adapters", headers={"authorization": f"Bearer {ADMIN}"})
+    assert answer.status_code == 404 and "--adapters" in answer.json()["error"]["message"]
+    assert http.get("/metrics").status_code == 200
