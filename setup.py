@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, find_namespace_packages, setup
@@ -41,20 +42,49 @@ def why_not_native():
     return f"not found: {', '.join(absent)}" if absent else None
 
 
+def pybind11():
+    """Its folder of headers, or nothing."""
+    found = importlib.util.find_spec("pybind11") if why_no_runtime() is None else None
+    return Path(found.submodule_search_locations[0]) / "include" if found else ""
+
+
+def why_no_runtime():
+    """The reason why fastft._runtime, the one part that needs Python's headers, can't be built here, or None."""
+    if why_not_native() is not None:
+        return why_not_native()
+    if importlib.util.find_spec("pybind11") is None:
+        return "pybind11 is not installed"
+    headers = Path(sysconfig.get_paths()["include"])
+    return None if (headers / "Python.h").exists() else f"no Python.h in {headers} (on Debian: apt install python3-dev)"
+
+
 class CMakeBuild(build_ext):
     def run(self):
         reason = why_not_native()
+        absent = why_no_runtime()
+        if reason is None and absent is not None and os.environ.get("FASTFT_NATIVE") == "1":
+            raise SystemExit(f"fastft: FASTFT_NATIVE=1 but fastft._runtime can't be built: {absent}")
         if reason is None:
             self.cmake()
+            if absent is not None:
+                print(f"fastft: built without fastft._runtime, adapters can't be served: {absent}", file=sys.stderr)
         elif os.environ.get("FASTFT_NATIVE") == "1":
             raise SystemExit(f"fastft: FASTFT_NATIVE=1 but the native libraries can't be built: {reason}")
         else:
-            shutil.rmtree(self.destination(), ignore_errors=True)
+            self.remove_old()
             print(f"fastft: pure-Python install, ops run on the PyTorch reference and on Triton: {reason}", file=sys.stderr)
 
     def destination(self):
         root = HERE if self.editable_mode or self.inplace else Path(self.build_lib).absolute()
         return root / "fastft" / "lib"
+
+    def runtimes(self):
+        return self.destination().parent.glob("_runtime.*.so")
+
+    def remove_old(self):
+        shutil.rmtree(self.destination(), ignore_errors=True)
+        for module in self.runtimes():
+            module.unlink()
 
     def cmake(self):
         # Found without importing torch: the build needs its headers and libtorch_cpu.so only.
@@ -71,17 +101,20 @@ class CMakeBuild(build_ext):
             f"-DFASTFT_TORCH={torch}",
             f"-DFASTFT_NVCC={nvcc if cuda == '1' else ''}",
             f"-DFASTFT_HOSTCUDA={os.environ.get('FASTFT_HOSTCUDA', '0')}",
+            f"-DFASTFT_PYBIND11={pybind11()}",
+            f"-DFASTFT_PYTHON_INCLUDE={sysconfig.get_paths()['include']}",
+            f"-DFASTFT_EXT_SUFFIX={sysconfig.get_config_var('EXT_SUFFIX')}",
             f"-DCMAKE_INSTALL_PREFIX={self.destination()}",
         ]
         jobs = os.environ.get("FASTFT_JOBS", str(os.cpu_count() or 1))
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build), "-j", jobs], check=True)
         # A rebuild must not leave libraries of older sources behind, nor a failed one take away what worked.
-        shutil.rmtree(self.destination(), ignore_errors=True)
+        self.remove_old()
         subprocess.run(["cmake", "--install", str(build)], check=True)
 
     def get_outputs(self):
-        return [str(path) for path in self.destination().glob("*.so")] if not self.editable_mode else []
+        return [str(path) for path in (*self.destination().glob("*.so"), *self.runtimes())] if not self.editable_mode else []
 
     def get_output_mapping(self):
         return {}
@@ -93,8 +126,9 @@ class CMakeBuild(build_ext):
 setup(
     packages=find_namespace_packages(include=["fastft", "fastft.*"]),
     package_data={"": ["*.json", "*.csv"]},
-    # One extension stands for all libraries, so that wheels are platform wheels; any Python >= 3.10 loads them.
+    # One extension stands for all libraries, so that wheels are platform wheels. fastft._runtime makes them wheels of one
+    # Python: pybind11 has no stable ABI. Without it any Python >= 3.10 loads them.
     ext_modules=[Extension("fastft._native_libraries", [])] if why_not_native() is None else [],
     cmdclass={"build_ext": CMakeBuild},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if why_not_native() is None else {},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if why_not_native() is None and why_no_runtime() else {},
 )

@@ -6,7 +6,9 @@ library. ``FASTFT_CPU_ISA=default|avx2|avx512|avx512_bf16`` overrides the choice
 """
 
 import functools
+import importlib
 import os
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -86,6 +88,22 @@ def cuda_library() -> tuple[str | None, str | None]:
         return None, "no CUDA device"
     reason = _load("libfastft_cuda.so")
     return (None, reason) if reason else ("fastft_cuda", None)
+
+
+@functools.cache
+def runtime():
+    """(the module fastft._runtime, None), or (None, reason). Serving many adapters needs it, nothing else does."""
+    try:
+        return importlib.import_module("fastft._runtime"), None
+    except ModuleNotFoundError:
+        wanted = "a C++ compiler, cmake, ninja, pybind11 and Python's headers"
+        version = "{}.{}".format(*sys.version_info[:2])
+        return None, (
+            f"fastft._runtime is not built for Python {version} (pip install --no-build-isolation with {wanted}; "
+            "FASTFT_NATIVE=1 insists and says what is absent)"
+        )
+    except ImportError as error:
+        return None, f"fastft._runtime does not load: {error}"
 
 
 @contextmanager

@@ -40,6 +40,7 @@ def machine() -> dict[str, str]:
         "CPU library": namespace or f"none: {reason}",
         "threads": str(torch.get_num_threads()),
         "GPU": ", ".join(gpus) or "none",
+        "serving runtime": _native.runtime()[1] or "fastft._runtime",
         "CUDA library": _native.cuda_library()[0] or _library_state(),
     }
 
@@ -88,7 +89,7 @@ def _has_launcher(op):
 def lines(width: int = 120) -> list[str]:
     """The report as plain text of `width` columns."""
     out = ["  ".join(f"{k} {v}" for k, v in versions().items()), ""]
-    out += [f"{k + ':':14}{v}" for k, v in machine().items()]
+    out += [f"{k + ':':17}{v}" for k, v in machine().items()]
     rows = table()
     first = max(len(row["op"]) for row in rows) + 2
     column = max((width - first) // len(KERNEL_BACKENDS), 24)

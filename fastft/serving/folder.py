@@ -1,0 +1,56 @@
+"""The one folder that adapters are read from. Their names are keys, never paths."""
+
+import os
+import re
+from pathlib import Path
+
+from ..checkpoint.files import CONFIG
+from .requests import UnknownAdapter
+
+NAME = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
+
+
+class AdapterFolder:
+    """Folders of adapters under one root; symbolic links count where what they name lies under it too.
+
+    Args:
+        root: the folder; None has no adapters.
+
+    Raises:
+        FileNotFoundError: `root` is not a folder.
+    """
+
+    def __init__(self, root):
+        self.root = None if root is None else Path(os.path.realpath(root))
+        if self.root is not None and not self.root.is_dir():
+            raise FileNotFoundError(f"no adapter folder {str(root)!r}")
+
+    def path(self, name: str) -> Path:
+        """Where an adapter lies. Raises UnknownAdapter, also for what is no name and for what lies elsewhere."""
+        found = self._find(name)
+        if found is None:
+            raise UnknownAdapter(f"no adapter {name[:80]!r}")
+        return found
+
+    def __contains__(self, name: str) -> bool:
+        return self._find(name) is not None
+
+    def names(self) -> list[str]:
+        """All adapters, sorted."""
+        if self.root is None:
+            return []
+        with os.scandir(self.root) as entries:
+            return sorted(entry.name for entry in entries if self._find(entry.name) is not None)
+
+    def _find(self, name: str) -> Path | None:
+        if self.root is None or not NAME.fullmatch(name):
+            return None
+        try:
+            folder = Path(os.path.realpath(self.root / name, strict=True))
+            inside = [folder, *(Path(os.path.realpath(entry)) for entry in os.scandir(folder))]
+        except OSError:
+            return None
+        # Its files are checked too: a link among them could hand out what lies outside.
+        if not (folder / CONFIG).is_file() or not all(path.is_relative_to(self.root) for path in inside):
+            return None
+        return folder
