@@ -1,106 +1,100 @@
-"""Made-up adapters for tests of the memory, whose every byte tells which adapter and version it is of."""
+"""Adapters of every served kind in folders, with the dense float64 delta of each linear."""
 
-import hashlib
 import json
 
-import numpy
 import torch
+from safetensors.torch import save_file
 
-from fastft.ops.grouped import COLUMNS, ENTRIES, FIELDS, LOW_RANK, scale_bits
-from fastft.serving.packed import PackedAdapter
+import fastft
+from fastft.modules.merging import pristine
+from tests.methods.models import llama, randomize
 
-PAGE = 4096
-SITES = ("q", "o")
-
-
-class Site:
-    def __init__(self, name):
-        self.name = name
-
-
-def sites():
-    return [Site(name) for name in SITES]
-
-
-def write(root, name, *, version=0, pages=1, **more):
-    """A folder that `Packer` understands."""
-    folder = root / name
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"version": version, "pages": pages, **more})
-    (folder / "adapter_config.json").write_text(text)
-    return folder
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LORA = {
+    "lora": {"r": 3, "lora_alpha": 5, "target_modules": ALL},
+    "rslora": {"r": 16, "lora_alpha": 4, "use_rslora": True, "target_modules": ["q_proj", "v_proj", "down_proj"]},
+    "patterns": {
+        "r": 2,
+        "target_modules": [*ALL, "lm_head"],
+        "rank_pattern": {"k_proj": 5, "layers.1.mlp.up_proj": 7},
+        "alpha_pattern": {"o_proj": 11, "lm_head": 3},
+    },
+}
+S2FT = {
+    "columns": {"down_ratio": 0.3, "o_ratio": 0.5},
+    "rows": {"down_ratio": 0.0, "up_ratio": 0.3, "gate_ratio": 0.8, "v_ratio": 1.0},
+}
 
 
-def numbers(name, version, page, count):
-    """`count` float32 that no other adapter, version or page has."""
-    seed = int.from_bytes(hashlib.sha256(f"{name} {version} {page}".encode()).digest()[:8], "little")
-    return numpy.random.default_rng(seed).random(count, dtype=numpy.float32)
+def methods(model):
+    """Method by name, for a model of `models.llama`."""
+    found = {name: fastft.LoRA(**options) for name, options in LORA.items()}
+    found |= {name: fastft.S2FT(**options) for name, options in S2FT.items()}
+    found["spiel"] = fastft.SpIEL(density=0.1)
+    generator = torch.Generator().manual_seed(7)
+    shape = model.model.layers[1].mlp.down_proj.weight.shape
+    dense = torch.ones(shape, dtype=torch.bool)
+    masks = {"model.layers.1.mlp.down_proj": dense, "model.layers.0.self_attn.k_proj": torch.zeros(8, 16, dtype=torch.bool)}
+    masks["model.layers.0.self_attn.k_proj"][3, 15] = True
+    masks["model.layers.0.mlp.up_proj"] = (
+        torch.rand(model.model.layers[0].mlp.up_proj.weight.shape, generator=generator) < 0.2
+    )
+    found["mask"] = fastft.SparseMask(mask=masks)
+    return found
 
 
-class Packer:
-    """Packs adapters of whole pages: each begins with an int64 table of the element addresses of its rows of 16 float32.
-
-    The site "q" has one LOW_RANK piece over the tables of the first page and the last, "o" COLUMNS and ENTRIES. `reads` has
-    the names that were asked for, `fail` what is raised for a name, `hook` is called with it first.
-    """
-
-    ROWS = 8
-    WIDTH = 16
-
-    def __init__(self):
-        self.max_pieces = {"q": 1, "o": 2}
-        self.reads = []
-        self.fail = {}
-        self.hook = lambda name: None
-
-    def pack(self, folder, name):
-        self.reads.append(name)
-        self.hook(name)
-        if name in self.fail:
-            raise self.fail[name]
-        config = json.loads((folder / "adapter_config.json").read_text())
-        version, pages = config["version"], config["pages"]
-        blob = numpy.zeros((pages, PAGE // 8), dtype=numpy.int64)
-        runs = []
-        for page in range(pages):
-            blob[page].view(numpy.float32)[:] = numbers(name, version, page, PAGE // 4)
-            # The rows lie behind the table, row r at element first + r * WIDTH of the blob.
-            first = page * (PAGE // 4) + self.ROWS * 2
-            blob[page, : self.ROWS] = first + self.WIDTH * numpy.arange(self.ROWS)
-            runs.append((page * (PAGE // 8), self.ROWS, 1, 4))
-        left, right = 0, (pages - 1) * (PAGE // 8)
-        scale = scale_bits(version + 0.5)
-        pieces = {
-            "q": numpy.array([[LOW_RANK, self.ROWS, left, right, 0, self.WIDTH, 0, self.WIDTH, 0, scale]]),
-            "o": numpy.array(
-                [
-                    [COLUMNS, self.ROWS, left, right, 0, self.WIDTH, 0, self.WIDTH, 0, scale],
-                    [ENTRIES, 1, right, 12345, 0, self.WIDTH, 0, self.WIDTH, 0, scale],
-                ]
-            ),
-        }
-        assert pieces["q"].shape[1] == len(FIELDS)
-        digest = digest_of(name, version)
-        widths = {"q": self.ROWS, "o": 0}
-        return PackedAdapter(name, digest, torch.from_numpy(blob.view(numpy.uint8).ravel()), pieces, runs, widths)
+@fastft.testing.use("reference")  # the only one that knows float64
+def write(folder, method, make=llama, absolute=False, seed=3, dtype=torch.float64):
+    """Saves an adapter of random values; returns {module: its delta, float64 [N, K]}."""
+    model = make().to(dtype)
+    handle = fastft.attach(model, method)
+    randomize(handle, seed=seed)
+    deltas = deltas_of(handle)
+    handle.save(folder, absolute=absolute)
+    return deltas
 
 
-def digest_of(name, version):
-    return hashlib.sha256(f"{name} {version}".encode()).hexdigest()
+def deltas_of(handle):
+    deltas = {}
+    handle.unmerge()  # what was changed in place is written when it is merged again
+    handle.merge()
+    for name, module in handle.targets.items():
+        delta = module.weight.detach().double() - pristine(module, "weight").detach().double()
+        deltas[name] = delta.t() if module.fan_in_fan_out else delta
+    return deltas
 
 
-def check_content(memory, slot, name, version, pages):
-    """Reads a slot as a kernel would, through pieces and tables, and compares it with what that version must be."""
-    store, offsets = memory.store.cpu().numpy(), memory.offsets.cpu().numpy()
-    q, o = memory.pieces["q"][slot].tolist(), memory.pieces["o"][slot].tolist()
-    scale = scale_bits(version + 0.5)
-    rest = [0, Packer.WIDTH, 0, Packer.WIDTH, 0, scale]
-    assert [piece[0] for piece in (*q, *o)] == [LOW_RANK, COLUMNS, ENTRIES]
-    assert all(piece[4:] == rest for piece in (*q, *o))
-    assert q[0][1:4] == o[0][1:4] and o[1][2] == q[0][3] and o[1][3] == 12345
-    for table, page in ((q[0][2], 0), (q[0][3], pages - 1)):
-        wanted = numbers(name, version, page, PAGE // 4)[Packer.ROWS * 2 :]
-        for row, at in enumerate(offsets[table : table + Packer.ROWS].tolist()):
-            numpy.testing.assert_array_equal(
-                store[at : at + Packer.WIDTH], wanted[row * Packer.WIDTH : (row + 1) * Packer.WIDTH], f"{name} {version}"
-            )
+@fastft.testing.use("reference")
+def write_lift(folder, make=llama):
+    """LIFT after a choice, so that entries which do not train any more keep what they have learnt."""
+    model = make().double()
+    handle = fastft.attach(model, fastft.LIFT(density=0.1, filter_rank=2, update_interval=1))
+    optimizer = handle.optimizer(lr=0.1)
+    for step in range(3):
+        for number, parameter in enumerate(handle.parameters()):
+            generator = torch.Generator().manual_seed(100 * step + number)
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter)
+        optimizer.step()
+        handle.step()
+        with torch.no_grad():  # otherwise the same entries are the largest again
+            for module in handle.targets.values():
+                module.sparse["default"].delta.mul_(-1)
+    randomize(handle)
+    handle.save(folder)
+    assert any(module.sparse["default"].kept is not None for module in handle.targets.values())
+    return deltas_of(handle)
+
+
+def write_sft(folder, name="model.layers.0.self_attn.o_proj", shape=(16, 16)):
+    """As the SpIEL authors' fork of PEFT writes it."""
+    generator = torch.Generator().manual_seed(2)
+    values = torch.randn(9, generator=generator)
+    index = torch.randperm(shape[0] * shape[1], generator=generator)[:9].int()
+    folder.mkdir()
+    key = f"base_model.model.{name}.sft_delta"
+    save_file({f"{key}.values": values, f"{key}.indices": index}, folder / "adapter_model.safetensors")
+    config = {"peft_type": "SFT", "num_deltas": {name: 9}}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    delta = torch.zeros(shape, dtype=torch.float64)
+    delta.view(-1)[index.long()] = values.double()
+    return {name: delta}
