@@ -12,6 +12,21 @@ from fastft.checkpoint.files import AdapterFileError
 from fastft.serving.requests import EngineStopped, QueueFull, Request, Sampling, UnknownAdapter
 
 
+class ByteTokenizer:
+    """A token is a byte."""
+
+    chat_template = None
+
+    def __len__(self):
+        return 256
+
+    def __call__(self, text, **_):
+        return {"input_ids": list(text.encode())}
+
+    def decode(self, ids, **_):
+        return bytes(ids).decode(errors="replace")
+
+
 class FakeMemory:
     def __init__(self, names):
         self._names, self.loaded, self.pinned, self.calls = list(names), set(), set(), []
