@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..ops.grouped import grouped_expand_, grouped_shrink
+from ..ops.registry import conditions
 from .adapted_linear import Adapted, features
 from .packed import into_one, packing_obstacle, shares_memory
 
@@ -57,10 +58,11 @@ class Site:
 class BatchRoute:
     """Which adapters the rows of the running batch have, for all sites that see these rows."""
 
-    __slots__ = ("active", "assignments", "rows", "segments", "step")
+    __slots__ = ("active", "assignments", "conditions", "rows", "segments", "step")
 
     def __init__(self):
         self.active, self.segments, self.assignments, self.rows, self.step = False, None, None, 0, 0
+        self.conditions: tuple | None = None
 
     def set(self, segments, assignments, active: bool, rows: int) -> None:
         """Before each forward.
@@ -73,6 +75,7 @@ class BatchRoute:
         """
         self.segments, self.assignments, self.active, self.rows = segments, assignments, active, rows
         self.step += 1
+        self.conditions = conditions() if active else None
 
 
 class RoutedSite:
@@ -81,6 +84,7 @@ class RoutedSite:
     __slots__ = (
         *("site", "modules", "route", "weight", "bias", "sizes", "waiting", "warned", "in_features", "out_features", "name"),
         *("store", "offsets", "columns", "pieces", "widths", "side", "fork", "join", "overlap_rows"),
+        *("conditions", "dtype", "ops"),
     )
 
     def __init__(self, site: Site, modules: list[nn.Module], route: BatchRoute):
@@ -88,7 +92,9 @@ class RoutedSite:
         self.in_features, self.out_features = site.in_features, site.out_features
         self.sizes = [width for _, _, width in site.outputs]
         self.weight = self.bias = self.waiting = self.side = None
-        self.store = self.offsets = self.columns = self.pieces = self.widths = None
+        self.store = self.offsets = self.columns = self.pieces = None
+        self.widths: dict[str, int | None] = {}
+        self.conditions = self.dtype = self.ops = None
         self.warned, self.overlap_rows = False, 0
         if len(modules) > 1:
             self.pack()
@@ -143,40 +149,59 @@ class RoutedSite:
 
     def adapted(self, member, x):
         """The base's output on x (`member`'s own, or that of the packed weights) with what the adapters add."""
-        route = self.route
-        width = None if self.widths is None else self.widths.get(self.name)
+        route, width = self.route, self.widths.get(self.name)
+        if width is None:  # nothing in memory adds anything here
+            return self._base(member, x)
         rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         if rows.stride(1) != 1:
             rows = rows.contiguous()
-        if width is None:  # nothing in memory adds anything here
-            return self._base(member, x)
-        if rows.shape[0] != route.rows:
+        count = rows.shape[0]
+        if count != route.rows:
             raise RuntimeError(
-                f"{self.name} got {rows.shape[0]} rows, but the batch's route has {route.rows}, so nobody knows whose they "
-                "are: adapters on layers that see other rows than the batch's tokens (experts, encoders) can't be served"
+                f"{self.name} got {count} rows, but the batch's route has {route.rows}, so nobody knows whose they are: "
+                "adapters on layers that see other rows than the batch's tokens (experts, encoders) can't be served"
             )
-        plan = (self.store, self.offsets, self.pieces, route.segments, route.assignments, 1, width)
-        if rows.shape[0] <= self.overlap_rows:
-            y, s = self._beside(member, x, rows, plan)
+        where = self.store, self.offsets
+        batch = self.pieces, route.segments, route.assignments
+        if route.conditions is None or route.conditions != self.conditions or rows.dtype is not self.dtype:
+            self._choose_ops(rows, width)
+        shrink, expand = self.ops
+        if count <= self.overlap_rows:
+            y, s = self._beside(member, x, shrink, (rows, *where, *batch, 1, width))
         else:
-            y, s = self._base(member, x), grouped_shrink(rows, *plan) if width else None
+            y = self._base(member, x)
+            s = shrink(rows, *where, *batch, 1, width)
         if y.dtype is not rows.dtype:  # under autocast, or of a quantised layer
             rows = rows.to(y.dtype)
-            s = grouped_shrink(rows, *plan)
-        if s is None:
-            s = rows.new_empty((len(route.assignments), 0), dtype=torch.float32)
+            self._choose_ops(rows, width)
+            shrink, expand = self.ops
+            s = shrink(rows, *where, *batch, 1, width)
         out = y if y.dim() == 2 else y.view(-1, self.out_features)
-        grouped_expand_(
-            *(out, rows, s, self.store, self.offsets, self.columns, self.pieces, route.segments, route.assignments, None, 1)
-        )
+        expand(out, rows, s, *where, self.columns, *batch, None, 1)
         return y
+
+    def _choose_ops(self, rows, width) -> None:
+        """What runs the ops; the same in every step, until the dtype changes or somebody forces or records backends."""
+        route = self.route
+        if route.conditions is None:
+            self.ops, self.conditions = (grouped_shrink if width else self._nothing, grouped_expand_), None
+            return
+        s = rows.new_empty((0, width), dtype=torch.promote_types(rows.dtype, torch.float32))
+        where, batch = (self.store, self.offsets), (self.pieces, route.segments, route.assignments)
+        expand = grouped_expand_.direct(rows, rows, s, *where, self.columns, *batch, None, 1)
+        shrink = grouped_shrink.direct(rows, *where, *batch, 1, width) if width else self._nothing
+        self.ops, self.conditions, self.dtype = (shrink, expand), route.conditions, rows.dtype
+
+    def _nothing(self, rows, *args):
+        """Where no adapter in memory has low-rank factors or rows."""
+        return rows.new_empty((len(self.route.assignments), 0), dtype=torch.promote_types(rows.dtype, torch.float32))
 
     def _base(self, member, x):
         if member is None:
             return F.linear(x, self.weight, self.bias)
         return member.plain.forward(member, x)
 
-    def _beside(self, member, x, rows, plan):
+    def _beside(self, member, x, shrink, plan):
         """The shrink on a stream of its own while the base GEMM runs; both have ended for what follows. A CUDA graph takes
         this as a fork and a join. What the side stream allocates is used by this thread's stream alone, and that is waited
         for before the side stream's next work, so memory is never reused too early."""
@@ -184,7 +209,7 @@ class RoutedSite:
         self.fork.record(now)
         side.wait_event(self.fork)
         with torch.cuda.stream(side):
-            s = grouped_shrink(rows, *plan)
+            s = shrink(*plan)
             self.join.record(side)
         y = self._base(member, x)
         now.wait_event(self.join)

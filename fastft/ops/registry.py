@@ -68,6 +68,9 @@ class ReferenceBackend:
         with without_autocast(_device_type(args)):
             return op.reference(*args), None
 
+    def function(self, op):
+        return lambda *args: self.run(op, args)[0]
+
 
 class NativeBackend:
     """Implementations compiled from csrc, found by asking the dispatcher, so that nothing is listed twice."""
@@ -89,11 +92,16 @@ class NativeBackend:
 
     def run(self, op, args):
         namespace, _ = self.library()
-        overload = self._overloads.get((namespace, op.name))
+        return self._overload(namespace, op.name)(*args), namespace
+
+    def function(self, op):
+        return self._overload(self.library()[0], op.name)
+
+    def _overload(self, namespace, name):
+        overload = self._overloads.get((namespace, name))
         if overload is None:
-            overload = getattr(getattr(torch.ops, namespace), op.name).default
-            self._overloads[namespace, op.name] = overload
-        return overload(*args), namespace
+            overload = self._overloads[namespace, name] = getattr(getattr(torch.ops, namespace), name).default
+        return overload
 
 
 class TritonBackend:
@@ -115,10 +123,14 @@ class TritonBackend:
     def __init__(self):
         self._launchers: dict[str, Any] = {}
 
-    def run(self, op, args):
+    def function(self, op):
         launcher = self._launchers.get(op.name)
         if launcher is None:
             launcher = self._launchers[op.name] = getattr(self.module(op), op.name)
+        return launcher
+
+    def run(self, op, args):
+        launcher = self.function(op)
         if _calls.get() is None:  # nobody asks which configuration it is
             return launcher(*args), None
         config = self.module(op).config_for(op.name, *args)
@@ -200,7 +212,13 @@ class Op:
             reason = self.unsupported[backend](*args)
         return reason
 
-    def _run(self, *args):
+    def direct(self, *args):
+        """The function that calls with arguments of these dtypes and devices run, past the registry: for a caller that makes
+        many in a row (3 us of the registry's own each). It is that function while `conditions()` is what it was."""
+        backend = BACKENDS[self._choose(args)]
+        return backend.function(self) if hasattr(backend, "function") else self
+
+    def _choose(self, args) -> str:
         device, forced = _device_type(args), _forced.get()
         if forced is not None and forced not in BACKENDS:
             raise BackendError(f"unknown backend {forced!r}; known: {', '.join(sorted(BACKENDS))}")
@@ -216,11 +234,20 @@ class Op:
             raise BackendError(f"fastft::{self.name} cannot run on {_describe(args)}. {listed}")
         if reasons and backend == "reference":
             _fell_back(self.name, reasons, args)
+        return backend
+
+    def _run(self, *args):
+        backend = self._choose(args)
         result, config = BACKENDS[backend].run(self, args)
         calls = _calls.get()
         if calls is not None:
             calls.append(Call(self.name, backend, config))
         return result
+
+
+def conditions() -> tuple | None:
+    """What the choice of a backend depends on besides an op's arguments; None while launches are recorded."""
+    return None if _calls.get() is not None else (_forced.get(), _native.cpu_library()[0])
 
 
 # What `Op` takes past the dispatcher, beside lists of integers: no tensor subclass, whose dispatch is its own.

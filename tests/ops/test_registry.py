@@ -140,3 +140,25 @@ def test_a_new_op_needs_no_existing_file():
     finally:
         del registry.OPS["fastft_test_scale"]
     assert "fastft_test_scale" not in fastft.testing.available("cpu")
+
+
+def test_the_function_behind_an_op():
+    """What `direct` gives computes the same, and tells by `conditions` when it must be asked for again."""
+    x, a = torch.randn(3, 8), torch.randn(2, 8)
+    args = (x, a, [2], 0.0, None)
+    op = registry.OPS["lora_shrink"]
+    want, plain = op(*args)[0], registry.conditions()
+    assert torch.equal(op.direct(*args)(*args)[0], want) and op.direct(*args) is op.direct(*args)
+    with use("reference"):
+        assert registry.conditions() != plain
+        with record() as calls:
+            assert registry.conditions() is None
+            reference = op.direct(*args)(*args)[0]
+    assert not calls  # past the registry
+    torch.testing.assert_close(reference, want)
+    with fastft.testing.cpu_isa("default"):
+        assert registry.conditions() != plain
+        assert op.direct(*args) is not None
+    assert registry.conditions() == plain
+    with use("triton"), pytest.raises(BackendError, match=r"lora_shrink cannot run on .*float64"):
+        op.direct(x.double(), a.double(), [2], 0.0, None)
