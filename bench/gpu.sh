@@ -149,7 +149,7 @@ dtypes_of() {
 }
 
 # On an H100 about 60 s for lora (5 implementations of 4 layers, 2 dtypes, with and without dropout), less for dora. On an
-# H200 100 s for sparse, of which a case takes 2 to 8 s, and 120 s for selection, for its exact SVDs of 1.1 s.
+# H200 2 to 8 s for each of 21 cases of sparse, and some 120 s for selection, of which an exact SVD takes 1.1 s.
 stage_bench() {
     local family dtypes
     for family in ${FAMILIES:-$MEASURED}; do
