@@ -35,37 +35,43 @@ class FakeMemory:
     def names(self):
         return list(self._names)
 
-    def _known(self, name):
-        if name not in self._names:
-            raise UnknownAdapter(f"no adapter {name!r}")
+    def __contains__(self, name):
+        return name in self._names
+
+    def state(self, name):
+        return "on_device" if name in self.loaded else "on_disk"
+
+    def residents(self):
+        return [
+            types.SimpleNamespace(name=name, digest="d" * 64, bytes=4096, leases=0, pinned=name in self.pinned)
+            for name in self.loaded
+        ]
 
     def error(self, name):
         return self.broken.get(name)
 
     def load(self, name, timeout):
-        self._known(name)
         self.calls.append(("load", name, timeout))
         if name in self.broken:
             raise AdapterFileError(self.broken[name])
         self.loaded.add(name)
+        return "d" * 64
 
     def unload(self, name, timeout):
-        self._known(name)
         if name in self.pinned:
             raise TimeoutError(f"{name} is still used after {timeout} s")
         self.loaded.discard(name)
         return 4096
 
-    def update(self, name):
-        self._known(name)
-        self.calls.append(("update", name))
+    def update(self, name, timeout):
+        self.calls.append(("update", name, timeout))
+        return "e" * 64
 
-    def pin(self, name):
-        self._known(name)
+    def pin(self, name, timeout):
         self.pinned.add(name)
+        return self.load(name, timeout)
 
     def unpin(self, name):
-        self._known(name)
         self.pinned.discard(name)
 
     def stats(self):

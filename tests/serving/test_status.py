@@ -100,12 +100,13 @@ def test_admin(engine):
 
     assert act("load", timeout=5)["action"] == "load" and engine.adapters.calls == [("load", "math", 5.0)]
     listed = http.get("/admin/adapters", headers=key).json()
-    assert [one["name"] for one in listed["adapters"]] == ["code", "math"] and listed["memory"]["slots"] == 4
-    act("pin")
+    assert [(one["name"], one["state"]) for one in listed["adapters"]] == [("code", "on_disk"), ("math", "on_device")]
+    assert listed["adapters"][1]["device_bytes"] == 4096 and listed["memory"]["slots"] == 4
+    assert act("pin")["digest"] == "d" * 64
     assert act("unload", status=409)["error"]["code"] == "timeout"
     act("unpin")
     assert act("unload")["freed_bytes"] == 4096
-    act("update")
+    assert act("update")["digest"] == "e" * 64
     assert act("load", name="none", status=404)["error"]["code"] == "adapter_not_found"
     engine.adapters.broken["code"] = "2 tensors are of the wrong shape"
     assert "wrong shape" in act("load", name="code", status=422)["error"]["message"]

@@ -22,6 +22,11 @@ Timeout = Annotated[float, Query(ge=0, le=600, description="Seconds to wait at m
 
 class AdapterState(BaseModel):
     name: str
+    state: str
+    digest: str | None = None
+    device_bytes: int = 0
+    requests: int = 0
+    pinned: bool = False
     error: str | None
 
 
@@ -34,6 +39,7 @@ class Done(BaseModel):
     name: str
     action: str
     seconds: float
+    digest: str | None = None
     freed_bytes: int | None = None
 
 
@@ -43,71 +49,76 @@ def router(service: Service) -> APIRouter:
     threads = anyio.CapacityLimiter(_SIDE_THREADS)
     described = responses(404, 409, 503)
 
-    async def in_thread(work: Callable, *arguments: Any) -> Any:
+    async def in_thread(work: Callable) -> Any:
         if memory is None:
             raise ApiError(404, "no_adapters", "The server was started without adapters; give it --adapters FOLDER.")
-        return await anyio.to_thread.run_sync(lambda: work(*arguments), limiter=threads)
+        return await anyio.to_thread.run_sync(work, limiter=threads)
 
-    async def act(action: str, name: str, work: Callable, *arguments: Any) -> dict[str, Any]:
+    def known(work: Callable, name: str, *arguments: Any) -> Any:
+        if name not in memory and memory.state(name) == "on_disk":
+            raise UnknownAdapter(f"no adapter {name!r}")
+        return work(name, *arguments)
+
+    async def act(action: str, name: str, *arguments: Any) -> dict[str, Any]:
         begun = time.monotonic()
         try:
-            result = await in_thread(work, name, *arguments)
-        except UnknownAdapter as error:
-            raise ApiError(404, "adapter_not_found", f"{error}. GET /admin/adapters lists those of the folder.") from error
-        except TimeoutError as error:
-            raise ApiError(
-                409, "timeout", f"{action} {name} did not finish in time: {error}. It can be repeated."
-            ) from error
-        except AdapterFileError as error:
-            raise ApiError(
-                422, "invalid_adapter", f"{error}. Put a right file in its place, then {action} it again."
-            ) from error
-        except FileNotFoundError as error:
-            raise ApiError(404, "adapter_not_found", str(error)) from error
-        except (MemoryError, RuntimeError, ValueError) as error:
-            raise ApiError(409, f"{action}_failed", f"{action} {name}: {error}") from error
-        freed = result if action == "unload" else None
-        return {"name": name, "action": action, "seconds": round(time.monotonic() - begun, 3), "freed_bytes": freed}
+            result = await in_thread(lambda: known(getattr(memory, action), name, *arguments))
+        except Exception as error:
+            raise _refusal(action, error) from error
+        done = {"freed_bytes": result} if action == "unload" else {"digest": result}
+        return {"name": name, "action": action, "seconds": round(time.monotonic() - begun, 3), **done}
 
     @routes.get("", response_model=AdapterList, responses=described)
     async def adapters():
-        """Every adapter of the folder with why its last load failed, and the memory's numbers."""
-
-        def read():
-            names = sorted(memory.names())
-            return {
-                "adapters": [{"name": name, "error": _text(memory.error(name))} for name in names],
-                "memory": memory.stats(),
-            }
-
-        return await in_thread(read)
+        """Every adapter of the folder and of the memory, and the memory's numbers."""
+        return await in_thread(lambda: _listed(memory))
 
     @routes.post("/{name}/load", response_model=Done, responses=described)
     async def load(name: Name, timeout: Timeout = 60.0):
         """Bring it into device memory before the first request asks for it."""
-        return await act("load", name, memory and memory.load, timeout)
+        return await act("load", name, timeout)
 
     @routes.post("/{name}/unload", response_model=Done, responses=described)
     async def unload(name: Name, timeout: Timeout = 60.0):
         """Wait for its running requests, free its memory, and say how many bytes that were."""
-        return await act("unload", name, memory and memory.unload, timeout)
+        return await act("unload", name, timeout)
 
     @routes.post("/{name}/update", response_model=Done, responses=described)
-    async def update(name: Name):
+    async def update(name: Name, timeout: Timeout = 60.0):
         """Read its folder again. Running requests finish on the old version, new ones get the new."""
-        return await act("update", name, memory and memory.update)
+        return await act("update", name, timeout)
 
     @routes.post("/{name}/pin", response_model=Done, responses=described)
-    async def pin(name: Name):
-        """Keep it in memory, however long nobody asks for it."""
-        return await act("pin", name, memory and memory.pin)
+    async def pin(name: Name, timeout: Timeout = 60.0):
+        """Load it and keep it in device memory, however long nobody asks for it."""
+        return await act("pin", name, timeout)
 
     @routes.post("/{name}/unpin", response_model=Done, responses=described)
     async def unpin(name: Name):
-        return await act("unpin", name, memory and memory.unpin)
+        return await act("unpin", name)
 
     return routes
 
 
-def _text(error: Any) -> str | None:
-    return None if error is None else str(error)
+def _listed(memory: Any) -> dict[str, Any]:
+    loaded = {one.name: one for one in memory.residents()}
+    adapters = []
+    for name in sorted({*memory.names(), *loaded}):
+        entry = {"name": name, "state": memory.state(name), "error": memory.error(name)}
+        if (one := loaded.get(name)) is not None:
+            entry |= {"digest": one.digest, "device_bytes": one.bytes, "requests": one.leases, "pinned": one.pinned}
+        adapters.append(entry)
+    return {"adapters": adapters, "memory": memory.stats()}
+
+
+def _refusal(action: str, error: Exception) -> Exception:
+    """As an answer, what the memory says of what it can't do; anything else is an error of the server's own."""
+    if isinstance(error, UnknownAdapter | FileNotFoundError):
+        return ApiError(404, "adapter_not_found", f"{error}. GET /admin/adapters lists those that there are.")
+    if isinstance(error, TimeoutError):
+        return ApiError(409, "timeout", f"{error}. Ask again, or with a larger timeout.")
+    if isinstance(error, AdapterFileError):
+        return ApiError(422, "invalid_adapter", f"{error}. Replace the file, then {action} it again.")
+    if isinstance(error, RuntimeError | ValueError):
+        return ApiError(409, f"{action}_failed", f"{error}.")
+    return error
