@@ -107,8 +107,16 @@ def _read_weights(folder: Path, expected: Shapes, max_bytes: int | None) -> dict
         tensors = {key: tensor for key, tensor in load(data).items() if not _DUPLICATE.search(key)}
     except SafetensorError as error:
         raise AdapterFileError(f"{path} is damaged ({size} bytes): {error!r}") from error
-    _refuse(path, "not finite", [key for key, tensor in tensors.items() if not tensor.isfinite().all()])
+    _refuse(path, "not finite", [key for key, tensor in tensors.items() if not _finite(tensor)])
     return tensors
+
+
+def _finite(tensor) -> bool:
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(
+        math.isfinite(end) for end in torch.stack(tensor.aminmax()).tolist()
+    )  # NaN is both; a tenth of isfinite's time
 
 
 def _header(file, size: int) -> bytes:

@@ -9,6 +9,7 @@ known by the names of their classes, so that none is imported here:
 """
 
 import copy
+import functools
 import sys
 
 import torch
@@ -19,15 +20,28 @@ _BITSANDBYTES = {"Linear4bit": "4-bit", "Linear8bitLt": "8-bit"}
 
 def quantization(module: nn.Module) -> str | None:
     """How the weight of this linear layer is quantised, in words, or None if it is not (or not a linear layer)."""
-    weight = module._parameters.get("weight")
-    for cls in type(module).__mro__:
-        if _library(cls) == "bitsandbytes" and cls.__name__ in _BITSANDBYTES:
-            return f"bitsandbytes {_BITSANDBYTES[cls.__name__]}"
-        if cls.__name__.endswith("QuantLinear") and isinstance(getattr(module, "qweight", None), torch.Tensor):
-            return f"{_library(cls)} {cls.__name__}"
-        if cls is nn.Linear and weight is not None and _library(type(weight)) == "torchao":
+    for known, kind in _kinds(type(module)):
+        if known == "class":
+            return kind
+        if known == "codes" and isinstance(getattr(module, "qweight", None), torch.Tensor):
+            return kind
+        if known == "weight" and _library(type(weight := module._parameters.get("weight"))) == "torchao":
             return f"torchao {type(weight).__name__}"
     return None
+
+
+@functools.cache  # of a layer it is asked many times when an adapter is loaded: 50 us each without this
+def _kinds(cls: type) -> tuple[tuple[str, str | None], ...]:
+    """What a class says: that it is a quantised layer, or where to look."""
+    kinds: list[tuple[str, str | None]] = []
+    for base in cls.__mro__:
+        if _library(base) == "bitsandbytes" and base.__name__ in _BITSANDBYTES:
+            kinds.append(("class", f"bitsandbytes {_BITSANDBYTES[base.__name__]}"))
+        if base.__name__.endswith("QuantLinear"):
+            kinds.append(("codes", f"{_library(base)} {base.__name__}"))
+        if base is nn.Linear:
+            kinds.append(("weight", None))
+    return tuple(kinds)
 
 
 def _library(cls: type) -> str:

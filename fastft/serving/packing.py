@@ -132,19 +132,19 @@ def _add(layout: Layout, place, method, name, module, tensors) -> None:
 
 def _entries(module, tensors):
     """(starts [N + 1], columns, deltas) of the delta [N, K], whatever way the weight is stored."""
-    shape = stored_shape(module)
-    flat, deltas = [], []
+    shape, found = stored_shape(module), []
     for index, value in (("index", "delta" if "delta" in tensors else "value"), ("kept_index", "kept_delta")):
-        if index not in tensors:
-            continue
-        entries = unpack_index(tensors[index], shape)
-        delta = tensors[value]
-        if value == "value":  # the weight's own is subtracted in float32: what is left has its rounding, 2⁻²⁴ of the value
-            base = pristine(module, "weight").detach()[entries.rows(), entries.columns.long()]
-            delta = delta.float() - base.cpu().float()
-        flat.append(entries.flat())
-        deltas.append(delta)
-    flat, deltas = torch.cat(flat), torch.cat(deltas)
+        if index in tensors:
+            entries, delta = unpack_index(tensors[index], shape), tensors[value]
+            if value == "value":  # the weight's own is subtracted in float32, which rounds by 2⁻²⁴ of the value
+                base = pristine(module, "weight").detach()[entries.rows(), entries.columns.long()]
+                delta = delta.float() - base.cpu().float()
+            found.append((entries, delta))
+    if len(found) == 1 and not is_transposed(module):
+        ((entries, delta),) = found
+        return entries.starts, entries.columns, delta
+    flat = torch.cat([entries.flat() for entries, _ in found])
+    deltas = torch.cat([delta for _, delta in found])
     if is_transposed(module):
         shape, flat = shape[::-1], flat % shape[1] * shape[0] + flat // shape[1]
     order = flat.argsort()
