@@ -166,16 +166,16 @@ class RoutedSite:
         if route.conditions is None or route.conditions != self.conditions or rows.dtype is not self.dtype:
             self._choose_ops(rows, width)
         shrink, expand = self.ops
-        if count <= self.overlap_rows:
+        if count <= self.overlap_rows and width:
             y, s = self._beside(member, x, shrink, (rows, *where, *batch, 1, width))
         else:
             y = self._base(member, x)
-            s = shrink(rows, *where, *batch, 1, width)
+            s = shrink(rows, *where, *batch, 1, width) if width else self._no_sums(rows)
         if y.dtype is not rows.dtype:  # under autocast, or of a quantised layer
             rows = rows.to(y.dtype)
             self._choose_ops(rows, width)
             shrink, expand = self.ops
-            s = shrink(rows, *where, *batch, 1, width)
+            s = shrink(rows, *where, *batch, 1, width) if width else self._no_sums(rows)
         out = y if y.dim() == 2 else y.view(-1, self.out_features)
         expand(out, rows, s, *where, self.columns, *batch, None, 1)
         return y
@@ -184,17 +184,18 @@ class RoutedSite:
         """What runs the ops; the same in every step, until the dtype changes or somebody forces or records backends."""
         route = self.route
         if route.conditions is None:
-            self.ops, self.conditions = (grouped_shrink if width else self._nothing, grouped_expand_), None
+            self.ops, self.conditions = (grouped_shrink, grouped_expand_), None
             return
         s = rows.new_empty((0, width), dtype=torch.promote_types(rows.dtype, torch.float32))
         where, batch = (self.store, self.offsets), (self.pieces, route.segments, route.assignments)
         expand = grouped_expand_.direct(rows, rows, s, *where, self.columns, *batch, None, 1)
-        shrink = grouped_shrink.direct(rows, *where, *batch, 1, width) if width else self._nothing
-        self.ops, self.conditions, self.dtype = (shrink, expand), route.conditions, rows.dtype
+        self.ops = grouped_shrink.direct(rows, *where, *batch, 1, width), expand
+        self.conditions, self.dtype = route.conditions, rows.dtype
 
-    def _nothing(self, rows, *args):
-        """Where no adapter in memory has low-rank factors or rows."""
-        return rows.new_empty((len(self.route.assignments), 0), dtype=torch.promote_types(rows.dtype, torch.float32))
+    def _no_sums(self, rows):
+        """S where no adapter in memory has low-rank factors or rows."""
+        shape = len(self.route.assignments), 0
+        return rows.new_empty(shape, dtype=torch.promote_types(rows.dtype, torch.float32))
 
     def _base(self, member, x):
         if member is None:
