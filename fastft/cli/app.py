@@ -1,4 +1,5 @@
-"""The commands of `fastft` as a typer application. The options of `train` are the fields of `TrainConfig`."""
+"""The commands of `fastft` as a typer application. The options of `train` and `serve` are the fields of
+their configurations."""
 
 from __future__ import annotations
 
@@ -12,9 +13,10 @@ import typer
 
 from .config import TrainConfig, make_config
 from .errors import UserError
+from .serve_config import ServeConfig, make_serve_config
 
 app = typer.Typer(
-    help="Fine-tune language models with fast kernels.",
+    help="Fine-tune language models with fast kernels, and serve many adapters on one base model.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -40,27 +42,16 @@ def train(config: str | None, resume: bool, overwrite: bool, dry_run: bool, **op
         run(make_config(options, config), resume=resume, overwrite=overwrite, dry_run=dry_run)
 
 
-def _train_signature() -> inspect.Signature:
-    """`train`'s options: the run's own switches, then every field of TrainConfig, None where the user gave nothing."""
+def _signature(config: type, switches: dict[str, tuple[Any, Any, Any]]) -> inspect.Signature:
+    """A command's options: its switches (type, default, option by name), then the fields of its configuration, None where
+    the user gave nothing."""
 
     def parameter(name: str, kind: Any, default: Any, option: Any) -> inspect.Parameter:
         return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
 
-    parameters = [
-        parameter("config", str | None, None, typer.Option(help="YAML file of the options below; options given here win.")),
-        parameter("resume", bool, False, typer.Option("--resume", help="Continue from OUT's last checkpoint.")),
-        parameter("overwrite", bool, False, typer.Option("--overwrite", help="Replace an earlier run in OUT.")),
-        parameter(
-            "dry_run",
-            bool,
-            False,
-            typer.Option(
-                "--dry-run", help="Print trainable parameters, memory estimate and matched modules; train nothing."
-            ),
-        ),
-    ]
-    kinds = typing.get_type_hints(TrainConfig)
-    for field in dataclasses.fields(TrainConfig):
+    parameters = [parameter(name, *switch) for name, switch in switches.items()]
+    kinds = typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
         kind = kinds[field.name]
         required = field.default is dataclasses.MISSING
         default = "" if required or field.default is None else f" [default: {field.default}]"
@@ -69,14 +60,47 @@ def _train_signature() -> inspect.Signature:
     return inspect.Signature(parameters)
 
 
-train.__signature__ = _train_signature()  # type: ignore[attr-defined]
-train.__annotations__ = {p.name: p.annotation for p in train.__signature__.parameters.values()}
-app.command(
-    "train",
-    help="Fine-tune a causal language model on JSON lines, with low-rank adapters (--method lora) or by training a few of "
+def _add_command(function: Any, signature: inspect.Signature, help: str) -> None:
+    function.__signature__ = signature
+    function.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+    app.command(function.__name__, help=help)(function)
+
+
+_add_command(
+    train,
+    _signature(
+        TrainConfig,
+        {
+            "config": (str | None, None, typer.Option(help="YAML file of the options below; options given here win.")),
+            "resume": (bool, False, typer.Option("--resume", help="Continue from OUT's last checkpoint.")),
+            "overwrite": (bool, False, typer.Option("--overwrite", help="Replace an earlier run in OUT.")),
+            "dry_run": (
+                bool,
+                False,
+                typer.Option(
+                    "--dry-run", help="Print trainable parameters, memory estimate and matched modules; train nothing."
+                ),
+            ),
+        },
+    ),
+    "Fine-tune a causal language model on JSON lines, with low-rank adapters (--method lora) or by training a few of "
     "its channels and heads (--method s2ft) or single entries of its weights (--method spiel, lift) in place; the adapter "
     "goes to OUT/adapter.",
-)(train)
+)
+
+
+def serve(**options: Any) -> None:
+    from .serve import run
+
+    with _friendly(interrupted="stopped"):
+        run(make_serve_config(options))
+
+
+_add_command(
+    serve,
+    _signature(ServeConfig, {}),
+    "Serve a base model and its adapters, all in one batch, through OpenAI's HTTP interface.",
+)
 
 
 @app.command(help="Fold an adapter into its model: a plain transformers checkpoint.")
@@ -106,6 +130,9 @@ def bench(context: typer.Context) -> None:
 class _friendly:
     """Print a UserError's message without a traceback and exit with 2, as for wrong options; Ctrl-C exits with 130."""
 
+    def __init__(self, interrupted: str = "stopped; --resume continues from the last checkpoint"):
+        self._interrupted = interrupted
+
     def __enter__(self):
         return self
 
@@ -114,5 +141,5 @@ class _friendly:
             typer.echo(f"fastft: {error}", err=True)
             raise typer.Exit(2) from None
         if isinstance(error, KeyboardInterrupt):
-            typer.echo("fastft: stopped; --resume continues from the last checkpoint", err=True)
+            typer.echo(f"fastft: {self._interrupted}", err=True)
             raise typer.Exit(130) from None

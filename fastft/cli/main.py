@@ -6,10 +6,11 @@ import importlib.util
 import sys
 
 TRAIN_EXTRA = ("typer", "rich", "transformers", "yaml", "matplotlib")
+SERVE_EXTRA = ("typer", "rich", "transformers", "fastapi", "uvicorn", "prometheus_client")
 
 
 def main() -> None:
-    """Entry point. Without the train extra only `fastft info` and `fastft bench` run; anything else says what to install."""
+    """Entry point. Without its extra a command other than `fastft info` and `fastft bench` says what to install."""
     arguments = sys.argv[1:]
     if arguments[:1] == ["info"] and len(arguments) == 1:
         from ..info import main as info
@@ -17,10 +18,11 @@ def main() -> None:
         sys.exit(info())
     if arguments[:1] == ["bench"]:  # its options are its own: nothing here parses them
         sys.exit(_bench(arguments[1:]))
-    missing = [name for name in TRAIN_EXTRA if importlib.util.find_spec(name) is None]
+    extra, names = ("serve", SERVE_EXTRA) if arguments[:1] == ["serve"] else ("train", TRAIN_EXTRA)
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(
-            f"fastft: {', '.join(missing)} not installed; run: pip install 'fastft[train]'\n(fastft info works without)"
+            f"fastft: {', '.join(missing)} not installed; run: pip install 'fastft[{extra}]'\n(fastft info works without)"
         )
     from .app import app
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import re
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _KEY_LENGTH = 16
 _MAKE_KEY = 'make one with: python -c "import secrets; print(secrets.token_urlsafe(32))"'
 

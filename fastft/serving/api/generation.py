@@ -11,8 +11,9 @@ from typing import Any
 
 import anyio
 
+from ..folder import NAME
 from ..requests import EngineStopped, QueueFull, UnknownAdapter
-from .config import ADAPTER_NAME, ServerConfig
+from .config import ServerConfig
 from .errors import ApiError, logger, shown
 from .metrics import Metrics
 from .output import Delta, Output
@@ -49,7 +50,7 @@ class Service:
         """
         if model == self.config.model:
             return None
-        if ADAPTER_NAME.fullmatch(model):
+        if NAME.fullmatch(model):
             return model
         raise self.unknown(model)
 
