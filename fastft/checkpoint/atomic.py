@@ -27,12 +27,6 @@ def current(folder: Path, name: str) -> Path:
     return pending if pending.exists() else folder / name
 
 
-def read(folder: Path, name: str) -> bytes:
-    """The contents of the current version of a file."""
-    with opened(folder, name) as file:
-        return file.read()
-
-
 def opened(folder: Path, name: str):
     """The current version of a file, open for reading; it stays what it is if a writer comes."""
     try:

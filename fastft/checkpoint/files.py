@@ -12,13 +12,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from .atomic import locked, opened, read, switch
+from .atomic import locked, opened, switch
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 # As safetensors names them, and the bytes of one element. Integers: counters among a saved module's buffers, indices.
 _DTYPES = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
 _READS = 3
+_LARGEST_CONFIG, _LARGEST_HEADER = 64 << 20, 100_000_000  # bytes; the header's bound is safetensors' own
 # A copy of a bias that PEFT also writes with bias="all" and modules_to_save; it reads neither of them.
 _DUPLICATE = re.compile(r"\.(original_module|modules_to_save)\.(.*\.)?bias$")
 
@@ -56,22 +57,30 @@ def read_adapter(
         raise FileNotFoundError(f"no adapter folder {str(folder)!r}")
     with locked(folder, shared=True):
         for _ in range(_READS):  # where there are no locks, a writer may switch the files while we read
-            raw = read(folder, CONFIG)
+            raw = _read_config(folder)
             try:
                 tensors, error = _read_weights(folder, expected(_parse(folder, raw)), max_bytes), None
             except (FileNotFoundError, AdapterFileError) as caught:
                 error = caught
-            if read(folder, CONFIG) == raw and not isinstance(error, FileNotFoundError):
+            if _read_config(folder) == raw and not isinstance(error, FileNotFoundError):
                 break
     if error:
         raise error
     return tensors
 
 
+def _read_config(folder: Path) -> bytes:
+    with opened(folder, CONFIG) as file:
+        raw = file.read(_LARGEST_CONFIG + 1)
+    if len(raw) > _LARGEST_CONFIG:
+        raise AdapterFileError(f"{folder / CONFIG} has more than {_LARGEST_CONFIG:,} bytes")
+    return raw
+
+
 def _parse(folder: Path, raw: bytes) -> dict[str, Any]:
     try:
         config = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"{folder / CONFIG} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise AdapterFileError(f"{folder / CONFIG} holds a {type(config).__name__}, not an object")
@@ -122,7 +131,7 @@ def _finite(tensor) -> bool:
 def _header(file, size: int) -> bytes:
     """The JSON at the start of a safetensors file. Raises ValueError if there is none."""
     length = int.from_bytes(file.read(8), "little")
-    if not 0 < length <= size - 8:
+    if not 0 < length <= min(size - 8, _LARGEST_HEADER):
         raise ValueError(f"a header of {length} bytes")
     return file.read(length)
 

@@ -77,9 +77,43 @@ def test_damaged_files(folder):
     (folder / WEIGHTS).write_bytes(b"\xff" * 64)
     refuse(folder, "damaged")
     (folder / WEIGHTS).write_bytes(whole)
-    for text, match in (("{", "not JSON"), ("[1]", "holds a list"), (b"\xff\xfe", "not JSON")):
+    deep = "[" * 100_000
+    for text, match in (("{", "not JSON"), ("[1]", "holds a list"), (b"\xff\xfe", "not JSON"), (deep, "not JSON")):
         (folder / CONFIG).write_bytes(text if isinstance(text, bytes) else text.encode())
         refuse(folder, match)
+
+
+def test_headers_that_lie(folder):
+    """Sizes are refused before anything of them is read."""
+    whole = (folder / WEIGHTS).read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+
+    def written(change):
+        new = json.loads(json.dumps(header))
+        change(new)
+        text = json.dumps(new).encode()
+        (folder / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + length :])
+
+    for change in (
+        lambda h: h[KEY].update(data_offsets=[0, 1 << 40]),
+        lambda h: h[KEY].update(data_offsets=[0]),
+        lambda h: h[KEY].update(shape=3),
+        lambda h: h[KEY].pop("dtype"),
+        lambda h: h.update({KEY: "x"}),
+        lambda h: h[KEY].update(data_offsets=next(h[k]["data_offsets"] for k in h if k not in (KEY, "__metadata__"))),
+    ):
+        written(change)
+        refuse(folder, "is damaged")
+    (folder / WEIGHTS).write_bytes((1 << 62).to_bytes(8, "little") + whole[8:])
+    refuse(folder, "is damaged")
+    for text in (b"[" * 100_000, b"[]"):
+        (folder / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text)
+        refuse(folder, "is damaged")
+    (folder / WEIGHTS).write_bytes(whole)
+    with open(folder / CONFIG, "ab") as file:
+        file.truncate(1 << 30)  # a hole that takes no disk
+    refuse(folder, r"has more than [\d,]+ bytes")
 
 
 def test_missing_files(folder, tmp_path):
