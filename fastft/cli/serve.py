@@ -41,6 +41,7 @@ def run(config: ServeConfig) -> None:
         ) from error
     with contextlib.closing(listener):
         begun = time.monotonic()
+        print(f"Loading {config.model} …", flush=True)
         engine, tokenizer = start_engine(config, server_config.model)
         try:
             server = Server(
@@ -72,6 +73,7 @@ def make_server_config(config: ServeConfig) -> Any:
         choices=config.max_choices,
         prompt_tokens=config.max_prompt_tokens,
         max_tokens=config.max_tokens,
+        sequences=config.max_waiting + (config.max_running or 1024),  # the engine's own queue decides
     )
     return ServerConfig(
         model=name,
@@ -135,7 +137,7 @@ class Welcome:
         from rich.markup import escape
         from rich.table import Table
 
-        console = Console()
+        console = Console(highlight=False)
         table = Table(box=None, show_header=False, pad_edge=False)
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")

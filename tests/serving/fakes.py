@@ -79,7 +79,8 @@ class FakeMemory:
 
 
 class FakeEngine:
-    """script(prompt_ids, adapter) -> tokens. delay: seconds a token takes. `hold()` keeps new tokens back until `go()`."""
+    """script(prompt_ids, adapter, sampling) -> tokens. delay: seconds a token takes. fail: {adapter: the exception its
+    requests end with}. `hold()` keeps tokens back until `go()`."""
 
     def __init__(self, tokenizer, adapters=("math", "code"), *, script=None, delay=0.0, max_waiting=64, max_length=512):
         self.tokenizer, self.max_length, self.max_waiting, self.delay = tokenizer, max_length, max_waiting, delay

@@ -5,7 +5,9 @@ import threading
 
 import pytest
 
+from fastft.checkpoint.files import AdapterFileError
 from fastft.serving.api import completions, generation
+from fastft.serving.requests import EngineStopped, UnknownAdapter
 
 from .server_fixtures import CHAT, HELLO, FakeEngine, client, load_tokenizer, post, saying
 
@@ -251,7 +253,7 @@ def test_prompts_cannot_write_the_templates_own_code(engine, tokenizer):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_failed_adapter_fails_its_own_requests_only(engine, stream):
-    engine.fail["code"] = "tensors of the wrong shape in /srv/secret/adapters/code"
+    engine.fail["code"] = AdapterFileError("tensors of the wrong shape in /srv/secret/adapters/code")
     http = client(engine)
     answer = http.post("/v1/completions", json={**HELLO, "model": "code", "stream": stream})
     body = events(answer)[-1] if stream else answer.json()
@@ -263,6 +265,22 @@ def test_a_failed_adapter_fails_its_own_requests_only(engine, stream):
     assert 'fastft_requests_total{finish_reason="error",model="code"} 1.0' in metrics
 
 
+@pytest.mark.parametrize(
+    "error,status,code",
+    [
+        (UnknownAdapter("gone"), 404, "model_not_found"),
+        (EngineStopped("the engine failed: /secret"), 503, "engine_stopped"),
+        (FloatingPointError("not finite"), 500, "not_finite"),
+        (RuntimeError("CUDA error at /secret"), 500, "engine_error"),
+    ],
+    ids=repr,
+)
+def test_failures_are_told_without_details(engine, error, status, code):
+    engine.fail["math"] = error
+    body = post(client(engine), {**HELLO, "model": "math"}, status=status)["error"]
+    assert body["code"] == code and "secret" not in body["message"]
+
+
 def test_one_failed_choice_ends_the_others(tokenizer):
     calls = []
 
@@ -270,12 +288,12 @@ def test_one_failed_choice_ends_the_others(tokenizer):
         calls.append(1)
         if len(calls) == 2:
             request = engine.submitted[1]
-            request._finish("error", "logits are not finite")
+            request._finish("error", FloatingPointError("not finite"))
         return [10] * sampling.max_tokens
 
     engine = FakeEngine(tokenizer, script=script, delay=0.05)
     error = post(client(engine), {**HELLO, "n": 2, "max_tokens": 40}, status=500)["error"]
-    assert error["code"] == "engine_error" and engine.submitted[0].finish_reason == "cancelled"
+    assert error["code"] == "not_finite" and engine.submitted[0].finish_reason == "cancelled"
 
 
 def test_unexpected_errors_have_no_details(engine, monkeypatch):

@@ -15,6 +15,7 @@ from pathlib import Path
 import openai
 import pytest
 
+from fastft.checkpoint.files import AdapterFileError
 from fastft.serving.api.config import Limits
 from fastft.serving.server import listen
 
@@ -115,7 +116,7 @@ def test_openai_errors(sdk, url):
 
 def test_openai_hears_of_failures_in_streams(tokenizer):
     engine = FakeEngine(tokenizer)
-    engine.fail["code"] = "damaged"
+    engine.fail["code"] = AdapterFileError("damaged")
     with serving(engine) as (url, _), openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as sdk:
         with pytest.raises(openai.APIError, match="can't be loaded"):
             list(sdk.completions.create(model="code", prompt="hello", stream=True))

@@ -50,7 +50,7 @@ def test_health_of_a_busy_engine(engine, monkeypatch):
 
 def test_health_tells_of_a_failing_engine(tokenizer):
     engine = FakeEngine(tokenizer)
-    engine.fail[None] = "CUDA error: /secret"
+    engine.fail[None] = RuntimeError("CUDA error: /secret")
     answer = client(engine).get("/health")
     assert answer.status_code == 503 and "secret" not in answer.text
 

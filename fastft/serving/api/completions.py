@@ -75,7 +75,8 @@ class _Format:
         return {**self.head, "object": self.kind, **ending}
 
     def chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        return {**self.head, "object": self.chunk_kind, "choices": choices, **more}
+        ending = {"system_fingerprint": self.job.fingerprint(), "choices": choices, **more}
+        return {**self.head, "object": self.chunk_kind, **ending}
 
 
 class _Completion(_Format):

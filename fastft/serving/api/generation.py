@@ -11,6 +11,7 @@ from typing import Any
 
 import anyio
 
+from ...checkpoint.files import AdapterFileError
 from ..folder import NAME
 from ..requests import EngineStopped, QueueFull, UnknownAdapter
 from .config import ServerConfig
@@ -246,12 +247,22 @@ class Job:
         self._ended(index, reason, at)
         if reason == "cancelled":
             raise ApiError(503, "cancelled", "The engine ended this request before its answer was complete.")
-        logger.error("%s of %s failed: %s", request.id, self.adapter or "the base model", request.error)
-        if self.adapter is not None and request.admitted is None:
-            raise ApiError(
-                503, "adapter_unavailable", f"The adapter {self.adapter} can't be loaded; the server's log says why."
-            )
-        raise ApiError(500, "engine_error", f"The engine failed on this request: {request.error}.")
+        raise self._failure(request.id, request.error)
+
+    def _failure(self, request: str, error: Exception) -> ApiError:
+        """For the client, who learns nothing of files and devices; the log gets the rest."""
+        logger.error("%s of %s failed: %s", request, self.adapter or "the base model", error)
+        if isinstance(error, UnknownAdapter):  # its folder was removed meanwhile
+            return self._service.unknown(str(self.adapter))
+        if isinstance(error, AdapterFileError):
+            message = f"The adapter {self.adapter} can't be loaded; the server's log says why."
+            return ApiError(503, "adapter_unavailable", message)
+        if isinstance(error, EngineStopped):
+            return ApiError(503, "engine_stopped", "The engine stopped before the answer was complete. Try again later.")
+        if isinstance(error, FloatingPointError):
+            message = "The model's output is not finite for this request: try the base model, or another adapter."
+            return ApiError(500, "not_finite", message)
+        return ApiError(500, "engine_error", "The engine failed on this request; the server's log says why.")
 
     def _measure(self, index: int, count: int, at: float) -> None:
         (self._metrics.inter_token if count else self._metrics.first_token).observe(at - self._last[index])
