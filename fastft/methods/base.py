@@ -6,7 +6,6 @@ freezing, checking files, the handle and its promises) is here and in `handle`, 
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -234,11 +233,12 @@ def load(model: nn.Module, directory, adapter_name: str = "default") -> Handle:
     return install_adapter(model, method, adapter_name, matched, tensors, copies)
 
 
-def read_folder(model, directory, accept: Callable | None = None, max_bytes: int | None = None):
+def read_folder(model, directory, look=None, accept=None, max_bytes: int | None = None):
     """The adapter in a folder, checked against a model which is not touched: (method, what it matches, tensors by key).
 
     Args:
-        accept: called with the method and what it matches before tensors are read; may raise ValueError.
+        look: called with the config before anything is made of it. accept: called with the method and what it matches before
+            tensors are read. Both may raise ValueError.
         max_bytes: refuse a larger file of tensors.
 
     Raises:
@@ -247,6 +247,8 @@ def read_folder(model, directory, accept: Callable | None = None, max_bytes: int
     found: dict[str, Any] = {}
 
     def expected(config):
+        if look is not None:
+            look(config)
         method = Method.read(directory, config)
         matched = match(model, method, lenient=True)
         _check_quantized(method, matched.targets)

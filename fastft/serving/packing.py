@@ -27,6 +27,7 @@ from ..ops.partial_linear import slice_dim
 from ..ops.registry import KERNEL_DTYPES
 from .layout import ALIGNMENT, Layout
 from .packed import PackedAdapter
+from .patterns import slow_because
 
 SERVED = "LoRA (rsLoRA too), S²FT and deltas of single entries (SpIEL, LIFT, SparseMask, SHiRA) on linear layers"
 # The parts that say what an adapter computes; the others are for training.
@@ -72,7 +73,7 @@ class Packer:
             FileNotFoundError: no such folder or files. AdapterFileError: damaged, not for this model, or not served.
         """
         try:
-            method, matched, values = read_folder(self.model, folder, self._accept, self.max_bytes)
+            method, matched, values = read_folder(self.model, folder, _look, self._accept, self.max_bytes)
             layout = Layout(self.dtype, self.page_bytes)
             tensors = {own: method.tensors_of(own, module, values) for own, module in matched.targets.items()}
             for own, module in matched.targets.items():
@@ -90,11 +91,6 @@ class Packer:
         """Before tensors are read."""
         if not isinstance(method, LoRA | S2FT | SparseMethod):
             raise ValueError(f"adapters of {type(method).__name__} can't be served; served are {SERVED}")
-        if matched.copies:
-            what = ", ".join(f"{name}.{own}" for name, (_, owned) in list(matched.copies.items())[:3] for own in owned)
-            raise ValueError(
-                f"it replaces whole tensors ({what}: modules_to_save or bias), which all requests share; served are {SERVED}"
-            )
         if isinstance(method, LoRA):
             for option in ("use_dora", "lora_bias"):
                 if getattr(method, option):
@@ -109,6 +105,25 @@ class Packer:
             if isinstance(method, SparseMethod) and method.absolute and quantization(module) is not None:
                 raise ValueError(
                     f"it holds absolute values of {name!r}, whose weight is quantised here; save it without `absolute`"
+                )
+
+
+def _look(config) -> None:
+    """Before the config's names and patterns are matched with anything."""
+    for option in ("modules_to_save", "bias"):
+        if config.get(option) not in (None, "none", []):
+            raise ValueError(
+                f"{option}={config[option]!r}: it replaces tensors that all requests share; served are {SERVED}"
+            )
+    for option in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
+        given = config.get(option)
+        patterns = (
+            [given] if isinstance(given, str) else given if isinstance(given, dict) or option == "layers_pattern" else []
+        )
+        for pattern in patterns or ():
+            if isinstance(pattern, str) and (reason := slow_because(pattern)):
+                raise ValueError(
+                    f"{option}: {pattern[:100]!r} may take very long to match: {reason}; list the modules instead"
                 )
 
 

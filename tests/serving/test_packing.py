@@ -11,6 +11,7 @@ import fastft
 from fastft.checkpoint.files import CONFIG, WEIGHTS, AdapterFileError
 from fastft.ops import grouped
 from fastft.serving.packing import Packer
+from fastft.serving.patterns import slow_because
 from fastft.serving.sites import find_sites
 from tests.methods.models import gpt2, llama
 
@@ -168,9 +169,15 @@ def test_digest_is_of_what_is_computed(tmp_path):
     [
         (fastft.LoRA(target_modules=["q_proj"], use_dora=True), "use_dora can't be served; served are LoRA"),
         (fastft.LoRA(target_modules=["q_proj"], lora_bias=True), "lora_bias can't be served"),
-        (fastft.LoRA(target_modules=["q_proj"], bias="lora_only"), r"q_proj\.bias: modules_to_save or bias"),
-        (fastft.LoRA(target_modules=["q_proj"], modules_to_save=["lm_head"]), r"lm_head\.weight: modules_to_save or bias"),
-        (fastft.SpIEL(density=0.1, modules_to_save=["norm"]), "modules_to_save or bias"),
+        (
+            fastft.LoRA(target_modules=["q_proj"], bias="lora_only"),
+            "bias='lora_only': it replaces tensors that all requests share; served are LoRA",
+        ),
+        (
+            fastft.LoRA(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+            r"modules_to_save=\['lm_head'\]: it replaces tensors",
+        ),
+        (fastft.SpIEL(density=0.1, modules_to_save=["norm"]), r"modules_to_save=\['norm'\]: it replaces tensors"),
         (fastft.LoRA(target_modules=["q_proj"], r=9), "the rank of .*q_proj' is 9; at most 8 is served"),
     ],
 )
@@ -212,6 +219,8 @@ def test_files_that_do_not_fit(tmp_path):
     refused("init_lora_weights='pissa' changed the base weights", init_lora_weights="pissa")
     refused("wrong shape", model=llama(hidden_size=32))
     refused("missing", target_modules=["q_proj", "o_proj"])
+    refused("target_modules: .* may take very long to match: it repeats what repeats", target_modules=r"(\w+\.?)+q_proj")
+    refused("rank_pattern: .* may take very long", rank_pattern={r"(a|aa)+b": 3})
     refused("alpha|float", lora_alpha=1e300)
     for name in (WEIGHTS, CONFIG):
         (tmp_path / CONFIG).write_bytes(good[CONFIG])
@@ -226,6 +235,29 @@ def test_modules_that_are_no_sites(tmp_path):
     sites = [site for site in find_sites(model) if "down_proj" not in site.name]
     with pytest.raises(AdapterFileError, match="down_proj' can't have adapters while it is served"):
         Packer(model, sites, dtype=torch.float32).pack(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "slow", [r"(a+)+b", r"((a*)b?)*", r"(a|ab)*c", r"(?:x\d{1,9}){2,}", ".*a.*b.*c.*d.*e", "a" * 5000, "(?=(a+)+)b"]
+)
+def test_patterns_that_could_take_for_ever(slow):
+    assert slow_because(slow)
+
+
+@pytest.mark.parametrize(
+    "fine",
+    [
+        r".*\.(q_proj|v_proj)",
+        r"model\.layers\.(?:[0-9]|1[0-5])\.self_attn\.(q|k|v|o)_proj",
+        r"^(?!.*visual).*(?:q_proj|k_proj|v_proj).*$",
+        r"(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:q_proj|up_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:mlp)\.(?:(?:up_proj)))",
+        r"layers\.\d+\.(mlp\.)?down_proj",
+        "(",  # not ours to refuse
+        r"a{3}(?:bc)*",
+    ],
+)
+def test_patterns_that_people_write(fine):
+    assert slow_because(fine) is None
 
 
 def test_options_of_the_packer():
