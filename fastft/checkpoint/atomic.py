@@ -18,12 +18,12 @@ except ImportError:  # Windows: no locks on folders; concurrent writers to one f
     fcntl = None
 
 _DRAFT = ".fastft-draft-"
-_COMMIT = ".fastft-commit"
+COMMIT = ".fastft-commit"
 
 
 def current(folder: Path, name: str) -> Path:
     """Where the current version of a file lies, also after a writer was killed."""
-    pending = folder / _COMMIT / name
+    pending = folder / COMMIT / name
     return pending if pending.exists() else folder / name
 
 
@@ -58,7 +58,7 @@ def switch(folder: Path, contents: dict[str, bytes], marker: str) -> None:
                     file.flush()
                     os.fsync(file.fileno())
             _flush(draft)
-            os.rename(draft, folder / _COMMIT)
+            os.rename(draft, folder / COMMIT)
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
             raise
@@ -68,7 +68,7 @@ def switch(folder: Path, contents: dict[str, bytes], marker: str) -> None:
 
 def _finish(folder: Path, marker: str) -> None:
     """Move the files of a commit into place. Can be killed anywhere and repeated."""
-    commit = folder / _COMMIT
+    commit = folder / COMMIT
     if not commit.is_dir():
         return
     pending = sorted((path.name for path in commit.iterdir()), key=lambda name: name == marker)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable
 
+from ..checkpoint.files import AdapterFileError
 from .requests import QueueFull, Request
 
 
@@ -16,16 +17,18 @@ class Admission:
     First come, first served, as far as adapters are there: a request whose adapter must be loaded first is passed by those
     behind it, which go on while it loads. A load may need a slot that running requests hold; newer requests for adapters
     that are there could keep the slots for ever. So, once a request has waited for `patience` seconds and its load for room,
-    no request behind it that needs an adapter is admitted before it.
+    no request behind it gets an adapter that somebody has, or had since: the slots drain. (Adapters that were loaded for
+    somebody who waits, before, may still be used once: their slots are kept for them anyway.)
 
     The bound: the request that is first in the queue is admitted at the latest when
-        patience + the time the running requests need to finish + one load
-    have passed since it became the first (running requests have max_tokens: that time is finite; requests without adapter
-    hold no slot and are never in the way of one). So the q-th request in the queue waits for at most q times that.
+        patience + twice the longest time that a request runs + the loads that were asked for before, at most one a slot
+    have passed since it became the first. Requests have max_tokens, so that time is finite; those without adapter hold no
+    slot and are never in the way of one. The q-th request in the queue waits for at most q times that.
 
     Args:
-        memory: AdapterMemory: acquire, release, prefetch, error, names.
-        slots: its adapters at a time. max_running: requests that run at a time. max_waiting: that wait.
+        memory: AdapterMemory: acquire, release, error, state, waits_for_room. What it loads for an acquire it keeps until
+            then, and it loads in the order of acquires. slots: its adapters at a time.
+        max_running, max_waiting: requests that run, and that wait, at a time.
     """
 
     def __init__(self, memory, *, slots: int, max_running: int, max_waiting: int, patience: float, clock=time.monotonic):
@@ -36,7 +39,8 @@ class Admission:
         self.running: dict[str, Request] = {}
         self.longest_wait = 0.0
         self._waiting: OrderedDict[str, Request] = OrderedDict()
-        self._leases: Counter[str] = Counter()
+        self._drained: Request | None = None  # for whom
+        self._used: set[str | None] = set()  # adapters that somebody had since then
         self._changed = False  # whether anything happened since the last look that could let a request in
 
     def add(self, request: Request) -> None:
@@ -62,31 +66,42 @@ class Admission:
             return self._pass()
 
     def _pass(self) -> list[Request]:
-        admitted, absent, overdue = [], set(), False
+        admitted, absent, overdue, taken = [], set(), None, set()
+        # Loads that there is no room for yet would only stand before that of someone who becomes the first meanwhile.
+        loads = max(1, self.slots - len({request.adapter for request in self.running.values()} - {None}))
         for request in list(self._waiting.values()):
             if len(self.running) >= self.max_running:
                 break
             name = request.adapter
             if name is not None:
-                if overdue or name in absent:
+                if name in absent or (overdue and name in self._used):
                     continue
-                # More loads at a time than free slots would push each other out before anyone got to run.
-                if len(absent) >= max(1, self.slots - len(self._leases)) and name not in self._leases:
+                if len(absent) >= loads and self.memory.state(name) != "on_device":
                     continue
                 request.lease = self._acquire(request, name)
                 if request.lease is None:
                     if request.finish_reason is None:
                         absent.add(name)
                         late = self.clock() - request.submitted >= self.patience
-                        overdue = late and self.memory.waits_for_room(name)
+                        if late and overdue is None and self.memory.waits_for_room(name):
+                            overdue = self._drain_for(request)
                     continue
-                self._leases[name] += 1
+                taken.add(name)
             del self._waiting[request.id]
             request.admitted = self.clock()
             self.longest_wait = max(self.longest_wait, request.admitted - request.submitted)
             self.running[request.id] = request
             admitted.append(request)
+        if overdue is not None:
+            self._used |= taken
         return admitted
+
+    def _drain_for(self, request: Request) -> Request:
+        """From now on nobody behind it may take an adapter again that others have or had since."""
+        if self._drained is not request:
+            self._drained = request
+            self._used = {other.adapter for other in self.running.values()}
+        return request
 
     def _acquire(self, request: Request, name: str):
         try:
@@ -96,9 +111,7 @@ class Admission:
             lease, reason = None, error
         if reason is not None:
             self._waiting.pop(request.id, None)
-            request._finish(
-                "error", reason if isinstance(reason, Exception) else RuntimeError(f"adapter {name!r}: {reason}")
-            )
+            request._finish("error", reason if isinstance(reason, Exception) else AdapterFileError(reason))
             self.idle.notify_all()
         return lease
 
@@ -109,8 +122,6 @@ class Admission:
                 return
             if request.lease is not None:
                 self.memory.release(request.lease)
-                self._leases[request.adapter] -= 1
-                self._leases += Counter()  # drops what nobody holds
             self._changed = True
             self.idle.notify_all()
 

@@ -41,12 +41,11 @@ class Steps:
     def __init__(self, admission, memory, routed, *, slots: int, few_heads: bool, on_end):
         self.admission, self.memory, self.routed, self.slots, self.on_end = admission, memory, routed, slots, on_end
         self.few_heads = few_heads
-        self.own_attention = False
-        self.stream = None  # where an asynchronous step runs that may still read the adapters of requests that ended
+        self.own_attention = self.stopping = False
+        self.stream = None  # of the model, on a GPU
         self.count = self.tokens = self.errors = 0
         self.beat = None  # time.monotonic() of the last pass of the loop
         self.current: StepBuffers | None = None
-        self._ending: list[tuple[torch.cuda.Event, Request]] = []
         self._salts: dict[str, int | None] = {}
 
     def salt(self, request: Request) -> int | None:
@@ -109,28 +108,25 @@ class Steps:
     def end(self, request: Request, reason: str, error: Exception | None = None) -> None:
         self.errors += reason == "error"
         self._salts.pop(request.id, None)
-        if self.stream is not None:
-            self._ending.append((self.stream.record_event(), request))
-        else:
-            self.admission.left(request)
+        # A step in flight may still read its adapter. It was issued, so the memory waits for it before it writes there.
+        self.admission.left(request)
         request._finish(reason, error)
 
-    def let_go(self) -> None:
-        """Give back the adapters of requests that ended when a step was in flight, if it is over."""
-        while self._ending and self._ending[0][0].query():
-            self.admission.left(self._ending.pop(0)[1])
-
-    def failed(self, state, error: Exception) -> None:
-        request = getattr(state, "request", None)
-        if request is not None:
-            self.end(request, "error", error)
+    def failed(self, request: Request, error: Exception) -> None:
+        """The library gives up on a request: it does so with all of them, when it is stopped or has failed."""
+        self.end(request, "error", _over(None if self.stopping else error))
 
     def stopped(self, error: Exception | None) -> None:
         """The library's thread is over: so are all requests."""
-        reason = EngineStopped("the engine was stopped" if error is None else f"the engine failed: {error!r}")
-        reason.__cause__ = error
+        reason = _over(error)
         self.admission.end_all(lambda request: request._finish("error", reason))
         self.on_end(error)
+
+
+def _over(error: Exception | None) -> EngineStopped:
+    reason = EngineStopped("the engine was stopped" if error is None else f"the engine failed: {error!r}")
+    reason.__cause__ = error
+    return reason
 
 
 @functools.cache
@@ -188,7 +184,7 @@ def library():
             pass
 
         def fail_and_deliver(self, state, error):
-            self.steps.failed(state, error)
+            self.steps.failed(state.request, error)
 
     class Manager(continuous_api.ContinuousBatchingManager):
         def __init__(self, steps, model, generation_config, config):
@@ -233,8 +229,9 @@ def library():
         def _generation_loop_body(self, batch_processor, bootstrapping):
             steps = self.steps
             steps.beat = time.monotonic()
-            steps.let_go()
-            for request in steps.admission.admit():
+            with torch.cuda.stream(steps.stream):  # leases are for the stream that reads; None: nothing
+                admitted = steps.admission.admit()
+            for request in admitted:
                 self.add(request)
             return super()._generation_loop_body(batch_processor, bootstrapping)
 
@@ -254,6 +251,7 @@ def _salt_block_hashes(cache_allocator) -> None:
     """
     original = cache_allocator.compute_block_hash
 
+    @functools.wraps(original)
     def compute_block_hash(parent_hash, tokens):
         return original(getattr(_salt, "value", None) if parent_hash is None else parent_hash, tokens)
 
@@ -264,7 +262,7 @@ def _hook(processor, steps: Steps, config) -> None:
     """Put ours around the methods of a new batch processor's parts."""
     cache, scheduler, ios = processor.cache, processor.scheduler, processor.inputs_and_outputs
     asynchronous = processor.use_async_batching
-    steps.stream = ios.compute_stream if asynchronous else None
+    steps.stream = ios.compute_stream
 
     search, mark, clear = cache.search_prefix_match, cache.mark_complete_blocks, scheduler.clear_cancelled_requests
 
@@ -285,7 +283,10 @@ def _hook(processor, steps: Steps, config) -> None:
 
     cache.search_prefix_match, cache.mark_complete_blocks = search_prefix_match, mark_complete_blocks
     scheduler.clear_cancelled_requests = clear_cancelled_requests
-    processor.model_runner._sample = steps.sample
+    runner = processor.model_runner
+    runner._sample = steps.sample
+    if steps.memory is not None:
+        runner._capture_graph = functools.partial(_quietly, steps.memory, runner._capture_graph)
 
     size = steps.slots, processor.max_batch_tokens, config.max_requests_per_batch
     for host, device in [(p.host_io, p.device_io) for p in ios.io_pairs] if asynchronous else [(ios, ios)]:
@@ -314,6 +315,11 @@ def _hook_inputs(host, device, buffers: StepBuffers, steps: Steps, cache, max_re
 
     host.prepare_batch_tensors, host._transfer_inputs = prepare_batch_tensors, transfer_inputs
     device._get_graph_key = lambda: (*key(), *steps.graph_key(buffers))
+
+
+def _quietly(memory, capture, *arguments):
+    with memory.quiet():  # a copy of an adapter while a graph is captured would end the capture
+        capture(*arguments)
 
 
 def _salted(salt, function, *arguments):

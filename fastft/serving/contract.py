@@ -25,6 +25,7 @@ CALLED = {
     "continuous_api.OutputRouter.fail_and_deliver": "state error",
     "continuous_api.BackgroundThreadStatus.clear": "",
     "model_runner.ModelRunner._sample": "scores output_ids",
+    "model_runner.ModelRunner._capture_graph": "forward_fn compute_stream args",
     "input_outputs.ContinuousBatchingIOs.prepare_batch_tensors": (
         "requests_in_batch logits_processors use_decode_fast_path num_q_tokens max_kv_read use_padding"
     ),
@@ -60,6 +61,7 @@ USES = {
     ),
     "continuous_api.BackgroundThreadStatus.__init__": "fatal_error",
     "model_runner.ModelRunner._forward_process_and_sample": "_sample logits_indices",
+    "model_runner.ModelRunner.compute_batch": "_capture_graph",
     "input_outputs.ContinuousBatchingAsyncIOs.__init__": "io_pairs compute_stream",
     "input_outputs.HostDeviceIOPair.__init__": "host_io device_io",
     "input_outputs.HostDeviceIOPair.transfer_inputs_h2d": "_transfer_inputs",

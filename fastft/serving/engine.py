@@ -86,6 +86,7 @@ class Engine:
             try:
                 self.adapters = AdapterMemory(
                     self._routed.sites,
+                    model=model,
                     device=model.device,
                     dtype=model.dtype,
                     adapter_dir=adapter_dir,
@@ -118,6 +119,7 @@ class Engine:
         if self._manager is not None:
             return self
         self._failure = None
+        self._steps.stopping = False
         # Drawing and stopping are ours: the library is to take every token as it comes.
         generation = GenerationConfig(do_sample=False, eos_token_id=-1)
         manager = library()(self._steps, self.model, generation, self._config)
@@ -134,6 +136,7 @@ class Engine:
         if manager is None:
             return
         drained = drain and manager.is_running() and self._admission.wait_empty(timeout)
+        self._steps.stopping = True
         manager.stop(block=True, hard_stop=not drained)
 
     def close(self) -> None:
@@ -185,10 +188,10 @@ class Engine:
         """
         prompt = limits.check_prompt(prompt_ids, self.model, max_tokens, self.max_length)
         limits.check_sampling(temperature, top_p)
-        if adapter is not None and (self.adapters is None or adapter not in self.adapters.names()):
-            raise UnknownAdapter(
-                f"no adapter {adapter!r} in the adapter folder; adapter_names() lists {len(self.adapter_names())}"
-            )
+        if adapter is not None:
+            if self.adapters is None or not isinstance(adapter, str):
+                raise UnknownAdapter(f"no adapter {adapter!r}")
+            self.adapters.prefetch(adapter)
         sampling = Sampling(
             max_tokens=max_tokens,
             temperature=float(temperature),
@@ -200,8 +203,6 @@ class Engine:
         request = Request(f"r{next(self._ids)}", prompt, adapter, sampling, self._cancel)
         manager = self._running_manager()
         self._admission.add(request)
-        if adapter is not None:
-            self.adapters.prefetch(adapter)
         manager.wake()
         if self._failure is not None or not manager.is_running():  # it ended in between, and may not have seen the request
             self._steps.stopped(self._failure)
@@ -232,6 +233,7 @@ class Engine:
         if processor is not None:
             numbers = {
                 "cache_blocks": processor.cache.num_blocks,
+                "cache_bytes": processor.cache.num_blocks * limits.block_bytes(self.model, self._config.page_size),
                 "cache_free": processor.cache.compute_free_capacity(),
             }
         return {

@@ -2,8 +2,10 @@
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
+from ..checkpoint.atomic import COMMIT, current
 from ..checkpoint.files import CONFIG
 from .requests import UnknownAdapter
 
@@ -45,12 +47,21 @@ class AdapterFolder:
     def _find(self, name: str) -> Path | None:
         if self.root is None or not NAME.fullmatch(name):
             return None
-        try:
-            folder = Path(os.path.realpath(self.root / name, strict=True))
-            inside = [folder, *(Path(os.path.realpath(entry)) for entry in os.scandir(folder))]
-        except OSError:
-            return None
-        # Its files are checked too: a link among them could hand out what lies outside.
-        if not (folder / CONFIG).is_file() or not all(path.is_relative_to(self.root) for path in inside):
-            return None
-        return folder
+        for _ in range(3):  # a writer may be switching its files just now
+            with suppress(OSError):
+                folder = Path(os.path.realpath(self.root / name, strict=True))
+                # Its files are checked too: a link among them could hand out what lies outside.
+                inside = [folder, *(Path(os.path.realpath(entry)) for entry in _files(folder))]
+                if not all(path.is_relative_to(self.root) for path in inside):
+                    return None
+                if current(folder, CONFIG).is_file():
+                    return folder
+        return None
+
+
+def _files(folder: Path):
+    """What is in a folder, and in the one inside it from which a writer moves files into place."""
+    for entry in os.scandir(folder):
+        yield entry
+        if entry.name == COMMIT:
+            yield from os.scandir(entry)

@@ -1,5 +1,5 @@
-"""The insides of transformers that the engine stands on. When this fails, transformers has changed: read what it says, look at
-the new source, change `fastft/serving/batching.py` and `contract.py` together, then the range of versions."""
+"""The insides of transformers that the engine stands on. When this fails, transformers has changed: read what it says, look
+at the new source, change `fastft/serving/batching.py` and `contract.py` together, then the range of versions."""
 
 import inspect
 
@@ -93,8 +93,8 @@ def _processor():
 
 
 def test_the_shape_of_a_step():
-    """What `Steps.prepare` reads: requests lie behind each other in the batch, rows of logits in the order of those that get a
-    token, the cache's blocks are allocated before, and block 0 is nobody's and stays zero."""
+    """What `Steps.prepare` reads: requests lie behind each other in the batch, rows of logits in the order of those that get
+    a token, the cache's blocks are allocated before, and block 0 is nobody's and stays zero."""
     manager, processor = _processor()
     for request_id, prompt in (("a", [1, 2, 3, 4, 5]), ("b", [6, 7])):
         manager.add_request(prompt, request_id=request_id, max_new_tokens=3)
