@@ -39,7 +39,7 @@ $(VENV)/.built: $(VENV)/.packages $(NATIVE_SOURCES)
 	@touch $@
 
 demo: setup
-	$(BIN)/python demo/run.py
+	$(BIN)/python -m demo.run
 
 # One thread a process: two that spin for each other on two cores take four times as long.
 test: setup

@@ -2,9 +2,10 @@
 
 `prose()` is documentation: the language reference of `pydoc_data.topics`, docstrings, comment blocks of the library.
 `functions()` is code: functions of the standard library without docstrings and comments (`ast.unparse` drops them), so a
-model pretrained on the prose has not seen a line of it. Both are deterministic for one Python version.
+model pretrained on the prose has not seen a line of it. `capitals()` and `imports()` are two more ways to write. All are
+deterministic for one Python version.
 
-    python -m demo.data OUT.jsonl [N]      writes N functions as {"text": ...} lines
+    python -m demo.data OUT.jsonl [N [functions | capitals | imports]]      writes N texts as {"text": ...} lines
 """
 
 from __future__ import annotations
@@ -100,10 +101,31 @@ def functions(limit: int | None = None, seed: int = 0) -> list[str]:
     return codes[:limit]
 
 
-def main(out: str, count: str = "2000") -> None:
-    lines = [json.dumps({"text": code}) + "\n" for code in functions(int(count))]
+def capitals(limit: int | None = None, seed: int = 0) -> list[str]:
+    """Paragraphs of the prose in capital letters."""
+    found = [part.upper() for text in prose() for part in text.split("\n\n") if 200 <= len(part) <= 1000]
+    found = list(dict.fromkeys(found))
+    random.Random(seed).shuffle(found)
+    return found[:limit]
+
+
+def imports(limit: int | None = None, seed: int = 0) -> list[str]:
+    """What each file of the standard library imports, one name a line."""
+    found = []
+    for _, tree in sources():
+        lines = [ast.unparse(node) for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        found += ["\n".join(lines)] if len(lines) > 2 else []
+    random.Random(seed).shuffle(found)
+    return found[:limit]
+
+
+KINDS = {"functions": functions, "capitals": capitals, "imports": imports}
+
+
+def main(out: str, count: str = "2000", kind: str = "functions") -> None:
+    lines = [json.dumps({"text": text}) + "\n" for text in KINDS[kind](int(count))]
     Path(out).write_text("".join(lines), encoding="utf-8")
-    print(f"{len(lines)} functions of Python {sys.version.split()[0]} -> {out}")
+    print(f"{len(lines)} texts ({kind}) of Python {sys.version.split()[0]} -> {out}")
 
 
 if __name__ == "__main__":

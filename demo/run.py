@@ -1,8 +1,9 @@
-"""The demonstration: fine-tune the embedded language model with LoRA on code, and stand beside PEFT.
+"""The demonstration: fine-tune the embedded language model with LoRA on code, stand beside PEFT, serve three adapters.
 
     python -m demo.run [--out demo/out] [--steps 240]
 
-Exits with 1 if the held-out loss did not drop or the losses differ from PEFT's by more than 1e-3 at any step.
+Exits with 1 if the held-out loss did not drop, the losses differ from PEFT's by more than 1e-3 at any step, or a served
+adapter says anything but what it says alone.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
+
+from demo import serving
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "demo" / "model"
@@ -198,13 +201,14 @@ def main() -> int:
     difference = max(abs(a - b) for a, b in zip(ours["losses"], peft["losses"], strict=True))
     show_comparison(ours, peft, ratios, difference)
 
+    failures = serving.main(adapter, options.out, max(40, options.steps // 2))
+
     before, after = summary["held_out_loss"]["before"], summary["held_out_loss"]["after"]
     ran = ", ".join(f"{b['op']} on {b['backend']}" for b in summary["backends"])
     console.print(f"held-out loss {before:.4f} -> {after:.4f}", style="bold")
     console.print(
         f"ops: {ran}\nadapter: {adapter} (also loads in PEFT)\n{time.monotonic() - started:.0f} s in all", highlight=False
     )
-    failures = []
     if not after < before:
         failures.append("the held-out loss did not drop")
     if not difference <= MAX_LOSS_DIFFERENCE:

@@ -2,7 +2,7 @@
 
 import torch
 
-from demo.data import functions
+from demo.data import capitals, functions, imports
 from demo.run import MODEL, PROMPTS, interval
 
 
@@ -33,3 +33,9 @@ def test_functions_are_code_without_prose():
 def test_interval_brackets_the_median():
     low, high = interval([1.0, 1.1, 0.9, 1.05, 0.95, 1.02, 0.98])
     assert 0.9 <= low < 1.0 < high <= 1.1
+
+
+def test_capitals_and_imports_are_two_more_ways_to_write():
+    assert len(capitals(50)) == len(imports(50)) == 50
+    assert all(text == text.upper() for text in capitals(50))
+    assert all(line.startswith(("import ", "from ")) for text in imports(50) for line in text.split("\n"))
