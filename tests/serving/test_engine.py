@@ -1,4 +1,4 @@
-"""The engine on a tiny model: every request gets the tokens of the model with its adapter merged, whatever goes on beside it."""
+"""The engine on a tiny model: every request gets the tokens of the model with its adapter merged, whatever else goes on."""
 
 import threading
 
@@ -247,7 +247,7 @@ def test_a_cache_too_small_for_all_still_gives_right_tokens(make, references):
     prompts, names = [prompt(8, s) for s in range(len(NAMES))], NAMES
     drawn = [engine.submit(p, adapter=n, max_tokens=50, temperature=0.7, seed=1) for p, n in zip(prompts, names)]
     drawn = [r.result(30).tokens for r in drawn]
-    for name, one, completion in zip(names, prompts, engine.generate(prompts, names, max_tokens=50)):
+    for name, completion in zip(names, engine.generate(prompts, names, max_tokens=50)):
         assert len(completion.tokens) == 50 and worst_gap(references[name], completion) < 1e-3
     alone = [engine.submit(p, adapter=n, max_tokens=50, temperature=0.7, seed=1) for p, n in zip(prompts[:1], names[:1])]
     assert alone[0].result(30).tokens == drawn[0] and all(len(tokens) == 50 for tokens in drawn)

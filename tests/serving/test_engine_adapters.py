@@ -145,16 +145,16 @@ def test_prefixes_are_shared_within_the_same_content_of_an_adapter_alone(make, f
     found, system = _matches(engine), prompt(24, 1)
     asked, expected = [], []
     for name, matched in (("lora4", 0), ("lora4", 24), ("lora1", 0), (None, 0), (None, 24), ("lora1", 24), ("lora4", 24)):
-        asked.append(engine.submit(system + [len(asked)], adapter=name, max_tokens=5).result(20))
+        asked.append(engine.submit([*system, len(asked)], adapter=name, max_tokens=5).result(20))
         expected.append(matched)
     assert found == expected
     save_adapter(folder / "lora4", "lora4", 78)  # the same name, another content
     engine.adapters.update("lora4", timeout=20)
-    asked.append(engine.submit(system + [99], adapter="lora4", max_tokens=5).result(20))
-    asked.append(engine.submit(system + [98], adapter="lora4", max_tokens=5).result(20))
+    asked.append(engine.submit([*system, 99], adapter="lora4", max_tokens=5).result(20))
+    asked.append(engine.submit([*system, 98], adapter="lora4", max_tokens=5).result(20))
     assert found[len(expected) :] == [0, 24]
     engine.adapters.update("lora4", timeout=20)  # read again, nothing changed
-    engine.submit(system + [97], adapter="lora4", max_tokens=5).result(20)
+    engine.submit([*system, 97], adapter="lora4", max_tokens=5).result(20)
     assert found[-1] == 24
     for completion in asked[-2:]:
         assert completion.tokens == greedy(merged(llama(), folder / "lora4"), completion.prompt_ids, 5)

@@ -13,8 +13,8 @@ Lease = namedtuple("Lease", "slot generation digest name")
 
 
 class Memory:
-    """`slots` adapters; one load at a time, `load` ticks long, in the order asked for; the least used that is free goes. What
-    was loaded is kept until it is acquired."""
+    """`slots` adapters; one load at a time, `load` ticks long, in the order asked for; the least used that is free goes.
+    What was loaded is kept until it is acquired."""
 
     def __init__(self, names, slots, load=0):
         self.known, self.slots, self.ticks = set(names), slots, load
