@@ -124,6 +124,8 @@ class RoutedSite:
             self._choose_ops(rows, width)
             shrink, expand = self.ops
             s = shrink(rows, *where, *batch, 1, width) if width else self._no_sums(rows)
+        if not y.is_contiguous():  # of some libraries' quantised layers
+            y = y.contiguous()
         out = y if y.dim() == 2 else y.view(-1, self.out_features)
         expand(out, rows, s, *where, self.columns, *batch, None, 1)
         return y
@@ -174,12 +176,12 @@ class Routed:
 
     plain: type
 
-    def forward(self, x):
+    def forward(self, input):
         _inference_only()
         site = self._site
         if site.route.active:
-            return site.adapted(self, x)
-        return self.plain.forward(self, x)
+            return site.adapted(self, input)
+        return self.plain.forward(self, input)
 
     def _apply(self, *args, **kwargs):
         super()._apply(*args, **kwargs)
@@ -195,10 +197,10 @@ class Routed:
 class RoutedMember(Routed):
     """Mixed into the class of an nn.Linear that shares a site with others."""
 
-    def forward(self, x):
+    def forward(self, input):
         site, at = self._site, self._at
         waiting = site.waiting
-        if waiting is not None and waiting[0] is x and waiting[1] == x._version and waiting[2] == site.route.step:
+        if waiting is not None and waiting[0] is input and waiting[1] == input._version and waiting[2] == site.route.step:
             columns = waiting[3]
             own = columns[at]
             if own is not None:
@@ -207,7 +209,7 @@ class RoutedMember(Routed):
                 if waiting[4] == 0:
                     site.waiting = None
                 return own
-        return site.open(at, x)
+        return site.open(at, input)
 
 
 def _inference_only():
@@ -245,13 +247,19 @@ class RoutedModel:
         check_sites(modules, sites)
         self.sites, self.tokens, self.heads = list(sites), BatchRoute(), BatchRoute()
         self._sites: list[RoutedSite] = []
-        for site in self.sites:  # one after the other, so that no more than one group's weights are in memory twice
-            members = [modules[name] for name in site.members]
-            shared = RoutedSite(site, members, self.heads if head in members else self.tokens)
-            self._sites.append(shared)
-            for at, member in enumerate(members):
-                member._site, member._at = shared, at
-                member.__class__ = routed_class(type(member), len(members) > 1)
+        try:
+            for site in self.sites:  # one after the other, so that no more than one group's weights are in memory twice
+                self._install(site, [modules[name] for name in site.members], head)
+        except BaseException:  # out of memory
+            self.uninstall()
+            raise
+
+    def _install(self, site, members, head) -> None:
+        shared = RoutedSite(site, members, self.heads if head in members else self.tokens)
+        self._sites.append(shared)
+        for at, member in enumerate(members):
+            member._site, member._at = shared, at
+            member.__class__ = routed_class(type(member), len(members) > 1)
 
     def bind(self, memory, overlap: bool | None = None) -> None:
         """Where the adapters lie.

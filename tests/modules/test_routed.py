@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import fastft
-from fastft.modules.routed import Site
+from fastft.modules.packed import into_one
+from fastft.modules.route import Site
 from fastft.ops.grouped import grouped_shrink
 from fastft.serving.packing import Packer
 from fastft.serving.sites import find_sites, install
@@ -281,6 +282,22 @@ def test_uninstalling_restores_everything():
     assert_same(before, snapshot(model))
     assert sum(storages().values()) == own and len(storages()) == len(flags)
     install(model).uninstall()
+
+
+def test_installing_that_fails_leaves_the_model(monkeypatch):
+    model, calls = llama(), []
+    before = snapshot(model)
+
+    def out_of_memory(parameters):
+        calls.append(len(parameters))
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError
+        return into_one(parameters)
+
+    monkeypatch.setattr("fastft.modules.routed.into_one", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        install(model)
+    assert_same(before, snapshot(model))
 
 
 def test_models_that_hold_adapters_are_refused():
