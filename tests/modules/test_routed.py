@@ -12,7 +12,7 @@ from torch import nn
 import fastft
 from fastft.modules.packed import into_one
 from fastft.modules.route import Site
-from fastft.ops.grouped import grouped_shrink
+from fastft.ops.grouped import grouped_expand_, grouped_shrink
 from fastft.serving.packing import Packer
 from fastft.serving.sites import find_sites, install
 from tests.integrations.quantized import KINDS, quantized
@@ -28,6 +28,14 @@ PAGE = 4096
 def reference():
     with torch.no_grad(), fastft.testing.use("reference"):
         yield
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request, reference):
+    if reason := grouped_shrink.missing(request.param, "cpu") or grouped_expand_.missing(request.param, "cpu"):
+        pytest.skip(reason)
+    with fastft.testing.use(request.param):
+        yield request.param
 
 
 def route(target, slots, rows=None):
@@ -74,7 +82,7 @@ def served(tmp_path_factory):
     return model, routed, folders
 
 
-def test_one_batch_of_every_kind_is_each_merged_model(served):
+def test_one_batch_of_every_kind_is_each_merged_model(served, backend):
     model, routed, folders = served
     generator = torch.Generator().manual_seed(5)
     sequences = [torch.randint(0, 50, (n,), generator=generator) for n in (3, 5, 1, 4, 6, 2, 3, 4)]
@@ -90,7 +98,7 @@ def test_one_batch_of_every_kind_is_each_merged_model(served):
         torch.testing.assert_close(got[owner == i], want, rtol=1e-4, atol=2e-5)
 
 
-def test_rows_without_adapter_have_the_bits_of_a_batch_without(served):
+def test_rows_without_adapter_have_the_bits_of_a_batch_without(served, backend):
     model, routed, _ = served
     generator = torch.Generator().manual_seed(6)
     owner, inputs = packed_ids([torch.randint(0, 50, (4,), generator=generator) for _ in range(5)])
@@ -106,7 +114,7 @@ def test_rows_without_adapter_have_the_bits_of_a_batch_without(served):
     assert ((got - want)[~base].abs().amax(1) > 1e-4).all()
 
 
-def test_the_head_sees_the_rows_that_are_kept(served):
+def test_the_head_sees_the_rows_that_are_kept(served, backend):
     model, routed, folders = served
     ids = torch.arange(12).view(3, 4)
     route(routed.tokens, [2] * 4 + [-1] * 4 + [0] * 4)
