@@ -61,48 +61,15 @@ bool AdapterTable::holds(const Lease& lease) const {
 
 AdapterTable::Ticket AdapterTable::want(const std::string& name, Urgency urgency) {
   std::lock_guard lock(mutex_);
-  if (closed_) return ended({Failure::closed, CLOSED, 0, ""});
-  Entry& entry = entries_[name];
-  if (entry.current && !entry.unloading && !entry.load) {
-    Version& version = versions_.at(entry.current);
-    if (version.epoch == entry.epoch || urgency == Urgency::prefetch) {
-      version.last_used = ++uses_;
-      if (urgency == Urgency::prefetch) {
-        version.reserved = urgency;
-        version.reserved_until = after(limits_.reserve_seconds);
-      }
-      return ended({Failure::none, "", entry.current, version.digest});
-    }
-  }
-  if (urgency == Urgency::prefetch && remembers_error(entry)) return ended({Failure::files, entry.error, 0, ""});
-  entry.error.clear();
-  if (!entry.load) {
-    entry.load = std::make_shared<Load>();
-    entry.urgency = urgency;
-    counts_.misses += urgency != Urgency::prefetch;
-    counts_.host_hits += entry.copy != 0;
-  }
-  entry.urgency = std::max(entry.urgency, urgency);
-  const bool on_its_way = entry.work == Work::placing && versions_.at(entry.placing).epoch == entry.epoch;
-  if (!on_its_way) {
-    queue_.push(name, urgency != Urgency::prefetch);
-    std::vector<HostTier::Gone> gone;
-    if (entry.copy) host_.want(entry.copy, true, gone);
-    settle(gone);
-  }
-  Ticket ticket = entry.load;
-  work_.notify_all();
-  return ticket;
+  return ask(name, urgency);
 }
 
 AdapterTable::Ticket AdapterTable::update(const std::string& name) {
-  {
-    std::lock_guard lock(mutex_);
-    Entry& entry = entries_[name];
-    ++entry.epoch;
-    drop_copy(entry);
-  }
-  return want(name, Urgency::load);
+  std::lock_guard lock(mutex_);
+  Entry& entry = entries_[name];
+  ++entry.epoch;
+  drop_copy(entry);
+  return ask(name, Urgency::load);
 }
 
 std::optional<Outcome> AdapterTable::wait(const Ticket& ticket, double seconds) {
@@ -206,6 +173,41 @@ void AdapterTable::close() {
 }
 
 // ---- steps that several methods share; the lock is held
+
+AdapterTable::Ticket AdapterTable::ask(const std::string& name, Urgency urgency) {
+  if (closed_) return ended({Failure::closed, CLOSED, 0, ""});
+  Entry& entry = entries_[name];
+  if (entry.current && !entry.unloading && !entry.load) {
+    Version& version = versions_.at(entry.current);
+    if (version.epoch == entry.epoch || urgency == Urgency::prefetch) {
+      version.last_used = ++uses_;
+      if (urgency == Urgency::prefetch) {
+        version.reserved = urgency;
+        version.reserved_until = after(limits_.reserve_seconds);
+      }
+      return ended({Failure::none, "", entry.current, version.digest});
+    }
+  }
+  if (urgency == Urgency::prefetch && remembers_error(entry)) return ended({Failure::files, entry.error, 0, ""});
+  entry.error.clear();
+  if (!entry.load) {
+    entry.load = std::make_shared<Load>();
+    entry.urgency = urgency;
+    counts_.misses += urgency != Urgency::prefetch;
+    counts_.host_hits += entry.copy != 0;
+  }
+  entry.urgency = std::max(entry.urgency, urgency);
+  const bool on_its_way = entry.work == Work::placing && versions_.at(entry.placing).epoch == entry.epoch;
+  if (!on_its_way) {
+    queue_.push(name, urgency != Urgency::prefetch);
+    std::vector<HostTier::Gone> gone;
+    if (entry.copy) host_.want(entry.copy, true, gone);
+    settle(gone);
+  }
+  Ticket ticket = entry.load;
+  work_.notify_all();
+  return ticket;
+}
 
 void AdapterTable::end_load(Entry& entry, Outcome outcome) {
   if (!entry.load) return;

@@ -176,6 +176,7 @@ class AdapterTable {
   }
   static Ticket ended(Outcome outcome) { return std::make_shared<const Load>(Load{true, std::move(outcome)}); }
 
+  Ticket ask(const std::string& name, Urgency urgency);
   std::optional<Task> choose(Clock::time_point& wake);
   Task start_read(const std::string& name, Entry& entry);
   Task start_place(const std::string& name, Entry& entry);
