@@ -136,12 +136,7 @@ AdapterTable::Room AdapterTable::make_room(const std::string& name, int32_t page
     pages_free += static_cast<int32_t>(versions_.at(victims[going++].generation).pages.size());
   }
   if (slots_free < 1 || pages_free < pages) return Room::none_now;
-  for (size_t i = 0; i < going; ++i) {
-    counts_.evictions += victims[i].order > 0;
-    const std::string owner = versions_.at(victims[i].generation).name;
-    retire(victims[i].generation);
-    tidy(owner);
-  }
+  for (size_t i = 0; i < going; ++i) demote(victims[i].generation);
   return Room::retiring;
 }
 
@@ -197,6 +192,7 @@ void AdapterTable::placed(const Task& task) {
   entry.work = Work::none;
   entry.placing = 0;
   std::vector<HostTier::Gone> gone;
+  host_.on_device(task.copy, true);
   host_.use(task.copy, false, gone);
   host_full_ = false;
   version.visible = true;

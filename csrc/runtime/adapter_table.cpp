@@ -148,9 +148,7 @@ bool AdapterTable::evict(const std::string& name) {
   const auto found = entries_.find(name);
   if (found == entries_.end() || found->second.pinned || found->second.unloading || !found->second.current) return false;
   if (!versions_.at(found->second.current).leases.empty()) return false;
-  retire(found->second.current);
-  ++counts_.evictions;
-  tidy(name);
+  demote(found->second.current);
   notify();
   return true;
 }
@@ -252,6 +250,15 @@ void AdapterTable::drop_copy(Entry& entry) {
 void AdapterTable::supersede(Entry& entry) {
   const uint64_t old = std::exchange(entry.current, 0);
   if (old && versions_.at(old).leases.empty()) retire(old);
+}
+
+void AdapterTable::demote(uint64_t generation) {
+  const std::string name = versions_.at(generation).name;
+  const Entry& entry = entries_.at(name);
+  if (entry.copy) host_.on_device(entry.copy, false);
+  ++counts_.evictions;
+  retire(generation);
+  tidy(name);
 }
 
 void AdapterTable::retire(uint64_t generation) {

@@ -187,6 +187,7 @@ class AdapterTable {
   void dequeue(const std::string& name, Entry& entry);
   void drop_copy(Entry& entry);
   void supersede(Entry& entry);
+  void demote(uint64_t generation);  // a current version goes, its host copy stays for a while
   void retire(uint64_t generation);
   void settle(std::vector<HostTier::Gone>& gone);
   void tidy(const std::string& name);

@@ -59,16 +59,26 @@ void HostTier::erase(Copies::iterator copy, std::vector<Gone>& gone) {
   copies_.erase(copy);
 }
 
+void HostTier::on_device(uint64_t id, bool there) {
+  HostCopy& copy = copies_.at(id);
+  copy.on_device = there;
+  copy.last_used = ++uses_;
+}
+
 void HostTier::trim(std::vector<Gone>& gone) {
+  const auto sooner = [](const HostCopy& a, const HostCopy& b) {
+    if (a.on_device != b.on_device) return a.on_device;
+    return a.on_device ? a.last_used > b.last_used : a.last_used < b.last_used;
+  };
   while (bytes_ > cap_) {
-    auto oldest = copies_.end();
+    auto first = copies_.end();
     for (auto copy = copies_.begin(); copy != copies_.end(); ++copy) {
       if (copy->second.wanted || copy->second.in_use) continue;
-      if (oldest == copies_.end() || copy->second.last_used < oldest->second.last_used) oldest = copy;
+      if (first == copies_.end() || sooner(copy->second, first->second)) first = copy;
     }
-    if (oldest == copies_.end()) return;
+    if (first == copies_.end()) return;
     ++evictions_;
-    erase(oldest, gone);
+    erase(first, gone);
   }
 }
 

@@ -13,13 +13,16 @@ struct HostCopy {
   std::string digest;
   int64_t bytes = 0;
   int32_t pages = 0;
-  bool wanted = false;   // its load waits for room on the device: not evicted
-  bool in_use = false;   // it is being copied to the device: neither evicted nor dropped
+  bool wanted = false;  // its load waits for room on the device: not evicted
+  bool in_use = false;  // it is being copied to the device: neither evicted nor dropped
+  bool on_device = false;
   bool dropped = false;  // drop it as soon as it is no longer in use
   uint64_t last_used = 0;
 };
 
-// The least recently used copies go first. One wanted copy may exceed the cap on its own, or a small cap would load nothing.
+// Copies of what lies on the device go first, and of these the youngest, which stays there longest: so the tiers together
+// hold as many adapters as they have room for. Then the least recently used go. One wanted copy may exceed the cap on its
+// own, or a small cap would load nothing.
 class HostTier {
  public:
   struct Gone {
@@ -35,6 +38,7 @@ class HostTier {
   void want(uint64_t id, bool wanted, std::vector<Gone>& gone);
   void use(uint64_t id, bool in_use, std::vector<Gone>& gone);
   void drop(uint64_t id, std::vector<Gone>& gone);
+  void on_device(uint64_t id, bool there);
 
   int64_t cap() const { return cap_; }
   int64_t bytes() const { return bytes_; }
