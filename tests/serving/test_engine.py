@@ -9,7 +9,7 @@ from fastft.serving import Engine, EngineStopped, QueueFull, UnknownAdapter
 from tests.serving.tiny import KINDS, greedy, llama, merged, prompt, save_adapter, waits_until, worst_gap
 
 MODEL = llama()
-SIZES = {"num_blocks": 256, "page_size": 4, "max_batch_tokens": 64, "max_running": 16}
+SIZES = {"device_bytes": 16 << 20, "num_blocks": 256, "page_size": 4, "max_batch_tokens": 64, "max_running": 16}
 
 
 @pytest.fixture(scope="module")

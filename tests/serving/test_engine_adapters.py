@@ -13,7 +13,7 @@ from fastft.serving import Engine, UnknownAdapter
 from fastft.serving.packing import Packer
 from tests.serving.tiny import KINDS, greedy, llama, merged, prompt, save_adapter, waits_until
 
-SIZES = {"num_blocks": 512, "page_size": 4, "max_batch_tokens": 64, "max_running": 16}
+SIZES = {"device_bytes": 16 << 20, "num_blocks": 512, "page_size": 4, "max_batch_tokens": 64, "max_running": 16}
 
 
 @pytest.fixture

@@ -60,6 +60,7 @@ class Serving(RuleBasedStateMachine):
             self.model,
             adapter_dir=self.folder,
             slots=slots,
+            device_bytes=16 << 20,
             host_bytes=host,
             page_size=page_size,
             num_blocks=512 // page_size,
