@@ -53,4 +53,19 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
+// A kernel launched by `launch_next` may start before the one ahead of it on its stream (its primary) has ended, and may not
+// touch what that one writes before it has called this: then the primary is done and all that it wrote is there.
+__device__ __forceinline__ void wait_for_primary() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// From when all blocks have called this (or ended), a kernel launched by `launch_next` behind this one may start.
+__device__ __forceinline__ void let_secondary_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 }  // namespace fastft::ptx

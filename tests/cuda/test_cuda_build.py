@@ -125,12 +125,12 @@ def test_library_loads_and_registers_all_ops(tmp_path):
     compiler = os.environ.get("CXX", "c++")
     subprocess.run([compiler, "-shared", "-fPIC", source, "-o", tmp_path / "libtorch_cuda.so"], check=True)
     code = (
-        "import os, sys, ctypes, torch; from fastft.ops import dora, lora, partial, registry, selection, sparse\n"
+        "import os, sys, ctypes, torch; from fastft.ops import dora, grouped, lora, partial, registry, selection, sparse\n"
         f"ctypes.CDLL({str(resources.LIBRARY)!r}, mode=os.RTLD_NOW)\n"
         "registry.define_native('fastft_cuda')\n"
         "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
         "missing = [name for name in registry.OPS if not has(f'fastft_cuda::{name}', 'CUDA')]\n"
-        "sys.exit(str(missing) if missing or len(registry.OPS) < 21 else 0)"
+        "sys.exit(str(missing) if missing or len(registry.OPS) < 24 else 0)"
     )
     environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": str(resources.TABLE.parents[2])}
     process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
