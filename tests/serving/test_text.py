@@ -104,6 +104,15 @@ def test_special_tokens_have_no_text(tokenizer):
     assert "".join(pieces_of(tokenizer, ids)) == "one two"
 
 
+def test_a_tokenizers_own_way_to_decode_is_kept(tokenizer):
+    class Loud(type(tokenizer)):
+        def decode(self, ids, **options):
+            return super().decode(ids, **options).upper()
+
+    loud = Loud(tokenizer_object=tokenizer.backend_tokenizer)
+    assert "".join(pieces_of(loud, tokenizer("some words")["input_ids"])) == "SOME WORDS"
+
+
 def test_endless_bytes_are_given_out(tokenizer):
     """A model that only writes halves of characters is not decoded from its start for every token."""
     half = tokenizer("😀", verbose=False)["input_ids"][0]

@@ -9,8 +9,6 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import anyio
-
 from ...checkpoint.files import AdapterFileError
 from ..folder import NAME
 from ..requests import EngineStopped, QueueFull, UnknownAdapter
@@ -135,8 +133,11 @@ class Mailbox:
 
     async def take(self, seconds: float) -> list[Any]:
         """What has come; waits for something, but not longer than that."""
-        with anyio.move_on_after(seconds):
+        timer = self._loop.call_later(seconds, self._event.set)
+        try:
             await self._event.wait()
+        finally:
+            timer.cancel()
         self._event.clear()
         self._called = False  # before the items are taken: what comes from now on wakes the task again
         items = []
