@@ -34,6 +34,21 @@ def dot(b_left, b_right, b_acc, dtype: tl.constexpr):
 
 
 @triton.jit
+def split_dot(b_left, b_right, b_acc, dtype: tl.constexpr):
+    """b_acc + b_left @ b_right in float32, for a float32 b_left that is not rounded to `dtype`, and b_right of `dtype`.
+
+    16-bit numbers are multiplied on tensor cores, with b_left as a sum of numbers of their dtype: three bfloat16 or two
+    float16 have a float32's mantissa.
+    """
+    parts: tl.constexpr = 1 if dtype == tl.float32 else 2 if dtype == tl.float16 else 3
+    for _ in tl.static_range(parts - 1):
+        b_acc = dot(b_left, b_right, b_acc, dtype)
+        b_left -= cast(cast(b_left, dtype), tl.float32)
+        b_left = tl.where(tl.abs(b_left) < float("inf"), b_left, 0.0)  # of what is beyond the dtype's range: inf - inf
+    return dot(b_left, b_right, b_acc, dtype)
+
+
+@triton.jit
 def add_dot(b_left, b_right, b_sum, dtype: tl.constexpr, zero):
     """b_sum + b_left @ b_right as `dot`, where float32 sums up the product first and then adds it.
 
@@ -91,9 +106,6 @@ def load_keep(p_mask, group, o_m, i_k, T, K, BLOCK_K: tl.constexpr):
 def rank_product(p_s, p_w, o_m, o_n, T, N, first, end, s_row, w_rank, w_col, BLOCK_R: tl.constexpr):
     """float32 [BLOCK_M, BLOCK_N]: s[o_m, first:end] @ w[first:end, o_n]; s is float32.
 
-    A 16-bit w is multiplied on tensor cores with s as a sum of numbers of its dtype (three bfloat16 or two float16 have a
-    float32's mantissa): rounding s to one of them would be a rounding that the ops do not have.
-
     Element (t, r) of s [T, R] is at t * s_row + r, element (r, n) of w [R, N] at r * w_rank + n * w_col: either adapter
     matrix, A [R, K] or B [N, R], is such a w. o_m and o_n are int64.
     """
@@ -105,12 +117,7 @@ def rank_product(p_s, p_w, o_m, o_n, T, N, first, end, s_row, w_rank, w_col, BLO
         m_w = (o_r < end)[:, None] & (o_n < N)[None, :]
         b_s = tl.load(p_s + o_m[:, None] * s_row + o_r[None, :], mask=m_s, other=0.0)
         b_w = tl.load(p_w + o_r[:, None] * w_rank + o_n[None, :] * w_col, mask=m_w, other=0.0)
-        parts: tl.constexpr = 1 if dtype == tl.float32 else 2 if dtype == tl.float16 else 3
-        for _ in tl.static_range(parts - 1):
-            b_sum = dot(b_s, b_w, b_sum, dtype)
-            b_s -= cast(cast(b_s, dtype), tl.float32)
-            b_s = tl.where(tl.abs(b_s) < float("inf"), b_s, 0.0)  # of an s beyond the dtype's range: inf - inf
-        b_sum = dot(b_s, b_w, b_sum, dtype)
+        b_sum = split_dot(b_s, b_w, b_sum, dtype)
     return b_sum
 
 

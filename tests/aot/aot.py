@@ -149,6 +149,7 @@ _TYPES = {
     torch.float16: "fp16",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.int16: "i16",
     torch.uint8: "u8",
 }
 
