@@ -84,7 +84,7 @@ void AdapterTable::start_unload(const std::string& name) {
   std::lock_guard lock(mutex_);
   Entry& entry = entries_[name];
   ++entry.unloading;
-  dequeue(name, entry);
+  queue_.erase(name);  // its host copy is held until the end, which counts it
   end_load(entry, {Failure::unloaded, "adapter '" + name + "' was unloaded while it was loading", 0, ""});
   notify();
 }
@@ -122,6 +122,11 @@ void AdapterTable::cancel_unload(const std::string& name) {
     // Asked for meanwhile, and still here.
     dequeue(name, entry);
     end_load(entry, {Failure::none, "", entry.current, versions_.at(entry.current).digest});
+  }
+  if (entry.copy && !queue_.contains(name)) {
+    std::vector<HostTier::Gone> gone;
+    host_.want(entry.copy, false, gone);
+    settle(gone);
   }
   tidy(name);
   notify();
