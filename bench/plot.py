@@ -89,6 +89,28 @@ def facts(rows, cases) -> list[str]:
     return said
 
 
+def traces(rows) -> dict[tuple[str, str], list[str]]:
+    """(device, threads) -> what the latest runs of `serve_trace` that count found, as sentences."""
+    latest: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        if row["family"] == "serve_trace" and row["status"] == "ok" and row["implementation"] == "fastft":
+            runs = latest.setdefault(tuple(row[f] for f in ("device", "threads", "shape", "case")), {})
+            runs.setdefault(row["date"], {})[row["metric"]] = row
+    said: dict[tuple[str, str], list[str]] = {}
+    for (device, threads, shape, case), runs in sorted(latest.items()):
+        found = runs[max(runs)]
+        counts = {metric: f"{float(row['value']):,.0f}" for metric, row in found.items()}
+        gap = found["inter_token_p99"]
+        said.setdefault((device, threads), []).append(
+            f"- Through the server: {shape} ({gap['size']}), {case}, {gap['dtype']}, commit {gap['commit']}: "
+            f"{counts['requests']} answers, {counts['loads']} loads, {counts['wrong_tokens']} wrong tokens, "
+            f"{counts['errors']} errors. 99 % of tokens come within {1e3 * float(gap['value']):.1f} ms of the one before: "
+            f"{times(gap)} ({times(gap, 'lo')[:-1]} … {times(gap, 'hi')[:-1]}) of the same trace without loads "
+            f"(target ≤ {times(gap, 'target')}, {'met' if gap['met'] == '1' else 'missed'})."
+        )
+    return said
+
+
 def _order(key):
     device, threads, family, case, shape, dtype = key
     known = list(shapes.LINEARS)
@@ -121,8 +143,8 @@ def _about(key) -> str:
 
 def readme_table(rows) -> str:
     """README's numbers as markdown: time over the frozen layer, per device, with the interval of ours."""
-    cases = counted(rows)
-    if not cases:
+    cases, served = counted(rows), traces(rows)
+    if not (cases or served):
         return "No results yet: `fastft bench` makes them."
     parts = []
     for device, threads, about in dict.fromkeys((*key[:2], _about(key)) for key in cases):
@@ -146,6 +168,8 @@ def readme_table(rows) -> str:
         if said := facts(rows, here):
             lines += ["", *said]
         parts.append("\n".join(lines))
+    for (device, threads), said in served.items():
+        parts.append("\n".join([f"**{device}**, {threads} threads:", "", *said]))
     return "\n\n".join(parts)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fastft
+from fastft import testing
 
 from . import peers, shapes
 from .e2e import step
@@ -54,7 +55,7 @@ def make_inputs(shape: shapes.Model, dtype, adapters: dict[str, tuple], names, t
 def make_adapter(model, folder: Path, kind: str, rank: int = shapes.RANK) -> None:
     """A folder with a random adapter of the model."""
     if kind == "lora":
-        return _make_lora(model, folder, rank)
+        return make_lora(model, folder, rank)
     own = copy.deepcopy(model).float()
     method = fastft.S2FT(**S2FT_RATIOS) if kind == "s2ft" else fastft.SpIEL(density=SPIEL_DENSITY, total_steps=100)
     handle = fastft.attach(own, method)
@@ -64,15 +65,18 @@ def make_adapter(model, folder: Path, kind: str, rank: int = shapes.RANK) -> Non
     handle.save(folder)
 
 
-def _make_lora(model, folder: Path, rank: int) -> None:
+def make_lora(model, folder: Path, rank: int, targets=None, dtype=torch.float32, std: float = STD) -> None:
+    """A random LoRA on the linears called `targets` (default: all but the head), its tensors in `dtype`."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
-    tensors, names = {}, step.linear_names(model)
+    names = [name for name in step.linear_names(model) if targets is None or name.rpartition(".")[2] in targets]
+    tensors = {}
     for name in names:
         n, k = model.get_submodule(name).weight.shape
-        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(rank, k) * k**-0.5
-        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(n, rank) * (STD * (k / rank) ** 0.5 / SCALE)
+        a, b = torch.randn(rank, k) * k**-0.5, torch.randn(n, rank) * (std * (k / rank) ** 0.5 / SCALE)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a.to(dtype)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b.to(dtype)
     save_file(tensors, folder / "adapter_model.safetensors")
     targets = sorted({name.rpartition(".")[2] for name in names})
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": SCALE * rank, "target_modules": targets, "bias": "none"}
@@ -81,11 +85,14 @@ def _make_lora(model, folder: Path, rank: int) -> None:
 
 
 def factors(d: Inputs, name: str, dtype=torch.float32) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    return read_lora(d.folder / name, d.ids.device, dtype)
+
+
+def read_lora(folder: Path, device, dtype) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """A [R, K] and SCALE · B [N, R] of a LoRA adapter, by linear."""
     from safetensors.torch import load_file
 
-    tensors, device = load_file(d.folder / name / "adapter_model.safetensors"), d.ids.device
-    found = {}
+    tensors, found = load_file(folder / "adapter_model.safetensors"), {}
     for key in tensors:
         linear, _, part = key.removeprefix("base_model.model.").rpartition(".lora_")
         if part == "A.weight":
@@ -100,7 +107,7 @@ def deltas(d: Inputs, name: str, dtype) -> dict[str, torch.Tensor]:
         return {linear: b @ a for linear, (a, b) in factors(d, name, dtype).items()}
     own = copy.deepcopy(d.model).to(dtype)
     fastft.load(own, d.folder / name)
-    with torch.no_grad():  # the first forward writes deltas into the weights
+    with torch.no_grad(), testing.use("reference"):  # the first forward writes deltas into the weights
         own(input_ids=d.ids[:1, :1], use_cache=False)
     found = {}
     for linear in step.linear_names(d.model):

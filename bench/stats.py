@@ -72,3 +72,30 @@ def is_void(floor: Interval) -> bool:
 def meets(target: float, arm: Interval, floor: Interval) -> bool:
     """Target met: the interval's upper end is at most the target plus half the floor/floor interval's width."""
     return arm.hi <= target + floor.half_width
+
+
+def pooled_ratio(arm, floor, quantile: float, seed: int = 0) -> Interval:
+    """A quantile of all times of an arm over that of the floor's, with a percentile bootstrap over pairs of blocks.
+
+    Args:
+        arm, floor: lists of blocks, each a list of seconds; arm[i] and floor[i] were measured next to each other.
+    """
+    if len(arm) != len(floor) or not arm or not all(map(len, [*arm, *floor])):
+        raise ValueError("need equally many blocks of both, and times in each of them")
+    picks = torch.randint(len(arm), (RESAMPLES, len(arm)), generator=torch.Generator().manual_seed(seed))
+    times = torch.nn.functional.one_hot(picks, len(arm)).sum(1)  # how often a resample has each block
+    times = torch.cat((torch.ones_like(times[:1]), times))  # first the blocks as they were
+    ratios = _quantiles(arm, times, quantile) / _quantiles(floor, times, quantile)
+    lo, hi = ratios[1:].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Interval(ratios[0].item(), lo, hi)
+
+
+def _quantiles(blocks, times, quantile: float):
+    """The quantile of the blocks' numbers, for each row of `times`, which says how often each block counts."""
+    numbers, order = torch.cat([torch.as_tensor(block, dtype=torch.float64) for block in blocks]).sort()
+    owner = torch.arange(len(blocks)).repeat_interleave(torch.tensor([len(block) for block in blocks]))[order]
+    found = []
+    for row in times:
+        below = row[owner].cumsum(0)
+        found.append(numbers[torch.searchsorted(below, quantile * below[-1])])
+    return torch.stack(found)

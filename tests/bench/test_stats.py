@@ -75,3 +75,16 @@ def test_target_allows_half_the_width_of_the_floor():
     floor = Interval(1.0, 0.995, 1.005)
     assert stats.meets(1.03, Interval(1.02, 1.01, 1.0349), floor)
     assert not stats.meets(1.03, Interval(1.02, 1.01, 1.0351), floor)
+
+
+def test_pooled_ratio():
+    floor = [[1.0] * 98 + [2.0, 2.0], [1.0] * 98 + [4.0, 4.0]]
+    arm = [[3 * t for t in block] for block in floor]
+    found = stats.pooled_ratio(arm, floor, 0.99)
+    assert (found.median, found.lo, found.hi) == (3, 3, 3), "blocks are resampled in pairs"
+    slow = stats.pooled_ratio([[1.0] * 97 + [6.0] * 3, [1.0] * 100], [[1.0] * 100] * 2, 0.99)
+    assert (slow.median, slow.lo, slow.hi) == (6, 1, 6)
+    assert stats.pooled_ratio([[1.0], [5.0]], [[1.0], [1.0]], 0.5).median == 1
+    for wrong in (([[1.0]], []), ([[1.0]], [[]]), ([], [])):
+        with pytest.raises(ValueError, match="blocks"):
+            stats.pooled_ratio(*wrong, 0.5)
