@@ -12,12 +12,13 @@ export FASTFT_HOSTCUDA := 1
 
 NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml fastft/__init__.py
 
-.PHONY: help setup demo test test-aot test-asan test-peft oldest proof lint format bench clean
+.PHONY: help setup demo test test-aot test-asan test-tsan test-peft oldest proof lint format bench clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 	@echo "make test-aot  every shipped Triton configuration compiled ahead of time for every target"
 	@echo "make test-asan the C++ CPU kernels' tests under AddressSanitizer and UBSan, in libraries built for that"
+	@echo "make test-tsan the adapter memory's C++ with many threads under ThreadSanitizer, for a minute"
 	@echo "make test-peft PEFT's own tests of LoRA on accelerated models (its source distribution is downloaded once)"
 	@echo "make oldest    compile and link every native source against the oldest torch that is supported (530 MB, once)"
 	@echo "make proof     rewrite fastft/proof.json, what 'fastft info' says was proven"
@@ -55,6 +56,9 @@ test-asan: setup
 	    "-DFASTFT_TORCH=$$($(BIN)/python -c 'import torch; print(torch.__path__[0])')"
 	cmake --build build/sanitize
 	$(BIN)/python -m pytest -q tests/test_asan.py -m asan $(ARGS)
+
+test-tsan: setup
+	$(BIN)/python -m pytest -q tests/serving/test_tsan.py -m "tsan or not tsan" $(ARGS)
 
 # PEFT's tests come with its source distribution only, without the files that make a package of them.
 PEFT := 0.21.2
