@@ -106,9 +106,9 @@ def deltas(d: Inputs, name: str, dtype) -> dict[str, torch.Tensor]:
     if json.loads((d.folder / name / "adapter_config.json").read_text())["peft_type"] == "LORA":
         return {linear: b @ a for linear, (a, b) in factors(d, name, dtype).items()}
     own = copy.deepcopy(d.model).to(dtype)
-    fastft.load(own, d.folder / name)
-    with torch.no_grad(), testing.use("reference"):  # the first forward writes deltas into the weights
-        own(input_ids=d.ids[:1, :1], use_cache=False)
+    with torch.no_grad(), testing.use("reference"):  # kernels take no float64
+        fastft.load(own, d.folder / name)
+        own(input_ids=d.ids[:1, :1], use_cache=False)  # the first forward writes deltas into the weights
     found = {}
     for linear in step.linear_names(d.model):
         module = own.get_submodule(linear)
