@@ -149,6 +149,11 @@ def _expand_reference(y, x, s, store, offsets, columns, pieces, segments, assign
     y[touched] = (y[touched].to(acc) + total[touched]).to(y.dtype)  # the others keep their bits
 
 
+def _add_reference(y, x, store, offsets, columns, pieces, segments, assignments, weights, k, width):
+    s = _shrink_reference(x, store, offsets, pieces, segments, assignments, k, width)
+    _expand_reference(y, x, s, store, offsets, columns, pieces, segments, assignments, weights, k)
+
+
 def _outer_reference(grad, values, other, s, offsets, pieces, segments, assignments, weights, k):
     acc = _accumulator(values, grad)
     for piece, at, tokens, chosen in _live(pieces, segments, assignments, k):
@@ -189,6 +194,14 @@ grouped_expand_ = Op(
     _expand_reference,
     nothing_fake,
     _refuse(act=0, store=3),
+)
+# Both in one, where no gradient needs S. On CPUs alone: decoding has so little to do that a second call's own cost shows.
+grouped_add_ = Op(
+    "grouped_add_(Tensor(a!) y, Tensor x, Tensor store, Tensor offsets, Tensor columns, Tensor pieces, Tensor segments, "
+    "Tensor assignments, Tensor? weights, int k, int width) -> ()",
+    _add_reference,
+    nothing_fake,
+    _refuse(act=0, store=2),
 )
 grouped_outer_ = Op(
     "grouped_outer_(Tensor(a!) grad, Tensor values, Tensor other, Tensor s, Tensor offsets, Tensor pieces, "

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fastft
+from fastft import _native
 from fastft.ops import grouped
 from fastft.ops.grouped import COLUMNS, ENTRIES, LOW_RANK, ROWS
 from tests.golden import assert_close, backends, poisoned, run_on
@@ -103,6 +104,28 @@ def test_update(backend, dtypes):
         assert torch.equal(bits(y[none]), bits(before[none])), f"{what}: rows without an adapter keep their bits"
         if apart:
             assert wide[:, :8].isnan().all() and wide[:, -8:].isnan().all(), what
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("dtypes", DTYPES[:3], ids=str)
+def test_both_in_one_are_the_two(dtypes):
+    """grouped_add_ adds what grouped_shrink and grouped_expand_ add, to the bit, on any number of threads."""
+    before = torch.get_num_threads()
+    for i, (adapters, k, outputs, slots) in enumerate(SMALL + LARGE):
+        case, routing = make(adapters, k, outputs, dtypes[1], seed=i), routed(slots, "cpu", empty=i % 3)
+        x, y = drawn(len(slots), k, dtypes[0], "cpu", 1)[0], drawn(len(slots), sum(outputs), dtypes[0], "cpu", 2)[0]
+        want = y.clone()
+        segments, assignments, choices = routing
+        try:
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                with run_on(f"cpu_{_native.supported_isas()[0]}"):
+                    update(want.copy_(y), x, case, routing)
+                    got, where = y.clone(), (case.store, case.offsets, case.columns, case.pieces, segments, assignments)
+                    grouped.grouped_add_(got, x, *where, None, choices, case.width)
+                assert torch.equal(bits(got), bits(want)), f"{k} -> {outputs}"
+        finally:
+            torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtypes", DTYPES[:3], ids=str)
@@ -215,6 +238,10 @@ def test_opcheck():
     for op, arguments in (
         (torch.ops.fastft.grouped_shrink, (x, case.store, case.offsets, *tables, k, case.width)),
         (torch.ops.fastft.grouped_expand_, (y, x, s, case.store, case.offsets, case.columns, *tables, None, k)),
+        (
+            torch.ops.fastft.grouped_add_,
+            (y, x, case.store, case.offsets, case.columns, *tables, None, k, case.width),
+        ),
         (torch.ops.fastft.grouped_outer_, (torch.zeros_like(case.store), x, y, s, case.offsets, *tables, None, k)),
     ):
         torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))
