@@ -4,7 +4,7 @@ The library's own `sdpa` and `eager` put a batch into one row and mask what belo
 request's keys then is a NaN in everybody's scores, and the work is that of all queries times all keys (32 decoding
 requests: 32 times too much). Here a request reads its own cache alone. Flash attention does so anyhow and is left as it is.
 
-A step's `Plan` is made on the host once (`plan_step`) and read by every layer (`attend`).
+A step's `Plan` is made on the host once (`Planner`) and read by every layer (`attend`).
 """
 
 from __future__ import annotations
@@ -42,42 +42,63 @@ class Plan:
     chunks: list[Chunk]
 
 
-def plan_step(spans: list[tuple[int, int]], blocks: list[list[int]], page_size: int, stride: int, device) -> Plan:
-    """The plan for requests with (tokens in the cache, tokens in this batch) `spans`, whose cache lies in `blocks`.
+class Planner:
+    """Makes the plans of one cache's steps.
 
-    stride: rows from one block to the next. Block 0 holds zeros that nobody writes.
+    Args:
+        page_size: tokens a block. stride: rows from one block to the next. Block 0 holds zeros that nobody writes.
     """
-    begin, chunks, single, lengths, tokens = 0, [], [], [], []
-    for (past, length), own in zip(spans, blocks):
-        if length == 1:
-            single.append(own)
-            lengths.append(past + 1)
-            tokens.append(begin)
-        else:
-            rows = mask = None
-            if past:
-                rows = torch.from_numpy(_rows(numpy.array(own), page_size, stride)[: past + length]).to(device)
-                mask = torch.ones(length, past + length, dtype=torch.bool, device=device).tril_(past)
-            chunks.append(Chunk(begin, begin + length, past, rows, mask))
-        begin += length
-    decoding = torch.tensor(tokens, device=device) if chunks else None
-    if not single:
-        return Plan(begin, decoding, None, None, 0, chunks)
-    width = max(lengths)
-    pages = -(-width // page_size)
-    zeros = [0] * pages
-    table = numpy.array([block for own in single for block in (own + zeros[len(own) :])[:pages]]).reshape(-1, pages)
-    rows, mask = _rows(table, page_size, stride)[:, :width], None
-    if min(lengths) < width:
-        mask = numpy.arange(width) < numpy.array(lengths)[:, None]
-        rows = rows * mask
-        mask = torch.from_numpy(mask)[:, None, None].to(device)
-    return Plan(begin, decoding, torch.from_numpy(rows.ravel()).to(device), mask, width, chunks)
 
+    def __init__(self, page_size: int, stride: int, device: torch.device):
+        self.page_size, self.stride, self.device = page_size, stride, device
+        self._within = numpy.arange(page_size)
+        self._count = numpy.arange(0)
+        self._blocks: list[list[int]] = []
+        self._decoded = numpy.empty((0, 0), dtype=numpy.int64)
 
-def _rows(blocks: numpy.ndarray, page_size: int, stride: int) -> numpy.ndarray:
-    """The rows [..., tokens] of blocks [..., pages]. Numpy: its small operations take a third of torch's time."""
-    return (blocks[..., None] * stride + numpy.arange(page_size)).reshape(*blocks.shape[:-1], -1)
+    def plan(self, spans: list[tuple[int, int]], blocks: list[list[int]]) -> Plan:
+        """For requests with (tokens in the cache, tokens in this batch) `spans`, whose cache lies in `blocks`."""
+        begin, chunks, single, lengths, tokens = 0, [], [], [], []
+        for (past, length), own in zip(spans, blocks):
+            if length == 1:
+                single.append(own)
+                lengths.append(past + 1)
+                tokens.append(begin)
+            else:
+                chunks.append(self._chunk(begin, past, length, own))
+            begin += length
+        decoding = torch.tensor(tokens, device=self.device) if chunks else None
+        if not single:
+            return Plan(begin, decoding, None, None, 0, chunks)
+        if single != self._blocks:  # in most steps they are the same, and what is left takes half the time
+            self._blocks = [own[:] for own in single]
+            most = max(map(len, single))
+            table = numpy.array([own + [0] * (most - len(own)) for own in single])
+            self._decoded = self._rows(table)
+        width = max(lengths)
+        rows, mask = self._decoded[:, :width], None
+        if min(lengths) < width:
+            if len(self._count) < width:
+                self._count = numpy.arange(2 * width)
+            mask = self._count[:width] < numpy.array(lengths)[:, None]
+            rows = rows * mask
+            mask = self._tensor(mask.reshape(len(single), 1, 1, width))
+        return Plan(begin, decoding, self._tensor(rows.reshape(-1)), mask, width, chunks)
+
+    def _chunk(self, begin: int, past: int, length: int, blocks: list[int]) -> Chunk:
+        rows = mask = None
+        if past:
+            rows = self._tensor(self._rows(numpy.array(blocks))[: past + length])
+            mask = torch.ones(length, past + length, dtype=torch.bool, device=self.device).tril_(past)
+        return Chunk(begin, begin + length, past, rows, mask)
+
+    def _rows(self, blocks: numpy.ndarray) -> numpy.ndarray:
+        """The rows [..., tokens] of blocks [..., pages]. Numpy: its small operations take a third of torch's time."""
+        return (blocks[..., None] * self.stride + self._within).reshape(*blocks.shape[:-1], -1)
+
+    def _tensor(self, array: numpy.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor if self.device.type == "cpu" else tensor.to(self.device)
 
 
 def attend(query, keys, values, new_keys, new_values, plan: Plan, scale: float | None) -> torch.Tensor:

@@ -42,6 +42,7 @@ class Steps:
         self.admission, self.memory, self.routed, self.slots, self.on_end = admission, memory, routed, slots, on_end
         self.few_heads = few_heads
         self.own_attention = self.stopping = False
+        self.planner, self.planner_tables = None, {}  # of attention.py, and the cache's blocks by request
         self.stream = None  # of the model, on a GPU
         self.count = self.tokens = self.errors = 0
         self.beat = None  # time.monotonic() of the last pass of the loop
@@ -72,11 +73,9 @@ class Steps:
             buffers.tokens.fill(slots, lengths, rows)
             if self.few_heads:
                 buffers.heads.fill(head_slots, [1] * len(head_slots), heads)
-        if self.own_attention:
-            allocator = next(iter(cache.cache_allocators.values()))
-            blocks = [allocator.block_table[future.state.request_id] for future in requests]
-            stride, page = allocator.block_physical_stride, allocator.tokens_per_page
-            cache.fastft_plan = attention.plan_step(spans, blocks, page, stride, cache.device)
+        if self.planner is not None:
+            tables = self.planner_tables
+            cache.fastft_plan = self.planner.plan(spans, [tables[future.state.request_id] for future in requests])
         self.current = buffers
         self.count += 1
 
@@ -262,7 +261,12 @@ def _hook(processor, steps: Steps, config) -> None:
     """Put ours around the methods of a new batch processor's parts."""
     cache, scheduler, ios = processor.cache, processor.scheduler, processor.inputs_and_outputs
     asynchronous = processor.use_async_batching
-    steps.stream = ios.compute_stream
+    steps.stream, steps.planner = ios.compute_stream, None
+    if steps.own_attention:
+        allocator = next(iter(cache.cache_allocators.values()))
+        steps.planner_tables = allocator.block_table
+        sizes = allocator.tokens_per_page, allocator.block_physical_stride
+        steps.planner = attention.Planner(*sizes, torch.device(cache.device))
 
     search, mark, clear = cache.search_prefix_match, cache.mark_complete_blocks, scheduler.clear_cancelled_requests
 

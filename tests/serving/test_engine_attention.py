@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastft.serving.attention import attend, plan_step
+from fastft.serving.attention import Planner, attend
 
 HEADS, KV_HEADS, SIZE, PAGE, STRIDE, BLOCKS = 4, 2, 8, 4, 16, 12
 
@@ -55,7 +55,7 @@ SPANS = {
 def test_it_is_the_formula(name):
     spans = SPANS[name]
     query, keys, values, new_keys, new_values, blocks, histories = scene(spans)
-    plan = plan_step(spans, blocks, PAGE, STRIDE, torch.device("cpu"))
+    plan = Planner(PAGE, STRIDE, torch.device("cpu")).plan(spans, blocks)
     got = attend(query, keys, values, new_keys, new_values, plan, None)
     assert torch.allclose(got, golden(query, spans, histories), atol=2e-6)
     scaled = attend(query, keys, values, new_keys, new_values, plan, 0.5)
@@ -66,7 +66,7 @@ def test_it_is_the_formula(name):
 def test_nan_in_one_request_changes_no_bit_of_another(sick):
     spans = SPANS["mixed"]
     query, keys, values, new_keys, new_values, blocks, _ = scene(spans)
-    plan = plan_step(spans, blocks, PAGE, STRIDE, torch.device("cpu"))
+    plan = Planner(PAGE, STRIDE, torch.device("cpu")).plan(spans, blocks)
     healthy = attend(query, keys, values, new_keys, new_values, plan, None)
     begin = sum(new for _, new in spans[:sick])
     own = torch.zeros(len(query), dtype=torch.bool)
@@ -77,3 +77,32 @@ def test_nan_in_one_request_changes_no_bit_of_another(sick):
         values[block * STRIDE : block * STRIDE + PAGE] = float("inf")
     ill = attend(query, keys, values, new_keys, new_values, plan, None)
     assert torch.equal(ill[~own], healthy[~own]) and ill[own].isnan().all()
+
+
+def test_plans_of_steps_that_follow_each_other():
+    """One planner: blocks are kept, grow, are replaced in place (as the library does with equal ones), requests come and go."""
+    generator, planner = torch.Generator().manual_seed(0), Planner(PAGE, STRIDE, torch.device("cpu"))
+    live, free = {}, list(range(1, 60))
+    for step in range(60):
+        if step % 5 == 0:
+            live[step] = [0, []]
+        if step % 7 == 6:
+            free += live.pop(next(iter(live)))[1]
+        if step % 11 == 10:
+            blocks = live[next(iter(live))][1]
+            free.append(blocks[0])
+            blocks[0] = free.pop(0)
+        spans = []
+        for state in live.values():
+            new = 1 if state[0] else int(torch.randint(1, 6, (), generator=generator))
+            while len(state[1]) * PAGE < state[0] + new:
+                state[1].append(free.pop(0))
+            spans.append((state[0], new))
+        blocks = [state[1] for state in live.values()]
+        plan, fresh = planner.plan(spans, blocks), Planner(PAGE, STRIDE, torch.device("cpu")).plan(spans, blocks)
+        assert (plan.width, plan.tokens, len(plan.chunks)) == (fresh.width, fresh.tokens, len(fresh.chunks))
+        for name in ("decoding", "rows", "mask"):
+            mine, other = getattr(plan, name), getattr(fresh, name)
+            assert mine is other is None or torch.equal(mine, other)
+        for state, (_, new) in zip(live.values(), spans):
+            state[0] += new
