@@ -13,10 +13,10 @@ SITES = [(ALL_KINDS, 64, (16, 9, 40)), (LORAS * 2, 1024, (512, 264))]
 
 
 def routing_of(active, capacity):
-    """(segments, assignments) of a step with so many adapters: one has half of the tokens, every seventh token has none."""
+    """(segments, assignments) of a step with so many adapters: one has half of the tokens, every tenth token has none."""
     slots = [-1] * TOKENS
     for t in range(TOKENS):
-        if active and t % 7:
+        if active and t % 10:
             slots[t] = t // 2 % active if t % 2 else 0
     segments, assignments, _ = route(slots)
     padded = torch.tensor([[0, 0, 0]] * capacity, dtype=torch.int32)
