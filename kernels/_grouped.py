@@ -33,7 +33,7 @@ def token_tile(p_segments, i_tile, D, BLOCK_M: tl.constexpr, BLOCK_D: tl.constex
     end = tl.load(p_own + 2, mask=own < D, other=0)
     first = tl.load(p_own + 1, mask=own < D, other=0) + (i_tile - skipped) * BLOCK_M
     end = tl.minimum(end, first + BLOCK_M)
-    return slot, tl.minimum(first, end).to(tl.int64), end.to(tl.int64)
+    return slot, tl.minimum(first, end), end
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def tokens_of(p_assignments, first, end, BLOCK_M: tl.constexpr):
     """Positions first, first + 1, ..., which of them are below `end`, and their assignments."""
     o_m = first + tl.arange(0, BLOCK_M)
     m_m = o_m < end
-    return o_m, m_m, tl.load(p_assignments + o_m, mask=m_m, other=0)
+    return o_m.to(tl.int64), m_m, tl.load(p_assignments + o_m, mask=m_m, other=0)
 
 
 @triton.jit

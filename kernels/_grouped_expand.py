@@ -102,7 +102,7 @@ def _add_table(
             added = ()
             for m in tl.static_range(BLOCK_M):
                 own = assignments[m] >= 0
-                p_c = p_s + (first + m) * width + s_first + o_r
+                p_c = p_s + (first + m).to(tl.int64) * width + s_first + o_r
                 b_c = tl.load(p_c, mask=o_r < tl.where(own, n_s, 0), other=0.0)
                 p_c = p_x + (assignments[m] // k).to(tl.int64) * x_row + b_channel
                 b_c += cast(tl.load(p_c, mask=o_r < tl.where(own, n_x, 0), other=0.0), tl.float32)
@@ -213,25 +213,22 @@ def _add_entries(
     """y += an ENTRIES piece in BLOCK_N columns from n_first of the piece's own, block by block of those that reach there."""
     p_blocks = p_offsets + tl.load(p_piece + LEFT)
     count = tl.load(p_piece + COUNT).to(tl.int32)
-    n_end = n_first + BLOCK_N
-    b_y, b_x = b_y + tl.load(p_piece + Y_FIRST), b_x + tl.load(p_piece + X_FIRST)
+    b_leader, b_last = tl.full([BLOCK_B], count, tl.int32), tl.full([BLOCK_B], -1, tl.int32)
     for i in range(0, count, BLOCK_B):
         o_b = i + tl.arange(0, BLOCK_B)
-        p_b = p_blocks + 4 * o_b
-        b_first = tl.load(p_b, mask=o_b < count, other=0)
-        b_rows = tl.load(p_b + 1, mask=o_b < count, other=0)
-        m_here = (b_rows > 0) & (b_first < n_end) & (b_first + b_rows > n_first)
-        b_todo = tl.where(m_here, o_b, count)
-        block = tl.min(b_todo, 0)
-        while block < count:
-            p_own = p_blocks + 4 * block
-            first, rows = tl.load(p_own), tl.load(p_own + 1)
-            low = tl.maximum(n_first - first, 0).to(tl.int32)
-            high = tl.minimum(n_end - first, rows).to(tl.int32)
-            p_values, p_starts = p_store + tl.load(p_own + 2), p_columns + tl.load(p_own + 3)
-            _add_block(p_y, p_x, p_values, p_starts, rows, low, high, b_y + first, b_x, b_factor, m_m, BLOCK_A, BLOCK_E)
-            b_todo = tl.where(o_b > block, b_todo, count)
-            block = tl.min(b_todo, 0)
+        b_first = tl.load(p_blocks + 4 * o_b, mask=o_b < count, other=0)
+        b_rows = tl.load(p_blocks + 4 * o_b + 1, mask=o_b < count, other=0)
+        m_here = (b_rows > 0) & (b_first < n_first + BLOCK_N) & (b_first + b_rows > n_first)
+        b_leader = tl.minimum(b_leader, tl.where(m_here, o_b, count))
+        b_last = tl.maximum(b_last, tl.where(m_here, o_b, -1))
+    b_y, b_x = b_y + tl.load(p_piece + Y_FIRST), b_x + tl.load(p_piece + X_FIRST)
+    for block in range(tl.min(b_leader, 0), tl.max(b_last, 0) + 1):
+        p_block = p_blocks + 4 * block
+        first, rows = tl.load(p_block), tl.load(p_block + 1)
+        low = tl.maximum(n_first - first, 0).to(tl.int32)
+        high = tl.minimum(n_first + BLOCK_N - first, rows).to(tl.int32)
+        p_values, p_starts = p_store + tl.load(p_block + 2), p_columns + tl.load(p_block + 3)
+        _add_block(p_y, p_x, p_values, p_starts, rows, low, high, b_y + first, b_x, b_factor, m_m, BLOCK_A, BLOCK_E)
 
 
 @triton.jit(do_not_specialize=["D", "P", "width", "j"])

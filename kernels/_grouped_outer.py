@@ -103,7 +103,7 @@ def grouped_outer_kernel(
     k_first, i_r = (pid % n_k).to(tl.int64) * BLOCK_K, (pid // n_k % row_programs).to(tl.int64)
     i_p, i_d = pid // n_k // row_programs % P, pid // n_k // row_programs // P
     p_segment = p_segments + 3 * i_d
-    begin, end = tl.load(p_segment + 1).to(tl.int64), tl.load(p_segment + 2).to(tl.int64)
+    begin, end = tl.load(p_segment + 1), tl.load(p_segment + 2)
     if begin < end:
         p_piece = p_pieces + (tl.load(p_segment).to(tl.int64) * P + i_p) * FIELDS
         kind, x_width = tl.load(p_piece + KIND), tl.load(p_piece + X_WIDTH)

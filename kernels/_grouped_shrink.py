@@ -104,7 +104,7 @@ def _shrink_tile(
             sums = added
         for m in tl.static_range(BLOCK_M):
             if first + m < end:
-                tl.store(p_columns + (first + m) * width, tl.sum(sums[m], axis=1), mask=m_c)
+                tl.store(p_columns + (first + m).to(tl.int64) * width, tl.sum(sums[m], axis=1), mask=m_c)
 
 
 @triton.jit(do_not_specialize=["M", "D", "P", "width", "column_programs", "n_slabs", "slab_tiles"])
