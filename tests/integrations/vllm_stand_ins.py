@@ -37,8 +37,8 @@ class PunicaWrapperBase(ABC):
         full = adapter_y.to(y.dtype) + bias_stacked[safe].to(y.dtype)
         return torch.where(((self.sampler_indices >= 0) & module_enabled[safe])[:, None], full, y)
 
-    @abstractmethod
-    def update_metadata(self, mapping, lora_index_to_id, max_loras, vocab_size, **kwargs): ...
+    def update_metadata(self, mapping, lora_index_to_id, max_loras, vocab_size, **kwargs):
+        raise NotImplementedError
 
     @abstractmethod
     def add_shrink(self, y, x, lora_a_stacked, scale, **kwargs): ...
