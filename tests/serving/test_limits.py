@@ -3,12 +3,13 @@
 import threading
 import time
 
+import httpx2
 import pytest
 
 from fastft.serving.api.config import Limits
 from fastft.serving.api.guard import BodyLimit
 
-from .server_fixtures import CHAT, HELLO, FakeEngine, client, load_tokenizer, post
+from .server_fixtures import CHAT, HELLO, FakeEngine, client, load_tokenizer, post, serving
 
 
 @pytest.fixture(scope="module")
@@ -100,22 +101,24 @@ def test_a_full_queue_says_try_again(tokenizer):
 
 
 def test_sequences_and_adapters_in_progress_are_limited(engine):
-    http = client(engine, limits=Limits(sequences=3, adapters=1))
     engine.hold()
-    threads = [
-        threading.Thread(target=http.post, args=("/v1/completions",), kwargs={"json": {**HELLO, "model": "math"}})
-        for _ in range(2)
-    ]
-    for thread in threads:
-        thread.start()
-    while len(engine.submitted) < 2:
-        time.sleep(0.01)
-    assert post(http, {**HELLO, "model": "code"}, status=429)["error"]["code"] == "too_many_adapters"
-    assert post(http, {**HELLO, "n": 2}, status=429)["error"]["code"] == "too_many_requests"
-    engine.go()
-    for thread in threads:
-        thread.join()
-    post(http, {**HELLO, "model": "code"})
+    with serving(engine, limits=Limits(sequences=3, adapters=1)) as (url, _), httpx2.Client(base_url=url) as http:
+        threads = [
+            threading.Thread(target=http.post, args=("/v1/completions",), kwargs={"json": {**HELLO, "model": "math"}})
+            for _ in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        end = time.monotonic() + 20
+        while len(engine.submitted) < 2:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert post(http, {**HELLO, "model": "code"}, status=429)["error"]["code"] == "too_many_adapters"
+        assert post(http, {**HELLO, "n": 2}, status=429)["error"]["code"] == "too_many_requests"
+        engine.go()
+        for thread in threads:
+            thread.join()
+        post(http, {**HELLO, "model": "code"})
 
 
 def test_a_stopped_engine(engine):

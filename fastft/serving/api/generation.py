@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ...checkpoint.files import AdapterFileError
@@ -14,6 +14,7 @@ from ..folder import NAME
 from ..requests import EngineStopped, QueueFull, UnknownAdapter
 from .config import ServerConfig
 from .errors import ApiError, logger, shown
+from .mail import Courier, Mailbox
 from .metrics import Metrics
 from .output import Delta, Output
 
@@ -40,6 +41,14 @@ class Service:
         self.last_token = 0.0  # time.monotonic()
         self.jobs: set[Job] = set()
         self.stopping = False
+        self._courier: Courier | None = None
+
+    def courier(self) -> Courier:
+        """That of the running event loop."""
+        loop, courier = asyncio.get_running_loop(), self._courier
+        if courier is None or courier.loop is not loop:
+            courier = self._courier = Courier(loop)
+        return courier
 
     def adapter(self, model: str) -> str | None:
         """The adapter that clients call `model`, if there is one; None for the base model.
@@ -113,39 +122,6 @@ class Service:
             job.end()
 
 
-class Mailbox:
-    """Items from any thread to one task of the event loop, which is woken once for as many as have come."""
-
-    def __init__(self):
-        self._items: deque = deque()
-        self._loop = asyncio.get_running_loop()
-        self._event = asyncio.Event()
-        self._called = False
-
-    def put(self, item: Any) -> None:
-        self._items.append(item)
-        if not self._called:
-            self._called = True
-            try:
-                self._loop.call_soon_threadsafe(self._event.set)
-            except RuntimeError:  # the loop is closed: nobody reads any more
-                return
-
-    async def take(self, seconds: float) -> list[Any]:
-        """What has come; waits for something, but not longer than that."""
-        timer = self._loop.call_later(seconds, self._event.set)
-        try:
-            await self._event.wait()
-        finally:
-            timer.cancel()
-        self._event.clear()
-        self._called = False  # before the items are taken: what comes from now on wakes the task again
-        items = []
-        while self._items:
-            items.append(self._items.popleft())
-        return items
-
-
 class Job:
     """The sequences of one HTTP request."""
 
@@ -156,7 +132,8 @@ class Job:
         self.prompt_tokens = 0
         self._service = service
         self._metrics: Any = None
-        self._mail = Mailbox()
+        self._mail, courier = Mailbox(), service.courier()
+        self._post = partial(courier.put, self._mail)
         self._open: set[int] = set()
         self._last: list[float] = []
         service.jobs.add(self)
@@ -182,7 +159,7 @@ class Job:
         if choice == 0:
             self.prompt_tokens += len(prompt)
             self._metrics.prompt_tokens.inc(len(prompt))
-        request.on_token(lambda token: self._mail.put((index, token, time.monotonic())))
+        request.on_token(lambda token: self._post((index, token, time.monotonic())))
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta] | None]:
         """(choice, what is new of it), until each has its finish_reason; None after PING_SECONDS without news.
@@ -217,7 +194,7 @@ class Job:
             self.close("cancelled")
 
     def end(self) -> None:
-        self._mail.put((None, None, 0.0))
+        self._post((None, None, 0.0))
 
     def close(self, reason: str) -> None:
         """Cancel what still runs; it is counted with this reason."""
