@@ -93,8 +93,8 @@ __device__ __forceinline__ int sum_up(Item segment, Finder& finder) {
   return total;
 }
 
-// Calls work(item) for this block's share of the items, of which a segment has count(slot, tokens). All threads call it.
-// What a thread knows of its segment waits in shared memory, since `work` needs the registers.
+// Calls work(item, all) for this block's share of the items, of which a segment has count(slot, tokens). All threads call
+// it. What a thread knows of its segment waits in shared memory, since `work` needs the registers.
 template <class Count, class Work>
 __device__ __forceinline__ void each_item(const Routing& routing, Finder& finder, Count&& count, Work&& work) {
   int offset = blockIdx.x;  // of this block's next item in those from the present segments on
@@ -113,7 +113,7 @@ __device__ __forceinline__ void each_item(const Routing& routing, Finder& finder
       }
       __syncthreads();
       const Item item = finder.item;
-      work(item);
+      work(item, total);
       __syncthreads();
     }
     offset -= total;
@@ -234,34 +234,6 @@ __device__ __forceinline__ void factor_fragment(uint32_t (&a)[kTiles][4], const 
 }
 
 // -- Entry points.
-
-// A launch that may be set up while the kernel before it on the stream still runs, where the GPU can
-// (ptx::wait_for_primary); it can be captured, too.
-#ifdef FASTFT_HOSTCUDA
-template <class... P, class... A>
-void launch_next(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream, A... args) {
-  launch(kernel, grid, block, shared_bytes, stream, args...);
-}
-#else
-template <class... P, class... A>
-void launch_next(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream, A... args) {
-  int device = 0, major = 0;
-  check_cuda(cudaGetDevice(&device));
-  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  // Those that have machine code of their own here, with the instructions that wait.
-  if (major != 9 && major != 10) return launch(kernel, grid, block, shared_bytes, stream, args...);
-  if (shared_bytes > 48 * 1024)
-    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shared_bytes)));
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = stream;
-  config.attrs = &attribute, config.numAttrs = 1;
-  check_cuda(cudaLaunchKernelEx(&config, kernel, P(args)...));
-}
-#endif
 
 inline Routing checked_routing(const char* op, const Tensor& like, const Tensor& pieces, const Tensor& segments,
                                const Tensor& assignments, int64_t k) {

@@ -1,21 +1,24 @@
-// What adapters add to y (fastft/ops/grouped.py). A block owns 256 columns of y for a tile of one segment and adds the
-// pieces that reach into them one after the other. Few tokens: the warps have every 8th rank. More: a tile of 32 tokens, of
-// which a warp has 16 and 64 columns on tensor cores. Of k assignments of a token each has a launch of its own, so that no
-// two blocks add to one element at a time.
+// What adapters add to y (fastft/ops/grouped.py). A block owns columns of y for a tile of one segment and adds the pieces
+// that reach into them one after the other; a warp has 64 of them. Few tokens: its quarters have every 4th rank. More: a
+// tile of 32 tokens, of which a warp has 16 on tensor cores. Of k assignments of a token each has a launch of its own, so
+// that no two blocks add to one element at a time.
 #include "grouped.cuh"
 
 namespace fastft {
 namespace {
 
-constexpr int kOwned = 256;      // columns of y
+constexpr int kHeldPieces = 8;
 constexpr int kEntryTokens = 8;  // that an entry is held for
+
+// Columns of y that a block owns.
+__host__ __device__ constexpr int owned(bool few) { return few ? 512 : 256; }
 
 template <class T, int kParts>
 struct Expand : Arithmetic<T, kParts> {
   using W = typename Expand::Adapter;
   static constexpr bool kTensor = kParts > 0;
-  static constexpr int kAtOnce = 8 / int(sizeof(W));  // ranks of a warp whose rows are in flight together
-  static constexpr int kChunk = kAtOnce * kWarps;
+  static constexpr int kAtOnce = 8 / int(sizeof(W));  // ranks of a lane whose rows are in flight together
+  static constexpr int kChunk = kFew * kAtOnce, kHeldFactors = kChunk * kFew / 32;  // of a warp; of its factors a lane's
 
   Matrix<T> y;
   Matrix<const T> x;
@@ -27,33 +30,28 @@ struct Expand : Arithmetic<T, kParts> {
   Routing routing;
   int64_t width;
   int choice;
-  bool early;  // what routes and the adapters are there before the primary is done
 
   struct Shared {
     Finder finder;
-    Piece piece;
+    Piece pieces[kHeldPieces];
     int tokens[kTokens];     // -1: not of this launch
     float factors[kTokens];  // scale not included
-    int listed, list[kOwned];
-    float coefficients[kChunk][kFew];
-    alignas(16) float sums[kWarps][kFew][kOwned];
+    int listed, list[owned(true)];
   };
 
   // A tile of a segment, and the columns of y from `column` on.
   struct Tile {
-    int slot, first, count, column;
+    int slot, first, count, column, end;  // of its columns
   };
-
-  __device__ __forceinline__ void ready() const {
-    if (early) ptx::wait_for_primary();
-  }
 
   __device__ __forceinline__ static bool few(int tokens) { return !kTensor || tokens <= kFew; }
   __device__ __forceinline__ static int tile_of(int tokens) { return few(tokens) ? kFew : kTokens; }
 
+  __device__ __forceinline__ int across(bool few) const { return static_cast<int>(ceil_div(y.cols, owned(few))); }
+
   __device__ __forceinline__ int items(int tokens) const {
     const int tile = tile_of(tokens);
-    return (tokens + tile - 1) / tile * static_cast<int>(ceil_div(y.cols, kOwned));
+    return (tokens + tile - 1) / tile * across(few(tokens));
   }
 
   __device__ __forceinline__ void add(float added, int64_t row, int column) const {
@@ -69,61 +67,72 @@ struct Expand : Arithmetic<T, kParts> {
     return get(s, position * width + piece.s_first + i);
   }
 
-  __device__ __forceinline__ void add_few(const Tile& tile, const Piece& piece, Shared& shared) const {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, at = tile.column + lane * kUnit - piece.y_first;
+  // A warp has 64 columns; its quarters have every 4th rank each and, after the sums have changed places, a token each.
+  __device__ __forceinline__ void add_few(const Tile& tile, const Piece& piece, const Shared& shared) const {
+    const int lane = threadIdx.x % 32, quarter = lane / 8, column = tile.column + threadIdx.x / 32 * 64 + lane % 8 * kUnit;
+    const int at = column - piece.y_first, own = quarter < tile.count ? shared.tokens[quarter] : -1;
+    const bool aligned = (piece.y_first | piece.y_width) % kUnit == 0, whole = aligned && y.vectors;
     float sum[kFew][kUnit] = {};
+#pragma unroll 1
     for (int chunk = 0; chunk < piece.count; chunk += kChunk) {
-      Unit<W> rows[kAtOnce];
-      bool vectors = (piece.y_first | piece.y_width) % kUnit == 0;
       const W* row[kAtOnce];
+      bool vectors = aligned;
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        const int rank = chunk + i * kWarps + warp;
+        const int rank = chunk + quarter + i * kFew;
         row[i] = rank < piece.count ? store + get(offsets, piece.right + rank) : nullptr;
         vectors = vectors && on_vector(row[i]);
       }
+      Unit<W> rows[kAtOnce];
+      if (__all_sync(kAllLanes, vectors)) {
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int size = row[i] ? piece.y_width : 0;
-        rows[i] =
-            vectors ? load_eight<true, true>(store, row[i], at, size) : load_eight<false, true>(store, row[i], at, size);
+        for (int i = 0; i < kAtOnce; ++i) rows[i] = load_eight<true, true>(store, row[i], at, row[i] ? piece.y_width : 0);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) rows[i] = load_eight<false, true>(store, row[i], at, row[i] ? piece.y_width : 0);
       }
-      ready();
-      if (threadIdx.x < kChunk * kFew) {
-        const int t = threadIdx.x % kFew, rank = chunk + threadIdx.x / kFew;
-        shared.coefficients[threadIdx.x / kFew][t] = t < tile.count && rank < piece.count && shared.tokens[t] >= 0
-                                                         ? coefficient(piece, tile.first + t, shared.tokens[t], rank)
-                                                         : 0.0f;
+      float held[kHeldFactors];
+#pragma unroll
+      for (int h = 0; h < kHeldFactors; ++h) {
+        const int rank = chunk + lane % kChunk, t = lane / kChunk + h * (32 / kChunk);
+        const bool there = rank < piece.count && t < tile.count && shared.tokens[t] >= 0;
+        held[h] = there ? coefficient(piece, tile.first + t, shared.tokens[t], rank) : 0.0f;
       }
-      __syncthreads();
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i)
 #pragma unroll
         for (int t = 0; t < kFew; ++t) {
           if (t >= tile.count) break;
-          const float factor = shared.coefficients[i * kWarps + warp][t];
+          const int from = t % (32 / kChunk) * kChunk + quarter + i * kFew;
+          const float factor = __shfl_sync(kAllLanes, held[t / (32 / kChunk)], from);
 #pragma unroll
           for (int j = 0; j < kUnit; ++j) sum[t][j] = fmaf(factor, static_cast<float>(rows[i].v[j]), sum[t][j]);
         }
-      __syncthreads();
     }
+    Unit<T> old{};
+    if (whole && own >= 0 && at >= 0 && at < piece.y_width) old = load_unit<false, T>(y, own, column);
+    float total[kUnit];
 #pragma unroll
-    for (int t = 0; t < kFew; ++t) {
-      if (t >= tile.count) break;
-      auto* target = reinterpret_cast<float4*>(shared.sums[warp][t] + lane * kUnit);
-      target[0] = make_float4(sum[t][0], sum[t][1], sum[t][2], sum[t][3]);
-      target[1] = make_float4(sum[t][4], sum[t][5], sum[t][6], sum[t][7]);
+    for (int j = 0; j < kUnit; ++j) {
+      float pair[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float kept = quarter < 2 ? sum[i][j] : sum[2 + i][j], given = quarter < 2 ? sum[2 + i][j] : sum[i][j];
+        pair[i] = kept + __shfl_xor_sync(kAllLanes, given, 16);
+      }
+      total[j] = (quarter % 2 ? pair[1] : pair[0]) + __shfl_xor_sync(kAllLanes, quarter % 2 ? pair[0] : pair[1], 8);
     }
-    __syncthreads();
-    const int column = tile.column + threadIdx.x;
-    if (column < piece.y_first || column >= piece.y_first + piece.y_width) return;
+    if (own < 0) return;
+    const float factor = piece.scale * shared.factors[quarter];
+    if (whole) {
+      if (at < 0 || at >= piece.y_width) return;
 #pragma unroll
-    for (int t = 0; t < kFew; ++t) {
-      if (t >= tile.count || shared.tokens[t] < 0) continue;
-      float total = 0.0f;
+      for (int j = 0; j < kUnit; ++j) old.v[j] = T(fmaf(factor, total[j], static_cast<float>(old.v[j])));
+      store_unit(y, own, column, old);
+    } else {
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) total += shared.sums[w][t][threadIdx.x];
-      add(piece.scale * shared.factors[t] * total, shared.tokens[t], column);
+      for (int j = 0; j < kUnit; ++j)
+        if (at + j >= 0 && at + j < piece.y_width) add(factor * total[j], own, column + j);
     }
   }
 
@@ -155,7 +164,6 @@ struct Expand : Arithmetic<T, kParts> {
 #pragma unroll
         for (int i = 0; i < 4; ++i) rows[i] = load_eight<false, false>(store, row[i], at, row[i] ? piece.y_width : 0);
       }
-      ready();
       float of[2][4];
 #pragma unroll
       for (int h = 0; h < 2; ++h)
@@ -204,9 +212,8 @@ struct Expand : Arithmetic<T, kParts> {
   __device__ __forceinline__ void add_rows(const Tile& tile, const Piece& piece, Shared& shared) const {
     const int listed = list(shared, piece.count, [&](int i) {
       const int64_t column = piece.y_first + get(offsets, piece.right + i);
-      return column >= tile.column && column < tile.column + kOwned;
+      return column >= tile.column && column < tile.end;
     });
-    ready();
     for (int e = threadIdx.x; e < listed * tile.count; e += kThreads) {
       const int t = e / listed, i = shared.list[e % listed], token = shared.tokens[t];
       if (token < 0) continue;
@@ -218,12 +225,11 @@ struct Expand : Arithmetic<T, kParts> {
   // A warp has a row of a block of entries, a lane an entry, for up to kEntryTokens tokens.
   __device__ __forceinline__ void add_entries(const Tile& tile, const Piece& piece, Shared& shared) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int low = tile.column - piece.y_first, high = low + kOwned;
+    const int low = tile.column - piece.y_first, high = tile.end - piece.y_first;
     const int listed = list(shared, piece.count, [&](int b) {
       const int64_t first = get(offsets, piece.left + 4 * b), rows = get(offsets, piece.left + 4 * b + 1);
       return rows > 0 && first < high && first + rows > low;
     });
-    ready();
     for (int b = 0; b < listed; ++b) {
       const int64_t* block = offsets + piece.left + 4 * shared.list[b];
       const int first = static_cast<int>(get(block, 0)), rows = static_cast<int>(get(block, 1));
@@ -259,53 +265,51 @@ struct Expand : Arithmetic<T, kParts> {
   }
 
   __device__ __forceinline__ void work(const Item& item, Shared& shared) const {
-    const int tokens = item.end - item.begin, size = tile_of(tokens), across = static_cast<int>(ceil_div(y.cols, kOwned));
-    const int first = item.begin + item.index / across * size;
-    const Tile tile{item.slot, first, smaller(item.end - first, size), item.index % across * kOwned};
+    const int tokens = item.end - item.begin, size = tile_of(tokens), columns = owned(few(tokens));
+    const int first = item.begin + item.index / across(few(tokens)) * size;
+    const int column = item.index % across(few(tokens)) * columns;
+    const Tile tile{item.slot, first, smaller(item.end - first, size), column, column + columns};
     if (const int t = threadIdx.x; t < tile.count) {
       const int assignment = get(routing.assignments, tile.first + t), token = routing.token(assignment);
       const bool own = routing.k == 1 || assignment - token * routing.k == choice;
       shared.tokens[t] = own ? token : -1;
-      if (weights) ready();
       shared.factors[t] = own && weights ? get(weights, assignment) : 1.0f;
     }
-    __syncthreads();
-    for (int p = 0; p < routing.per_slot; ++p) {
-      if (threadIdx.x == 0) shared.piece = routing.piece(tile.slot, p);
+    for (int from = 0; from < routing.per_slot; from += kHeldPieces) {
+      const int held = smaller(routing.per_slot - from, kHeldPieces);
+      // Not by the threads of the tokens, so that both are on their way together.
+      if (const int p = int(threadIdx.x) - (kThreads - kHeldPieces); p >= 0 && p < held)
+        shared.pieces[p] = routing.piece(tile.slot, from + p);
       __syncthreads();
-      const Piece& piece = shared.piece;
-      const bool reaches = piece.y_first < tile.column + kOwned && piece.y_first + piece.y_width > tile.column;
-      if (piece.kind == kMissing || piece.count == 0 || !reaches) {
+      for (int p = 0; p < held; ++p) {
+        const Piece& piece = shared.pieces[p];
+        const bool reaches = piece.y_first < tile.end && piece.y_first + piece.y_width > tile.column;
+        if (piece.kind == kMissing || piece.count == 0 || !reaches) continue;
+        add_piece(tile, piece, few(tokens), shared);
         __syncthreads();
-        continue;
       }
-      if (piece.kind == kRowKind) {
-        add_rows(tile, piece, shared);
-      } else if (piece.kind == kEntries) {
-        add_entries(tile, piece, shared);
-      } else {
-        if constexpr (kTensor) {
-          if (few(tokens))
-            add_few(tile, piece, shared);
-          else
-            add_tile(tile, piece, shared);
-        } else {
-          add_few(tile, piece, shared);
-        }
-      }
-      __syncthreads();
+      if (from + kHeldPieces < routing.per_slot) __syncthreads();
     }
+  }
+
+ private:
+  __device__ __forceinline__ void add_piece(const Tile& tile, const Piece& piece, bool few, Shared& shared) const {
+    if (piece.kind == kRowKind) return add_rows(tile, piece, shared);
+    if (piece.kind == kEntries) return add_entries(tile, piece, shared);
+    if constexpr (kTensor) {
+      if (!few) return add_tile(tile, piece, shared);
+    }
+    add_few(tile, piece, shared);
   }
 };
 
 template <class T, int kParts>
 __global__ void __launch_bounds__(kThreads, kParts == 3 ? 1 : 2) grouped_expand_kernel(Expand<T, kParts> op) {
-  if (!op.early) ptx::wait_for_primary();
   SharedMemory memory;
   auto& shared = *memory.take<typename Expand<T, kParts>::Shared>(1);
   each_item(
       op.routing, shared.finder, [&](int, int tokens) { return op.items(tokens); },
-      [&](const Item& item) { op.work(item, shared); });
+      [&](const Item& item, int) { op.work(item, shared); });
 }
 
 void grouped_expand_(const Tensor& y, const Tensor& x, const Tensor& s, const Tensor& store, const Tensor& offsets,
@@ -340,13 +344,12 @@ void grouped_expand_(const Tensor& y, const Tensor& x, const Tensor& s, const Te
                    weights ? static_cast<const float*>(weights->const_data_ptr()) : nullptr,
                    routing,
                    s.size(1),
-                   0,
-                   false};
-    const int64_t items = most_tiles(positions, routing.segment_count, kFew, 1) * ceil_div(y.size(1), kOwned);
+                   0};
+    const int64_t items = most_tiles(positions, routing.segment_count, kFew, 1) * ceil_div(y.size(1), owned(false));
     for (int64_t choice = 0; choice < k; ++choice) {
       kernel_op.choice = static_cast<int>(choice);
-      launch_next(grouped_expand_kernel<typename P::T, P::kParts>, grouped_grid(items, 2), dim3(kThreads),
-                  SharedMemory::bytes<typename K::Shared>(1), device.stream, kernel_op);
+      launch(grouped_expand_kernel<typename P::T, P::kParts>, grouped_grid(items, 2), dim3(kThreads),
+             SharedMemory::bytes<typename K::Shared>(1), device.stream, kernel_op);
     }
   });
 }

@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, 2) grouped_outer_kernel(Outer<T, kPa
   auto& shared = *memory.take<typename Outer<T, kParts>::Shared>(1);
   each_item(
       op.routing, shared.finder, [&](int slot, int) { return op.items(slot); },
-      [&](const Item& item) { op.work(item, shared); });
+      [&](const Item& item, int) { op.work(item, shared); });
 }
 
 void grouped_outer_(const Tensor& grad, const Tensor& values, const Tensor& other, const Tensor& s, const Tensor& offsets,

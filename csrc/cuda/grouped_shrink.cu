@@ -7,6 +7,7 @@ namespace fastft {
 namespace {
 
 constexpr int kSumPitch = kTokens + 1;
+constexpr int64_t kAnnounced = 8 << 20;                 // bytes, of 50 MiB of L2 in H100 and H200
 constexpr int kStep = 32, kBlockStep = kStep * kWarps;  // columns of a warp and a block at a time
 
 struct RankSlot {
@@ -67,8 +68,17 @@ struct Shrink : Arithmetic<T, kParts> {
     }
   }
 
+  // What grouped_expand_ reads next of a rank comes into L2 meanwhile, unless it is too much to stay there.
+  __device__ __forceinline__ void announce(const Piece& piece, int rank, int64_t ranks) const {
+    constexpr int kLine = 128;
+    if (piece.kind != kLowRank || ranks * piece.y_width * int64_t(sizeof(W)) > kAnnounced) return;
+    const char* row = reinterpret_cast<const char*>(store + get(offsets, piece.right + rank));
+    for (int64_t at = int64_t(threadIdx.x) * kLine; at < piece.y_width * int64_t(sizeof(W)); at += kThreads * kLine)
+      ptx::prefetch(row + at);
+  }
+
   // One rank of up to kFew tokens.
-  __device__ __forceinline__ void few_tokens(const Item& item, Shared& shared) const {
+  __device__ __forceinline__ void few_tokens(const Item& item, int all, Shared& shared) const {
     const int tiles = (item.end - item.begin + kFew - 1) / kFew;
     int rank = item.index / tiles, p = 0;
     for (int count; rank >= (count = routing.ranks(item.slot, p)); ++p) rank -= count;
@@ -82,6 +92,7 @@ struct Shrink : Arithmetic<T, kParts> {
       tokens[t] = t < count ? row(token(first + t), piece.x_first) : x.data;
       vectors = vectors && (t >= count || on_vector(tokens[t]));
     }
+    if (item.index % tiles == 0) announce(piece, rank, all);
     float sum[kFew] = {};
     if (vectors)
       dot<true>(sum, weights, tokens, count, piece.x_width);
@@ -240,17 +251,15 @@ struct Shrink : Arithmetic<T, kParts> {
 template <class T, int kSlots, int kParts>
 __global__ void __launch_bounds__(kThreads, 2) grouped_shrink_kernel(Shrink<T, kSlots, kParts> op) {
   using P = Shrink<T, kSlots, kParts>;
-  ptx::wait_for_primary();
-  ptx::let_secondary_start();
   SharedMemory memory;
   auto& shared = *memory.take<typename P::Shared>(1);
   each_item(
       op.routing, shared.finder, [&](int slot, int tokens) { return op.items(slot, tokens); },
-      [&](const Item& item) {
+      [&](const Item& item, int all) {
         if constexpr (P::kTensor) {
           if (!P::few(item.end - item.begin)) return op.tile(item, shared);
         }
-        op.few_tokens(item, shared);
+        op.few_tokens(item, all, shared);
       });
 }
 
@@ -259,8 +268,6 @@ template <class S>
 __global__ void __launch_bounds__(kThreads)
     grouped_total_kernel(const int32_t* segments, int segment_count, const S* partial, int parts, int64_t positions,
                          int64_t width, S* s) {
-  ptx::wait_for_primary();
-  ptx::let_secondary_start();
   SharedMemory memory;
   int& in_tile = *memory.take<int>(1);
   if (threadIdx.x == 0) in_tile = 0;
@@ -320,13 +327,13 @@ Tensor grouped_shrink(const Tensor& x, const Tensor& store, const Tensor& offset
                            width,
                            count,
                            tiles > 0 ? static_cast<int>(parts.size) * kBlockStep : 0};
-      launch_next(grouped_shrink_kernel<typename P::T, decltype(slots)::value, P::kParts>,
-                  grouped_grid(std::max(few, tiles * count), kResident), dim3(kThreads),
-                  SharedMemory::bytes<typename K::Shared>(1), device.stream, kernel_op);
+      launch(grouped_shrink_kernel<typename P::T, decltype(slots)::value, P::kParts>,
+             grouped_grid(std::max(few, tiles * count), kResident), dim3(kThreads),
+             SharedMemory::bytes<typename K::Shared>(1), device.stream, kernel_op);
       if (count > 1)
-        launch_next(grouped_total_kernel<float>, dim3(unsigned(positions)), dim3(kThreads), SharedMemory::bytes<int>(1),
-                    device.stream, routing.segments, routing.segment_count, static_cast<const float*>(floats(partial)),
-                    count, positions, width, floats(s));
+        launch(grouped_total_kernel<float>, dim3(unsigned(positions)), dim3(kThreads), SharedMemory::bytes<int>(1),
+               device.stream, routing.segments, routing.segment_count, static_cast<const float*>(floats(partial)), count,
+               positions, width, floats(s));
     };
     if constexpr (P::kParts == 1)  // with float32 adapters the sums of two slots spill
       if (width > kWarpRanks) return run(SlotCount<2>{});

@@ -53,18 +53,10 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
-// A kernel launched by `launch_next` may start before the one ahead of it on its stream (its primary) has ended, and may not
-// touch what that one writes before it has called this: then the primary is done and all that it wrote is there.
-__device__ __forceinline__ void wait_for_primary() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// From when all blocks have called this (or ended), a kernel launched by `launch_next` behind this one may start.
-__device__ __forceinline__ void let_secondary_start() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+// Has L2 fetch the 128 bytes around an address that something reads soon.
+__device__ __forceinline__ void prefetch([[maybe_unused]] const void* address) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(address)));
 #endif
 }
 
