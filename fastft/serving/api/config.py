@@ -93,7 +93,9 @@ def read_keys(file: str | None, variable: str) -> tuple[str, ...]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"key file {file}: {error}") from error
     if mode & (stat.S_IRGRP | stat.S_IROTH | stat.S_IWGRP | stat.S_IWOTH):
-        raise ConfigError(f"key file {file} is open to other users of this machine: chmod 600 {file}")
+        raise ConfigError(
+            f"key file {file} is open to other users of this machine: chmod 600 {file}, or give the key in {variable}"
+        )
     keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
     if not keys:
         raise ConfigError(f"key file {file} holds no key; {_MAKE_KEY}")
