@@ -59,8 +59,9 @@ def tell_activations(manager: type) -> None:
             wrapper.sites.refresh()  # changes of other slots, which would pass for seen afterwards
         activated = activate(self, lora_id, *args, **kwargs)
         if activated:
+            slot = self.lora_index_to_id.index(lora_id)
             for wrapper in wrappers:
-                wrapper.sites.refresh([self.lora_index_to_id.index(lora_id)])
+                wrapper.sites.refresh(slice(slot, slot + 1))
         return activated
 
     manager.activate_adapter = activate_adapter

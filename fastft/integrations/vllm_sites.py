@@ -91,7 +91,7 @@ class Site:
     @torch.inference_mode(False)
     @torch.no_grad()
     def learn(self, slots) -> None:
-        """Take the factors of these slots (a slice or a list). No synchronization with a device."""
+        """Take the factors of these slots (a slice). No synchronization with a device."""
         for at, pairs in enumerate(self.copies):
             ranks = []
             for factor, rows in pairs:
@@ -136,11 +136,11 @@ class Sites:
         site = self._sites[key] = Site(*what)
         return site
 
-    def refresh(self, slots=None) -> None:
-        """Take what changed in vLLM's stacks: in these slots, or in any. Without changes it looks at numbers of the host."""
+    def refresh(self, slots=slice(None)) -> None:
+        """Take what changed in vLLM's stacks, in these slots. Without changes it looks at numbers of the host only."""
         for site in self:
             if site.changed():
-                site.learn(slice(None) if slots is None else slots)
+                site.learn(slots)
 
 
 _ROUTES: "weakref.WeakValueDictionary[int, Route]" = weakref.WeakValueDictionary()

@@ -180,7 +180,7 @@ def test_nothing_is_copied_while_nothing_changes(monkeypatch):
     served.run([1, 0]), served.run([0])
     assert learned == []
     served.load(2, 8)
-    assert learned == [[1]]
+    assert learned == [slice(1, 2)]
 
 
 def test_addresses_stay():
