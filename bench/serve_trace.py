@@ -234,14 +234,13 @@ def main(argv=None) -> int:
     parser.add_argument("--host-memory", default="1MiB", help="for adapters beside those, as `fastft serve` has it: the "
                         "default keeps none, so that each load reads the disk (%(default)s)")  # fmt: skip
     parser.add_argument("--clients", type=int, default=16, help="requests at a time (%(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="of the server (%(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="of the server (%(default)s); OMP_NUM_THREADS: of the check")
     parser.add_argument("--out", metavar="DIR", help="folder of the CSV (default: bench/results of a checkout)")
     args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
     shape = shapes.MODELS[SHAPE]
     case = f"{args.adapters:,} adapters on disk, {args.slots} in memory, {args.clients} clients"
     size = f"{shape.layers} layers, r={RANK} on q, v, {args.seconds:g} s"
-    env = results.environment("cpu")
+    env = results.environment("cpu") | {"threads": str(args.threads)}
     with tempfile.TemporaryDirectory(prefix="fastft-bench-") as folder:
         report = run(
             Path(folder), shape, adapters=args.adapters, slots=args.slots, threads=args.threads, seconds=args.seconds,
