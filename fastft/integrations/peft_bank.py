@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..ops.grouped import FIELDS, LOW_RANK, grouped_expand_, grouped_shrink, scale_bits
+from ..ops.grouped import FIELDS, LOW_RANK, grouped_add_, grouped_expand_, grouped_shrink, in_one_call, scale_bits
 from .peft_eligible import DTYPES, PLAIN, autocasting, bare, unfit
 
 _ALIGNED = 64  # bytes
@@ -155,9 +155,11 @@ def add(bank: LayerBank, layer, x, index):
     y = own["_modules"]["base_layer"](x)
     if type(y) is not torch.Tensor or y.dtype is not x.dtype or not y.is_contiguous():
         return None
-    segments, assignments = index.routing(device, x.shape[1:-1].numel())
-    rows = x.reshape(-1, x.shape[-1])
-    s = grouped_shrink(rows, store, bank.offsets, bank.pieces, segments, assignments, 1, bank.width)
-    out = y.view(-1, y.shape[-1])
-    grouped_expand_(out, rows, s, store, bank.offsets, bank.columns, bank.pieces, segments, assignments, None, 1)
+    plan = bank.pieces, *index.routing(device, x.shape[1:-1].numel())
+    where, rows, out = (store, bank.offsets), x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+    if in_one_call(device):
+        grouped_add_(out, rows, *where, bank.columns, *plan, None, 1, bank.width)
+    else:
+        s = grouped_shrink(rows, *where, *plan, 1, bank.width)
+        grouped_expand_(out, rows, s, *where, bank.columns, *plan, None, 1)
     return y

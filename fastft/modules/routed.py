@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..ops.grouped import grouped_expand_, grouped_shrink
+from ..ops.grouped import grouped_add_, grouped_expand_, grouped_shrink, in_one_call
 from .adapted_linear import Adapted
 from .packed import into_one, packing_obstacle, shares_memory
 from .route import BatchRoute, Site
@@ -113,34 +113,40 @@ class RoutedSite:
         batch = self.pieces, route.segments, route.assignments
         if route.conditions is None or route.conditions != self.conditions or rows.dtype is not self.dtype:
             self._choose_ops(rows, width)
-        shrink, expand = self.ops
+        s = None
         if count <= self.overlap_rows and width:
-            y, s = self._beside(member, x, shrink, (rows, *where, *batch, 1, width))
+            y, s = self._beside(member, x, (rows, *where, *batch, 1, width))
         else:
             y = self._base(member, x)
-            s = shrink(rows, *where, *batch, 1, width) if width else self._no_sums(rows)
         if y.dtype is not rows.dtype:  # under autocast, or of a quantised layer
-            rows = rows.to(y.dtype)
+            rows, s = rows.to(y.dtype), None
             self._choose_ops(rows, width)
-            shrink, expand = self.ops
-            s = shrink(rows, *where, *batch, 1, width) if width else self._no_sums(rows)
         if not y.is_contiguous():  # of some libraries' quantised layers
             y = y.contiguous()
         out = y if y.dim() == 2 else y.view(-1, self.out_features)
+        shrink, expand, add = self.ops
+        if add is not None:
+            add(out, rows, *where, self.columns, *batch, None, 1, width)
+            return y
+        if s is None:
+            s = shrink(rows, *where, *batch, 1, width) if width else self._no_sums(rows)
         expand(out, rows, s, *where, self.columns, *batch, None, 1)
         return y
 
     def _choose_ops(self, rows, width) -> None:
         """What runs the ops; the same in every step, until the dtype changes or somebody forces or records backends."""
-        route = self.route
+        route, whole = self.route, in_one_call(rows.device)
+        self.conditions, self.dtype = route.conditions, rows.dtype
         if route.conditions is None:
-            self.ops, self.conditions = (grouped_shrink, grouped_expand_), None
+            self.ops = grouped_shrink, grouped_expand_, grouped_add_ if whole else None
+            return
+        where, batch = (self.store, self.offsets), (self.pieces, route.segments, route.assignments)
+        if whole:
+            self.ops = None, None, grouped_add_.direct(rows, rows, *where, self.columns, *batch, None, 1, width)
             return
         s = rows.new_empty((0, width), dtype=torch.promote_types(rows.dtype, torch.float32))
-        where, batch = (self.store, self.offsets), (self.pieces, route.segments, route.assignments)
         expand = grouped_expand_.direct(rows, rows, s, *where, self.columns, *batch, None, 1)
-        self.ops = grouped_shrink.direct(rows, *where, *batch, 1, width), expand
-        self.conditions, self.dtype = route.conditions, rows.dtype
+        self.ops = grouped_shrink.direct(rows, *where, *batch, 1, width), expand, None
 
     def _no_sums(self, rows):
         """S where no adapter in memory has low-rank factors or rows."""
@@ -152,7 +158,7 @@ class RoutedSite:
             return F.linear(x, self.weight, self.bias)
         return member.plain.forward(member, x)
 
-    def _beside(self, member, x, shrink, plan):
+    def _beside(self, member, x, plan):
         """The shrink on a stream of its own while the base GEMM runs; both have ended for what follows. A CUDA graph takes
         this as a fork and a join. What the side stream allocates is used by this thread's stream alone, and that is waited
         for before the side stream's next work, so memory is never reused too early."""
@@ -160,7 +166,7 @@ class RoutedSite:
         self.fork.record(now)
         side.wait_event(self.fork)
         with torch.cuda.stream(side):
-            s = shrink(*plan)
+            s = self.ops[0](*plan)
             self.join.record(side)
         y = self._base(member, x)
         now.wait_event(self.join)

@@ -36,7 +36,7 @@ import struct
 
 import torch
 
-from .registry import KERNEL_DTYPES, Op, nothing_fake
+from .registry import KERNEL_DTYPES, Op, forced_backend, nothing_fake
 
 NONE, LOW_RANK, COLUMNS, ROWS, ENTRIES = range(5)
 FIELDS = ("kind", "count", "left", "right", "x_first", "x_width", "y_first", "y_width", "s_first", "scale")
@@ -210,3 +210,8 @@ grouped_outer_ = Op(
     nothing_fake,
     _refuse(act=1, store=0),
 )
+
+
+def in_one_call(device: torch.device) -> bool:
+    """Is `grouped_add_` what to call on this device where nobody needs S? Else there are its two halves alone."""
+    return device.type == "cpu" and forced_backend() in (None, "cpu", "reference")

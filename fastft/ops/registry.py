@@ -250,6 +250,11 @@ def conditions() -> tuple | None:
     return None if _calls.get() is not None else (_forced.get(), _native.cpu_library()[0])
 
 
+def forced_backend() -> str | None:
+    """The backend that FASTFT_BACKEND or `testing.use` asks for."""
+    return _forced.get()
+
+
 # What `Op` takes past the dispatcher, beside lists of integers: no tensor subclass, whose dispatch is its own.
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, float, int, bool, type(None)))
 

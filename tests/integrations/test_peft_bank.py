@@ -30,7 +30,7 @@ def grouped(m, names=NAMES):
     """The logits, and how many sites took the grouped ops."""
     with fastft.testing.record() as calls:
         found = logits(m, names)
-    return found, sum(call.op == "grouped_expand_" for call in calls)
+    return found, sum(call.op in ("grouped_add_", "grouped_expand_") for call in calls)
 
 
 @pytest.mark.parametrize("length", [1, 7])
