@@ -10,6 +10,7 @@
 
 #include "adapter_table.h"
 #include "batch_planner.h"
+#include "cache_rows.h"
 #include "paged_blob.h"
 #include "pages.h"
 
@@ -190,6 +191,16 @@ PYBIND11_MODULE(_runtime, m) {
           },
           py::arg("token_slots"), py::arg("assignments"), py::arg("segments"),
           "(distinct adapters, tokens that have one); int32 buffers are written in place, see batch_planner.h.");
+
+  m.def(
+      "cache_rows",
+      [](const std::vector<std::vector<int64_t>>& blocks, const std::vector<int64_t>& lengths, int64_t page_size,
+         int64_t stride, int64_t width, const py::buffer& rows, const py::buffer& mask) {
+        cache_rows(blocks, lengths, page_size, stride, width, span_of<int64_t>(rows, "rows"),
+                   span_of<uint8_t>(mask, "mask"));
+      },
+      py::arg("blocks"), py::arg("lengths"), py::arg("page_size"), py::arg("stride"), py::arg("width"), py::arg("rows"),
+      py::arg("mask"), "int64 rows and a mask of bytes are written in place, see cache_rows.h.");
 
   m.def(
       "read_addresses",

@@ -51,11 +51,12 @@ SPANS = {
 }
 
 
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("name", SPANS)
-def test_it_is_the_formula(name):
+def test_it_is_the_formula(name, native):
     spans = SPANS[name]
     query, keys, values, new_keys, new_values, blocks, histories = scene(spans)
-    plan = Planner(PAGE, STRIDE, torch.device("cpu")).plan(spans, blocks)
+    plan = Planner(PAGE, STRIDE, torch.device("cpu"), native).plan(spans, blocks)
     got = attend(query, keys, values, new_keys, new_values, plan, None)
     assert torch.allclose(got, golden(query, spans, histories), atol=2e-6)
     scaled = attend(query, keys, values, new_keys, new_values, plan, 0.5)
@@ -79,8 +80,8 @@ def test_nan_in_one_request_changes_no_bit_of_another(sick):
     assert torch.equal(ill[~own], healthy[~own]) and ill[own].isnan().all()
 
 
-def test_plans_of_steps_that_follow_each_other():
-    """One planner: blocks are kept, grow, are replaced in place (as the library does with equal ones), requests come and go."""
+def test_plans_of_steps_that_follow_each_other_are_those_of_numpy():
+    """One planner: blocks grow and are replaced in place (as the library does with equal ones), requests come and go."""
     generator, planner = torch.Generator().manual_seed(0), Planner(PAGE, STRIDE, torch.device("cpu"))
     live, free = {}, list(range(1, 60))
     for step in range(60):
@@ -99,10 +100,28 @@ def test_plans_of_steps_that_follow_each_other():
                 state[1].append(free.pop(0))
             spans.append((state[0], new))
         blocks = [state[1] for state in live.values()]
-        plan, fresh = planner.plan(spans, blocks), Planner(PAGE, STRIDE, torch.device("cpu")).plan(spans, blocks)
-        assert (plan.width, plan.tokens, len(plan.chunks)) == (fresh.width, fresh.tokens, len(fresh.chunks))
+        plan = planner.plan(spans, blocks)
+        other = Planner(PAGE, STRIDE, torch.device("cpu"), native=False).plan(spans, blocks)
+        assert (plan.width, plan.tokens, len(plan.chunks)) == (other.width, other.tokens, len(other.chunks))
         for name in ("decoding", "rows", "mask"):
-            mine, other = getattr(plan, name), getattr(fresh, name)
-            assert mine is other is None or torch.equal(mine, other)
+            mine, its = getattr(plan, name), getattr(other, name)
+            assert (mine is None and its is None) or torch.equal(mine, its)
         for state, (_, new) in zip(live.values(), spans):
             state[0] += new
+
+
+@pytest.mark.parametrize(
+    "blocks,lengths,width,says",
+    [
+        ([[1]], [5], 5, "5 tokens, of which 4"),
+        ([[1, 2]], [5], 4, "5 tokens"),
+        ([[1]], [4, 4], 4, "2 lengths"),
+        ([[1]] * 9, [1] * 9, 4, "room for 32"),
+    ],
+)
+def test_rows_that_have_no_place_are_refused(blocks, lengths, width, says):
+    runtime = pytest.importorskip("fastft._runtime")
+    rows, mask = torch.full((32,), 7), torch.full((32,), 7, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=says):
+        runtime.cache_rows(blocks, lengths, PAGE, STRIDE, width, rows.numpy(), mask.numpy())
+    assert (rows == 7).all() and (mask == 7).all()
