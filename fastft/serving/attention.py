@@ -49,8 +49,8 @@ class Planner:
 
     Args:
         page_size: tokens a block. stride: rows from one block to the next. Block 0 holds zeros that nobody writes.
-        native: let the runtime write rows and masks, where it is built: 60 us for 32 requests when caches are cold, which
-            after a model's step they are; numpy's ten small operations take 240.
+        native: let the runtime write rows and masks, where it is built. 32 requests of 67 tokens take 22 us, and 216 after a
+            large GEMM, when caches are cold as they are after a step; numpy's small operations take 44 and 358.
     """
 
     def __init__(self, page_size: int, stride: int, device: torch.device, native: bool = True):
