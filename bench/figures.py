@@ -69,7 +69,7 @@ def _figure(cases, family, where, yardstick):
         axes.set_axisbelow(True)
     if limit is not None:
         axes.set_ylim(top=limit)
-    floor = "floor" if family in plot.SLICES else "frozen layer"
+    floor = "floor" if family in (*plot.SLICES, *plot.SERVED) else "frozen layer"
     figure.supylabel(f"time over that of {yardstick}" if yardstick else f"time over the {floor}, %", fontsize=10)
     # A panel need not have every implementation.
     entries = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels())}
@@ -81,7 +81,7 @@ def _figure(cases, family, where, yardstick):
     if yardstick:
         title = f"{family} on {where}: time over that of {yardstick} (95 % intervals; lower is better)"
     else:
-        note = "" if family in plot.SLICES else "; p: dropout"
+        note = "" if family in (*plot.SLICES, *plot.SERVED) else "; p: dropout"
         title = f"Cost of fine-tuning: {family} on {where} (forward + backward, 95 % intervals{note}; lower is better)"
     figure.suptitle(title, fontsize=11)
     return figure

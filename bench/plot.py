@@ -23,6 +23,9 @@ LABELS = {
     "lora-exchange": "LoRA: unmerge, merge",
     "shira": "PEFT SHiRA",
     "csr": "torch.sparse CSR",
+    "bmm": "two batched products",
+    "loop": "loop over adapters",
+    "padded": "padded to rank 64",
 }
 # What rows are ratios to: the frozen layer for families that aren't named here; `over` is for cases that say it themselves.
 ABOUT = "Time of forward and backward over the frozen layer alone ({median}; r: rank, p: dropout):"
@@ -34,9 +37,14 @@ ABOUT_ENTRIES = (
     "SpIEL, LIFT: time over the same layer, step or steps that compute no gradient of the entries and update nothing "
     "({median}):"
 )
+ABOUT_SERVED = (
+    "Serving: time of a forward whose rows name their own adapters, over the same layer or model without any ({median}; D: "
+    "distinct adapters):"
+)
 ABOUT_OVER = "Time over what each line says ({median}; below 1: faster):"
 SLICES = ("partial", "s2ft", "sparse", "spiel")
 ENTRIES = ("sparse", "spiel")
+SERVED = ("grouped", "serve")
 TOKENS = re.compile(r" T=(\d+)")
 FACTS = {
     "speedup": "full fine-tuning takes {value:.2f} times as long as fastft; of the floor's speed over it fastft keeps "
@@ -138,6 +146,8 @@ def _about(key) -> str:
     _, _, family, case, _, _ = key
     if over(case)[1]:
         return ABOUT_OVER
+    if family in SERVED:
+        return ABOUT_SERVED
     return ABOUT_ENTRIES if family in ENTRIES else ABOUT_SLICES if family in SLICES else ABOUT
 
 
