@@ -22,7 +22,7 @@ OPS_ONLY = {"testing", "tune", "info"}
 THIRD_PARTIES = {"peft", "transformers", "accelerate", "trl", "vllm", "datasets"}
 CORE = {"torch", "safetensors", "triton"}
 EXTRAS = {"typer", "rich", "yaml", "matplotlib", "psutil", "tqdm", "tokenizers", "numpy"}
-EXTRAS |= {"fastapi", "starlette", "uvicorn", "pydantic", "anyio", "prometheus_client"}
+EXTRAS |= {"fastapi", "starlette", "uvicorn", "pydantic", "anyio", "prometheus_client", "openai"}
 
 
 def sources():
