@@ -94,7 +94,10 @@ def cuda_library() -> tuple[str | None, str | None]:
 def runtime():
     """(the module fastft._runtime, None), or (None, reason). Serving many adapters needs it, nothing else does."""
     try:
-        return importlib.import_module("fastft._runtime"), None
+        module = importlib.import_module("fastft._runtime")
+        if Path(module.__file__).parent != Path(__file__).parent:  # an editable install of another copy offers its own
+            raise ModuleNotFoundError
+        return module, None
     except ModuleNotFoundError:
         wanted = "a C++ compiler, cmake, ninja, pybind11 and Python's headers"
         version = "{}.{}".format(*sys.version_info[:2])

@@ -94,6 +94,7 @@ def anyio_backend():
 
 def test_a_full_queue_says_try_again(tokenizer):
     engine = FakeEngine(tokenizer, max_waiting=2)
+    engine.hold()  # or the first could have been answered before the third came
     answer = client(engine).post("/v1/completions", json={**HELLO, "n": 3})
     assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
     assert answer.json()["error"]["code"] == "queue_full" and answer.json()["error"]["type"] == "rate_limit_error"
