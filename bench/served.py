@@ -101,10 +101,11 @@ def read_lora(folder: Path, device, dtype) -> dict[str, tuple[torch.Tensor, torc
     return found
 
 
-def deltas(d: Inputs, name: str, dtype) -> dict[str, torch.Tensor]:
-    """What an adapter adds to each linear's weight, dense."""
+def deltas(d: Inputs, name: str, dtype) -> dict[str, tuple[torch.Tensor, ...]]:
+    """What an adapter adds to each linear's weight: A and B of a LoRA, else the sparse matrix; of 32 dense ones a gate in
+    float64 would hold 6 GB."""
     if json.loads((d.folder / name / "adapter_config.json").read_text())["peft_type"] == "LORA":
-        return {linear: b @ a for linear, (a, b) in factors(d, name, dtype).items()}
+        return factors(d, name, dtype)
     own = copy.deepcopy(d.model).to(dtype)
     with torch.no_grad(), testing.use("reference"):  # kernels take no float64
         fastft.load(own, d.folder / name)
@@ -112,8 +113,16 @@ def deltas(d: Inputs, name: str, dtype) -> dict[str, torch.Tensor]:
     found = {}
     for linear in step.linear_names(d.model):
         module = own.get_submodule(linear)
-        found[linear] = module.weight.detach() - d.model.get_submodule(linear).weight.to(dtype)
+        found[linear] = ((module.weight.detach() - d.model.get_submodule(linear).weight.to(dtype)).to_sparse(),)
     return found
+
+
+def added(x, delta):
+    """x [M, K] through what `deltas` gives for a linear: [M, N]."""
+    if len(delta) == 2:
+        a, b = delta
+        return x @ a.t() @ b.t()
+    return (delta[0] @ x.t()).t()
 
 
 def forward(model, d: Inputs, **options):
@@ -132,19 +141,20 @@ def base(d: Inputs):
 
 
 def plain(d: Inputs, dtype=None):
-    """The formula: every row on the base with its adapter's dense delta added, products in `dtype` or the model's."""
+    """The formula: every row on the base plus its adapter's delta, products in `dtype` or the model's."""
     dtype = dtype or next(d.model.parameters()).dtype
     model = copy.deepcopy(d.model).to(dtype)
     rows = {name: torch.tensor([i for i, own in enumerate(d.names) if own == name]) for name in d.distinct}
     wide = torch.promote_types(dtype, torch.float32)
-    added = {name: deltas(d, name, wide) for name in d.distinct}
+    own_deltas = {name: deltas(d, name, wide) for name in d.distinct}
     for linear in step.linear_names(model):
         module = model.get_submodule(linear)
 
         def patched(x, module=module, linear=linear):
             y = nn.functional.linear(x, module.weight, module.bias)
             for name, own in rows.items():
-                y[own] = (y[own].to(wide) + x[own].to(wide) @ added[name][linear].t()).to(dtype)
+                rows_of = x[own].to(wide).flatten(0, -2)
+                y[own] = (y[own].to(wide) + added(rows_of, own_deltas[name][linear]).view_as(y[own])).to(dtype)
             return y
 
         module.forward = patched
