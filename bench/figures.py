@@ -1,117 +1,188 @@
-"""Bar plots of the results: the cost over the floor, or times over another yardstick, with intervals and targets."""
+"""The figures of the results, and the look that they share: legible at half of a README's width, and on a dark page."""
 
+import io
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from . import plot, results
+from . import results, standings
+from .standings import LABELS
 
-OURS, PEERS = ("#1b6ca8", "#4fa3d8", "#9cc9e8"), ("#e07b39", "#8d99a6", "#b04a7a", "#c9a227")
-MANY = 6  # groups of bars, above which a panel takes the whole width
+WIDTH = 6.4  # inches: at half of a README's width a point of type is a screen's pixel
+INK, MUTED, GRID = "#1f2328", "#6e7781", "#8c959f"
+OURS = {"fastft": "#0969da", "fastft:cuda": "#54aeff", "fastft:triton": "#8fa8ff", "fastft:ungrouped": "#80ccff"}
+PEERS = {
+    "peft": "#e16f24",
+    "shira": "#e16f24",
+    "addmm": "#8c959f",
+    "plain": "#8c959f",
+    "bmm": "#8c959f",
+    "peft-compile": "#bf3989",
+    "permuted": "#bf3989",
+    "loop": "#bf3989",
+    "csr": "#9a6700",
+    "padded": "#9a6700",
+    "full": "#57606a",
+}
+OTHERS = ("#2da44e", "#9a6700", "#bf3989", "#8250df", "#57606a", "#cf222e")
+MARKERS = "osD^vPX*<>"
+STYLE = {
+    "font.size": 10,
+    "font.family": ["DejaVu Sans"],
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.alpha": 0.3,
+    "grid.linewidth": 0.7,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.labelsize": 9.5,
+    "ytick.labelsize": 9.5,
+    "legend.fontsize": 9.5,
+    "legend.frameon": False,
+    # The same rows give the same file, whose text stays text.
+    "svg.hashsalt": "fastft",
+    "svg.fonttype": "none",
+}
+
+
+@dataclass
+class Drawing:
+    """A figure of one device, not yet drawn: `make` draws it, which needs matplotlib."""
+
+    device: str
+    threads: str
+    name: str
+    title: str
+    make: Callable[[], Any]
+
+    @property
+    def stem(self) -> str:
+        return f"{results.slug(self.device)}-{self.threads}t-{self.name}"
+
+    @cached_property
+    def figure(self):
+        import matplotlib
+
+        with matplotlib.rc_context(STYLE):
+            return self.make()
+
+    def svg(self, transparent: bool = False) -> str:
+        return self._saved("svg", metadata={"Date": None}, transparent=transparent).decode()
+
+    def png(self) -> bytes:
+        from PIL import Image  # matplotlib's own requirement
+
+        data = io.BytesIO()
+        drawn = Image.open(io.BytesIO(self._saved("png", dpi=150))).convert("RGB")
+        # A palette takes a third of the bytes.
+        drawn.quantize(96, dither=Image.Dither.NONE).save(data, "png", optimize=True)
+        return data.getvalue()
+
+    def _saved(self, kind: str, **options) -> bytes:
+        import matplotlib
+
+        data = io.BytesIO()
+        with matplotlib.rc_context(STYLE):
+            self.figure.savefig(data, format=kind, **options)
+        return data.getvalue()
+
+
+def drawings(rows) -> list[Drawing]:
+    """Every figure that the rows give, in the order of their devices."""
+    from . import bars, lines, memory, roofline
+
+    cases = standings.counted(rows)
+    found = [drawing for kind in (bars, lines, roofline, memory) for drawing in kind.drawings(rows, cases)]
+    return sorted(found, key=lambda drawing: (drawing.device, int(drawing.threads)))  # stable: kinds stay in their order
 
 
 def draw(rows, folder: Path) -> list[Path]:
-    """One figure per device, family and yardstick, as PNG and SVG. Returns the files written."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    """Write every figure as PNG and SVG into a folder of its own, and delete what was drawn there from older rows."""
     written = []
-    cases = plot.counted(rows)
-    for device, threads, family, yardstick in dict.fromkeys((*key[:3], plot.over(key[3])[1]) for key in cases):
-        here = {
-            (plot.over(key[3])[0], *key[4:]): arms
-            for key, arms in cases.items()
-            if (*key[:3], plot.over(key[3])[1]) == (device, threads, family, yardstick)
-        }
-        figure = _figure(here, family, f"{device}" + ("" if _on_gpu(here) else f", {threads} threads"), yardstick)
-        stem = results.csv_path(device, folder).with_suffix("").name
-        name = family + (f"-vs-{results.slug(yardstick)}" if yardstick else "")
-        for kind in ("png", "svg"):
-            path = folder / f"{stem}-{threads}t-{name}.{kind}"
-            # A fixed salt and no date: the same rows give the same file.
-            with matplotlib.rc_context({"svg.hashsalt": "fastft"}):
-                figure.savefig(path, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    folder.mkdir(parents=True, exist_ok=True)
+    for drawing in drawings(rows):
+        for kind, content in (("png", drawing.png()), ("svg", drawing.svg().encode())):
+            path = folder / f"{drawing.stem}.{kind}"
+            path.write_bytes(content)
             written.append(path)
+    for path in folder.iterdir():
+        if path.suffix in (".png", ".svg") and path not in written:
+            path.unlink()
     return written
 
 
-def _on_gpu(cases) -> bool:
-    return any(row["capability"].startswith("sm_") for arms in cases.values() for row in arms.values())
+def colours(names) -> dict[str, str]:
+    """The colour of each implementation, the same in all figures for those that are named above."""
+    spare = iter(OTHERS * len(names))
+    known = OURS | PEERS
+    return {name: known.get(name) or next(spare) for name in names}
 
 
-def _height(yardstick):
-    """What is drawn of a ratio."""
-    return (lambda ratio: float(ratio)) if yardstick else (lambda ratio: 100 * (float(ratio) - 1))
+def label(name: str) -> str:
+    return LABELS.get(name, name)
 
 
-def _figure(cases, family, where, yardstick):
-    """One panel per shape; bars grouped by dtype and case; whiskers are the 95 % intervals, a bar's line its target."""
+def canvas(title: str, subtitle: str, height: float, handles: dict[str, Any], below: float = 0.55):
+    """A figure with a heading, its legend under it, and room for axes below these.
+
+    Args:
+        height: of the room in inches, without the x axis' labels, for which there is `below`.
+        handles: of the legend.
+
+    Returns:
+        The figure, and a function that makes axes from (left, bottom, width, height) in inches, from the lower left corner
+        of the room.
+    """
     from matplotlib.figure import Figure
 
-    names = plot.implementations(cases)
-    panels = list(dict.fromkeys(shape for _, shape, _ in cases))
-    widest = max(sum(key[1] == panel for key in cases) for panel in panels)
-    across = min(1 if widest > MANY else 2, len(panels))
-    down = -(-len(panels) // across)
-    # Wide enough for the title and the legend of a single panel.
-    figure = Figure(figsize=(max(6 * across + 1, 12), 3.4 * down + 1.2), layout="constrained")
-    grid = figure.subplots(down, across, sharey=True, squeeze=False).flatten()
-    for spare in grid[len(panels) :]:
-        spare.remove()
-    height, limit = _height(yardstick), _limit(cases, _height(yardstick))
-    for panel, axes in zip(panels, grid):
-        groups = {key: arms for key, arms in cases.items() if key[1] == panel}
-        _bars(axes, groups, names, height, limit)
-        labels = [f"{dtype}\n{case.split(' ', 1)[-1]}".replace(" T=", "\nT=") for case, _, dtype in groups]
-        axes.set_xticks(range(len(groups)), labels, fontsize=8 if len(groups) <= 2 * MANY else 6.5)
-        sizes = {arms[next(iter(arms))]["size"] for arms in groups.values()}
-        axes.set_title(panel + (f" ({sizes.pop().replace('x', '×')})" if len(sizes) == 1 else ""), fontsize=10)
-        axes.axhline(1 if yardstick else 0, color="black", lw=0.8)
-        axes.grid(axis="y", alpha=0.3)
-        axes.set_axisbelow(True)
-    if limit is not None:
-        axes.set_ylim(top=limit)
-    floor = "floor" if family in (*plot.SLICES, *plot.SERVED) else "frozen layer"
-    figure.supylabel(f"time over that of {yardstick}" if yardstick else f"time over the {floor}, %", fontsize=10)
-    # A panel need not have every implementation.
-    entries = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels())}
-    if any(row["target"] for arms in cases.values() for row in arms.values()):
-        from matplotlib.lines import Line2D
+    lines, under = _flowing(handles), textwrap.wrap(subtitle, 96)
+    above_keys = 0.35 + 0.17 * len(under)
+    head = above_keys + 0.25 * len(lines) + 0.1
+    total = head + height + below
+    figure = Figure(figsize=(WIDTH, total), facecolor="white")
+    figure.text(0.12 / WIDTH, 1 - 0.1 / total, title, fontsize=12, weight="bold", va="top")
+    figure.text(0.12 / WIDTH, 1 - 0.36 / total, "\n".join(under), fontsize=9, color=MUTED, va="top", linespacing=1.3)
+    for i, line in enumerate(lines):
+        figure.legend(
+            list(line.values()),
+            list(line),
+            loc="upper left",
+            bbox_to_anchor=(0.04 / WIDTH, 1 - (above_keys + 0.25 * i) / total),
+            ncols=len(line),
+            borderpad=0.25,
+            borderaxespad=0,
+            handlelength=1.3,
+            columnspacing=1.4,
+            handletextpad=0.5,
+        )
 
-        entries["target"] = Line2D([], [], color="black", lw=1.8)
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=len(entries), frameon=False)
-    if yardstick:
-        title = f"{family} on {where}: time over that of {yardstick} (95 % intervals; lower is better)"
-    else:
-        note = "" if family in (*plot.SLICES, *plot.SERVED) else "; p: dropout"
-        title = f"Cost of fine-tuning: {family} on {where} (forward + backward, 95 % intervals{note}; lower is better)"
-    figure.suptitle(title, fontsize=11)
-    return figure
+    def axes(left, bottom, width, tall):
+        return figure.add_axes((left / WIDTH, (bottom + below) / total, width / WIDTH, tall / total))
+
+    return figure, axes
 
 
-def _bars(axes, groups, names, height, limit):
-    width = 0.8 / len(names)
-    ours = sum(name.startswith("fastft") for name in names)
-    colours = [OURS[i % len(OURS)] if i < ours else PEERS[(i - ours) % len(PEERS)] for i in range(len(names))]
-    for i, name in enumerate(names):
-        bars = [(g, arms[name]) for g, arms in enumerate(groups.values()) if name in arms]
-        at = [g + (i - (len(names) - 1) / 2) * width for g, _ in bars]
-        ratio, low, high = ([height(row[f]) for _, row in bars] for f in ("ratio", "lo", "hi"))
-        shown = [limit is None or value <= limit for value in ratio]
-        whiskers = [[(r - lo) * on for r, lo, on in zip(ratio, low, shown)]]
-        whiskers += [[(hi - r) * on for r, hi, on in zip(ratio, high, shown)]]
-        axes.bar(at, ratio, width, yerr=whiskers, capsize=2, color=colours[i], label=plot.LABELS.get(name, name))
-        for x, value, on in zip(at, ratio, shown):
-            if not on:
-                axes.text(x, 0.97 * limit, f"{value:.0f}", ha="center", va="top", fontsize=8, color="white", weight="bold")
-        if name == "fastft":
-            for x, (_, row) in zip(at, bars):
-                if row["target"]:
-                    axes.plot([x - width / 2, x + width / 2], [height(row["target"])] * 2, color="black", lw=1.8)
+def wide(text: str, points: float) -> float:
+    """About how many inches a line of text takes."""
+    return len(text) * points * 0.0083
 
 
-def _limit(cases, height):
-    """Where to cut bars that would dwarf the others: those of training everything, which the method is to avoid."""
-    rows = [(name, row) for arms in cases.values() for name, row in arms.items()]
-    if all(name != "full" for name, _ in rows):
-        return None
-    others = [height(row[f]) for name, row in rows if name != "full" for f in ("hi", "target") if row[f]]
-    return 1.5 * max(others)
+def _flowing(handles: dict[str, Any]) -> list[dict[str, Any]]:
+    """The legend's keys in lines that fit."""
+    lines, used = [], WIDTH
+    for text, handle in handles.items():
+        needs = wide(text, 9.5) + 0.5
+        if used + needs > WIDTH:
+            lines, used = [*lines, {}], 0.0
+        lines[-1][text] = handle
+        used += needs
+    return lines

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from fastft.bench import plot, results, serve_trace, shapes
+from fastft.bench import results, serve_trace, shapes, standings, tables
 from fastft.bench.clients import BASE, NEW, PROMPT, Trace, tokens_of
 
 pytest.importorskip("openai")
@@ -58,9 +58,9 @@ def test_rows_and_the_sentence_in_readme(report, tmp_path):
     back = results.read([tmp_path / "some-cpu.csv"])
     assert {row["metric"] for row in back if row["target"]} == {"inter_token_p99", "wrong_tokens", "errors"}
     assert {row["implementation"] for row in back} == {"fastft", "floor"}
-    sentence = plot.readme_table(back + [row | {"status": "quick", "date": "2031"} for row in back])
+    sentence = tables.summary(back + [row | {"status": "quick", "date": "2031"} for row in back], "x.md")
     assert "6 adapters" in sentence and " 0 wrong tokens, 0 errors." in sentence and "target ≤ 2.00×" in sentence
-    assert plot.counted(back) == {}  # no case of its own in the tables and figures
+    assert standings.counted(back) == {}  # no case of its own in the tables and figures
 
 
 def test_the_trace_is_the_same_each_time_and_follows_zipf():

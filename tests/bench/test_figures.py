@@ -1,0 +1,114 @@
+"""Figures from rows: which there are, that the same rows give the same file, and that what they say is in them."""
+
+import re
+
+import pytest
+
+from fastft.bench import figures, lines, memory, roofline, standings
+from fastft.bench.runner import Fact
+
+from .test_results import ENV, FOUND, measurement, other, results, rows
+
+pytest.importorskip("matplotlib")
+
+
+def only(drawn, name):
+    (found,) = (drawing for drawing in drawn if drawing.name == name)
+    return found
+
+
+def text_of(drawing) -> str:
+    return " ".join(re.findall(r">([^<>]+)</(?:text|tspan)>", drawing.svg()))
+
+
+def test_files_are_reproduced_and_old_ones_go(tmp_path):
+    (tmp_path / "older-2t-lora.png").write_bytes(b"")
+    (tmp_path / "keep.txt").write_text("")
+    written = figures.draw(rows(FOUND), tmp_path)
+    bars = ["some-cpu-r-9-2t-toy.png", "some-cpu-r-9-2t-toy.svg"]
+    assert [path.name for path in written] == [*bars, "some-cpu-r-9-2t-memory.png", "some-cpu-r-9-2t-memory.svg"]
+    assert {p.name for p in tmp_path.iterdir()} == {p.name for p in written} | {"keep.txt"}
+    assert written[0].read_bytes().startswith(b"\x89PNG")
+    first = [path.read_bytes() for path in written]
+    figures.draw(rows(FOUND), tmp_path)
+    assert [path.read_bytes() for path in written] == first
+    assert figures.draw(rows([measurement("fastft", 1.0, "void")]), tmp_path / "none") == []
+
+
+def test_bars_say_their_numbers_and_cut_what_would_dwarf_them():
+    step = other("step down 3 %", [measurement("fastft", 1.019, target=1.02), measurement("full", 1.8)], "s2ft")
+    switch = [measurement("fastft", 0.08), measurement("lora-exchange", 1.1)]
+    drawn = figures.drawings(step + other("switch down 3 % vs PEFT merge", switch, "s2ft"))
+    assert [drawing.name for drawing in drawn] == ["s2ft", "s2ft-vs-peft-merge"]
+    cut, over = map(text_of, drawn)
+    assert "full fine-tuning" in cut and "+80.0 % ▸" in cut and "+1.9 %" in cut and "target" in cut and "Some CPU" in cut
+    assert "time over that of PEFT merge" in over and "0.08×" in over and "1.10×" in over and "▸" not in over
+
+
+def sparse(densities, peer=1.5):
+    found = []
+    for density in densities:
+        arms = [measurement("fastft", 1 + density / 10, target=1.15), measurement("plain", peer)]
+        found += other(f"layer {density:g} %", arms, "sparse")
+    return found
+
+
+def test_lines_need_three_points_and_hold_the_other_parameters():
+    drawn = figures.drawings(sparse((5, 0.1, 1)) + other("layer 2 % T=1", [measurement("fastft", 1.0)], "sparse"))
+    said = text_of(only(drawn, "by-density"))
+    assert "Cost against density" in said and "plain PyTorch" in said and "entries that train, %" in said
+    series = lines.series(standings.counted(sparse((5, 0.1, 1))), "density")
+    assert [(key.case, list(points)) for key, points in series.items()] == [("layer", [0.1, 1, 5])]
+    assert all(not drawing.name.startswith("by-") for drawing in figures.drawings(sparse((1, 5))))
+
+
+@pytest.mark.parametrize(
+    ("parameter", "case"), [("rank", "layer r={}"), ("tokens", "step T={}"), ("adapters", "decode D={}")]
+)
+def test_lines_of_each_parameter(parameter, case):
+    found = [row for n in (1, 4, 16) for row in other(case.format(n), [measurement("fastft", 1 + n)], "toy")]
+    axes = only(figures.drawings(found), f"by-{parameter}").figure.axes[0]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "4", "16"]
+    assert axes.get_yscale() == "log", "1 to 17 times"
+
+
+def calibration(**rates):
+    base = dict.fromkeys(results.FIELDS, "") | ENV | {"family": "calibration", "implementation": "machine", "status": "ok"}
+    found = [base | {"case": "copy", "metric": "bandwidth", "value": "2e10", "unit": "B/s"}]
+    gemm = {"case": "gemm", "metric": "gemm_rate", "unit": "FLOP/s"}
+    return found + [base | gemm | {"dtype": dtype, "value": f"{rate}"} for dtype, rate in rates.items()]
+
+
+def test_roofline_needs_a_calibration_and_takes_the_latest():
+    assert "roofline" not in [drawing.name for drawing in figures.drawings(rows(FOUND))]
+    older = [row | {"date": "2020", "value": "1"} for row in calibration(fp32=1)]
+    found = calibration(fp32=3e11, bf16=5e11) + older
+    assert roofline.roofs(found) == {("Some CPU (R) 9", "2"): (2e10, {"fp32": 3e11, "bf16": 5e11})}
+    drawing = only(figures.drawings(rows(FOUND) + found), "roofline")
+    said = text_of(drawing)
+    assert "fp32 300 GFLOP/s" in said and "bf16 500 GFLOP/s" in said and "copy 20 GB/s" in said and "best peer" in said
+    points = [line.get_xydata()[0].tolist() for line in drawing.figure.axes[0].lines if len(line.get_xdata()) == 1]
+    # Operations over bytes, and over seconds: ours and the peer's, and the floor's own.
+    assert sorted(points) == [pytest.approx(p) for p in sorted([[11 / 12, 11 / 1.031], [11 / 12, 11 / 1.09], [1 / 2, 1.0]])]
+    without = [row | {"moved": "0"} for row in rows(FOUND)]
+    assert "roofline" not in [drawing.name for drawing in figures.drawings(without + found)], "no bytes, no point"
+
+
+def test_memory_has_a_panel_for_each_metric_and_zero_has_a_place():
+    facts = [Fact("state_bytes", 20.0, "B/entry")]
+    arms = [
+        measurement("floor2", 1.0, saved_bytes=0),
+        measurement("fastft", 1.1, saved_bytes=640, peak_bytes=2000, facts=facts),
+    ]
+    arms += [measurement("peft", 1.2, saved_bytes=64000, peak_bytes=90000)]
+    drawing = only(figures.drawings(other("layer r=16", arms)), "memory")
+    assert [axes.get_title(loc="left") for axes in drawing.figure.axes] == list(memory.METRICS.values())
+    saved = drawing.figure.axes[0]
+    assert saved.get_xticklabels()[0].get_text() == "0" and "the floor" in text_of(drawing)
+    nothing = other("forward", [measurement("fastft", 1.1, saved_bytes=0)])
+    assert "memory" not in [drawing.name for drawing in figures.drawings(nothing)]
+
+
+def test_colours_stay_the_same_and_differ():
+    known = figures.colours(["fastft", "peft", "new", "newer"])
+    assert known["peft"] == figures.colours(["peft"])["peft"] and len(set(known.values())) == 4
