@@ -18,6 +18,7 @@ FIELDS = [
     "date", "commit", "device", "capability", "threads", "torch", "triton", "peft", "family", "case",
     "shape", "size", "dtype", "implementation", "backend", "metric", "ratio", "lo", "hi", "floor_lo",
     "floor_hi", "value", "unit", "rounds", "status", "void", "target", "met", "flops", "moved", "note",
+    "roofline",
 ]
 # fmt: on
 ROOT = Path(__file__).resolve().parent.parent  # of the checkout: resolve() follows fastft/bench -> ../bench
@@ -59,7 +60,7 @@ def slug(text: str) -> str:
 
 
 def rows(case: Case, measurements: list[Measurement], env: dict[str, str]) -> list[dict[str, str]]:
-    """One row per implementation and metric (``time``, ``saved_bytes``, ``peak_bytes``, and what an arm's facts are)."""
+    """One row per implementation and metric: time, saved_bytes, peak_bytes, launches, and what an arm's facts are."""
     out = []
     for m in measurements:
         is_floor = m.implementation.startswith("floor")
@@ -81,14 +82,16 @@ def rows(case: Case, measurements: list[Measurement], env: dict[str, str]) -> li
             time |= {"value": f"{m.seconds:.6g}", "unit": "s"}
             time["flops"] = case.floor_flops if is_floor else case.flops
             time["moved"] = case.floor_moved if is_floor else case.moved
+            time["roofline"] = "" if m.roofline is None else f"{m.roofline:.4f}"
         if m.target is not None:
             time |= {"target": m.target, "met": "" if m.met is None else int(m.met)}
         out.append(time)
-        for metric in ("saved_bytes", "peak_bytes"):
+        launched = "launches" if env["capability"].startswith("sm_") else "ops"
+        for metric, unit in (("saved_bytes", "B"), ("peak_bytes", "B"), ("launches", launched)):
             if (value := getattr(m, metric)) is not None:
                 # Counting is not disturbed by other load, so only a quick run makes these not count.
                 status = "ok" if m.status == "void" else m.status
-                out.append(same | {"metric": metric, "value": value, "unit": "B", "status": status})
+                out.append(same | {"metric": metric, "value": value, "unit": unit, "status": status})
         for fact in m.facts:
             row = same | {"metric": fact.metric, "value": f"{fact.value:.6g}", "unit": fact.unit}
             if fact.ratio:
@@ -105,33 +108,62 @@ def rows(case: Case, measurements: list[Measurement], env: dict[str, str]) -> li
 def append(path: Path, new: list[dict]) -> None:
     """Append rows in one write, with a header if the file is new.
 
+    A file of an older version first gets the columns that have come since, at their end; its rows don't change otherwise.
+
     Raises:
         ValueError: the file has other columns; nothing is written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", newline="") as file:
-        file.seek(0)
-        header = next(csv.reader(file), None)
-        if header not in (None, FIELDS):
-            raise ValueError(f"{path} has other columns than this version writes; give --out another folder")
+    header = None
+    if path.exists():
+        with open(path, newline="") as file:
+            header = next(csv.reader(file), None)
+    if header is not None and header != FIELDS[: len(header)]:
+        raise ValueError(f"{path} has other columns than this version writes; give --out another folder")
+    if header is not None and len(header) < len(FIELDS):
+        _widen(path)
+    with open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         if header is None:
             writer.writeheader()
         writer.writerows(new)
 
 
+def _widen(path: Path) -> None:
+    """Give a file all columns; it is replaced as a whole."""
+    old = read([path])
+    new = path.with_name(f"{path.name}.new")
+    with open(new, "w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(old)
+    os.replace(new, path)
+
+
 def read(paths) -> list[dict[str, str]]:
-    """All rows of these CSV files, oldest first within a file."""
-    found = []
+    """All rows of these CSV files, oldest first within a file; "" in columns that an older file lacks."""
+    found, blank = [], dict.fromkeys(FIELDS, "")
     for path in paths:
         with open(path, newline="") as file:
-            found += csv.DictReader(file)
+            found += [blank | row for row in csv.DictReader(file)]
     return found
 
 
 def table(measurements: list[Measurement]) -> list[tuple[str, ...]]:
     """Header and lines for the terminal, one per implementation."""
-    lines = [("implementation", "time / floor", "95 % interval", "ms", "saved", "peak", "backend", "status")]
+    head = (
+        "implementation",
+        "time / floor",
+        "95 % interval",
+        "ms",
+        "roofline",
+        "saved",
+        "peak",
+        "launches",
+        "backend",
+        "status",
+    )
+    lines = [head]
     for m in measurements:
         lines.append(
             (
@@ -139,8 +171,10 @@ def table(measurements: list[Measurement]) -> list[tuple[str, ...]]:
                 f"{m.ratio.median:.3f}" if m.ratio else "-",
                 f"{m.ratio.lo:.3f} - {m.ratio.hi:.3f}" if m.ratio else "-",
                 f"{m.seconds * 1e3:.3f}" if m.seconds else "-",
+                f"{100 * m.roofline:.3g} %" if m.roofline else "-",
                 size(m.saved_bytes),
                 size(m.peak_bytes),
+                "-" if m.launches is None else str(m.launches),
                 m.backend or "-",
                 m.status + (f": {m.note}" if m.note else ""),
             )
@@ -148,26 +182,34 @@ def table(measurements: list[Measurement]) -> list[tuple[str, ...]]:
     return lines
 
 
+BEHIND = ("MISSED", "LOST", "SLOWER")  # how sentences of `losses` begin that say so for certain
+
+
 def losses(case: Case, measurements: list[Measurement]) -> list[str]:
-    """Sentences on every place where ours is wrong, misses its target or is behind a peer."""
+    """Sentences on every place where ours is wrong, misses its target or is behind a peer, and on what has changed."""
     said = []
     timed = {m.implementation: m for m in measurements if m.ratio and m.status != "void"}
     for m in measurements:
         if m.status == "wrong":
             said.append(f"WRONG  {case}: {m.implementation} gives wrong results, so it has no number: {m.note}")
-        if "reference" in m.backend:
+        if "reference" in m.backend and runner.is_ours(m.implementation):
             said.append(f"SLOW   {case}: {m.implementation} ran on the PyTorch reference, not on a kernel (fastft info)")
         if m.met is False:
             said.append(f"MISSED {case}: {m.implementation} {m.ratio}, target {m.target:.3f}")
         for fact in m.facts:
-            if fact.target is not None:
+            if fact.metric == runner.OVER_BASE:
+                said.append(_change(case, m, fact))
+            elif fact.target is not None:
                 said.append(_verdict(case, m, fact))
     ours = timed.get("fastft")
     for name, peer in timed.items():
         if ours is None or name.startswith(("fastft", "floor")) or ours.ratio.median <= peer.ratio.median:
             continue
-        clearly = "" if ours.ratio.lo > peer.ratio.hi else ", within the intervals"
-        said.append(f"LOST   {case}: fastft {ours.ratio}, {name} {peer.ratio}{clearly}")
+        clear = ours.ratio.lo > peer.ratio.hi
+        said.append(
+            f"{'LOST  ' if clear else 'CLOSE '} {case}: fastft {ours.ratio}, {name} {peer.ratio}"
+            f"{'' if clear else ', within the intervals'}"
+        )
     return said
 
 
@@ -178,6 +220,14 @@ def _verdict(case: Case, m: Measurement, fact: runner.Fact) -> str:
         return f"{word} {case}: {m.implementation} {number}, target {fact.target:.4g}"
     possible, whose = fact.value / fact.ratio.median, "a copy's" if fact.metric == "bandwidth" else "the floor's"
     return f"{word} {case}: {m.implementation} {number}, {fact.ratio} of {whose} {possible:.3f}, target {fact.target:.3f}"
+
+
+def _change(case: Case, m: Measurement, fact: runner.Fact) -> str:
+    """Faster or slower than at another revision by more than two processes differ."""
+    apart = fact.target - 1
+    word = {True: "FASTER" if fact.ratio.hi < 1 - apart else "SAME  ", False: "SLOWER", None: "LOOK  "}[fact.met]
+    base, differ = fact.unit.removeprefix("x "), f"their floors differ by up to {100 * apart:.1f} %"
+    return f"{word} {case}: {m.implementation} takes {fact.ratio} of {base}'s time; {differ}"
 
 
 def size(value: int | None) -> str:

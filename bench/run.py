@@ -2,14 +2,18 @@
 
 import argparse
 import dataclasses
+import importlib
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
-from . import graphs, results, runner, shapes, stats
+from . import calibration, graphs, results, revision, runner, shapes, stats
 
 QUICK_ROUNDS = 5
+CALIBRATION = "calibration"  # a family without cases
+WRONG, BAD_ARGUMENTS, BEHIND = 1, 2, 3  # exit statuses
 
 
 def families() -> dict[str, str]:
@@ -23,14 +27,39 @@ def families() -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
+def listed(family: str, device: str, names, dtypes, dropouts, rank: int, peers, timing: str) -> list[runner.Case]:
+    """The cases of a family; what is None takes its own choice.
+
+    Raises:
+        ValueError: an unknown shape, dtype or peer, or what the family needs is not installed.
+    """
+    module = importlib.import_module(families()[family])
+    cases = list(module.cases(device, names, dtypes, dropouts, rank, peers))
+    if device == "cuda" and timing != usual_timing(family):  # rows of a name are compared with each other
+        cases = [dataclasses.replace(case, name=f"{case.name} {timing}") for case in cases]
+    return cases
+
+
+def usual_timing(family: str) -> str:
+    return "eager" if ".e2e." in families()[family] else "graph"
+
+
 def _parser():
     parser = argparse.ArgumentParser(
         prog="fastft bench",
         description="Times every implementation of a case in the same rounds as the floor (the frozen layer alone) and "
-        "prints the median ratio with its 95 % bootstrap interval. Exit status: 0; 1 if an implementation of ours gave "
-        "wrong results; 2 for bad arguments.",
+        "prints the median ratio with its 95 % bootstrap interval.",
+        epilog=f"Exit status: 0; {WRONG} if an implementation of ours gave wrong results; {BAD_ARGUMENTS} for bad "
+        f"arguments; {BEHIND} if all are right but ours missed a target, is behind a peer by more than both intervals, or "
+        "has become slower than at --base (quick runs, which are no results, don't tell).",
     )
-    parser.add_argument("family", nargs="?", default="lora", choices=families(), help="kernel family (default: lora)")
+    parser.add_argument(
+        "family",
+        nargs="?",
+        default="lora",
+        choices=[*families(), CALIBRATION],
+        help=f"kernel family (default: lora); {CALIBRATION}: what the machine can do at most, and nothing else",
+    )
     parser.add_argument("--shape", action="append", help="named shape or model, repeatable; --list shows them")
     parser.add_argument("--dtype", action="append", help="fp32, bf16, bf16+fp32 (fp32 adapters), …; repeatable")
     parser.add_argument("--dropout", action="append", type=float, help="dropout probability, repeatable (0 and 0.05)")
@@ -45,6 +74,16 @@ def _parser():
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice); recorded in each row")
     parser.add_argument("--rounds", type=int, help=f"default {stats.MIN_ROUNDS}; fewer are marked quick")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds: to see that it works, no result")
+    parser.add_argument(
+        "--calibrate",
+        action=argparse.BooleanOptionalAction,
+        help="measure the machine's rates first, so that rows tell their part of the roofline (default: unless --quick)",
+    )
+    parser.add_argument(
+        "--base",
+        metavar="REV",
+        help="in a git checkout: also time the fastft of this revision, in the same rounds, and say what has changed",
+    )
     parser.add_argument("--out", metavar="DIR", help="folder of the CSV (default: bench/results of a checkout)")
     parser.add_argument("--resume", action="store_true", help="skip cases with rows of this commit in the CSV")
     parser.add_argument("--seed", type=int, default=0)
@@ -54,8 +93,6 @@ def _parser():
 
 def main(argv=None) -> int:
     """Run ``fastft bench`` with these arguments (default: the command line's); returns the exit status."""
-    import importlib
-
     parser = _parser()
     args = parser.parse_args(argv)
     if args.list:
@@ -70,57 +107,76 @@ def main(argv=None) -> int:
         parser.error("--rounds must be at least 2")
     if args.threads:
         torch.set_num_threads(args.threads)
-    peers = None if args.peers is None else [p for p in args.peers.split(",") if p not in ("", "none")]
-    family = importlib.import_module(families()[args.family])
-    try:
-        cases = list(family.cases(device, args.shape, args.dtype, args.dropout, args.rank, peers))
-    except ValueError as error:
-        parser.error(str(error))
-
-    usual = "eager" if ".e2e." in families()[args.family] else "graph"
-    timing = args.timing or usual
-    if device == "cuda" and timing != usual:  # rows of a name are compared with each other
-        cases = [dataclasses.replace(case, name=f"{case.name} {timing}") for case in cases]
     env = results.environment(device)
     quick = args.quick or rounds < stats.MIN_ROUNDS
     path = None if quick and not args.out else results.csv_path(env["device"], args.out)
+    if args.family == CALIBRATION:
+        print(_where(env, "calibration", path))
+        _calibrated(device, env, path, "quick" if quick else "ok")
+        return 0
+    timing = args.timing or usual_timing(args.family)
+    peers = None if args.peers is None else [p for p in args.peers.split(",") if p not in ("", "none")]
+    settings = {"family": args.family, "device": device, "names": args.shape, "dtypes": args.dtype}
+    settings |= {"dropouts": args.dropout, "rank": args.rank, "peers": peers, "timing": timing}
+    try:
+        cases = listed(**settings)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        theirs = settings | {"peers": []}
+        base = revision.Base(args.base, theirs, args.seed, torch.get_num_threads()) if args.base else None
+    except revision.RevisionError as error:
+        parser.error(str(error))
+
     done = _done(path, env) if args.resume else set()
-    print(_where(env, rounds, quick, path))
+    print(_where(env, "quick look, not a result" if quick else f"{rounds} rounds", path))
+    for case in (case for case in cases if case.key() in done):
+        print(f"{case}: already measured at {env['commit']}")
+    cases = [case for case in cases if case.key() not in done]
+    rates = None
+    if cases and (args.calibrate or (args.calibrate is None and not quick)):
+        rates = _calibrated(device, env, path, "quick" if quick else "ok")
     said, wrong = [], False
-    for case in cases:
-        if _key(vars(case) | {"case": case.name}) in done:
-            print(f"{case}: already measured at {env['commit']}")
-            continue
-        found = runner.measure(case, device, rounds, quick, args.seed, timing)
-        if path:
-            results.append(path, results.rows(case, found, env))
-        results.show(f"{case} ({case.size})", results.table(found))
-        said += results.losses(case, found)
-        wrong |= any(m.status == "wrong" and m.implementation.startswith("fastft") for m in found)
-        if any(m.status == "void" for m in found):
-            said.append(f"VOID   {case}: the floor differs from itself by more than 1.5 %; the machine is not quiet")
+    with base or nullcontext():
+        for case in cases:
+            found = runner.measure(case, device, rounds, quick, args.seed, timing, base)
+            if rates:
+                calibration.place(case, found, rates)
+            if path:
+                results.append(path, results.rows(case, found, env))
+            results.show(f"{case} ({case.size})", results.table(found))
+            said += results.losses(case, found)
+            wrong |= any(m.status == "wrong" and runner.is_ours(m.implementation) for m in found)
+            if any(m.status == "void" for m in found):
+                said.append(f"VOID   {case}: the floor differs from itself by more than 1.5 %; the machine is not quiet")
     print("\n".join(["", *said]) if said else "\nfastft is behind nothing measured here.")
-    return int(wrong)
+    behind = not quick and any(line.startswith(results.BEHIND) for line in said)
+    return WRONG if wrong else BEHIND if behind else 0
 
 
-def _where(env, rounds, quick, path) -> str:
-    kind = "quick look, not a result" if quick else f"{rounds} rounds"
+def _calibrated(device, env, path, status: str) -> calibration.Rates:
+    """The machine's rates, shown and kept."""
+    rates = calibration.measure(device)
+    calibration.show(rates)
+    if path:
+        results.append(path, calibration.rows(rates, env, status))
+    return rates
+
+
+def _where(env, kind: str, path) -> str:
     return (
         f"{env['device']} ({env['capability']}), {env['threads']} threads, torch {env['torch']}, commit {env['commit']}: "
         f"{kind}; rows {'are not kept' if path is None else f'go to {path}'}"
     )
 
 
-def _key(row) -> tuple:
-    return row["family"], row["case"], row["shape"], row["dtype"]
-
-
 def _done(path, env) -> set[tuple]:
+    """The keys of cases that have rows that count, of this commit, device and number of threads."""
     if path is None or not path.exists():
         return set()
     same = ("commit", "device", "threads")
     counted = [r for r in results.read([path]) if r["metric"] == "time" and r["status"] == "ok"]
-    return {_key(r) for r in counted if all(r[f] == env[f] for f in same)}
+    return {(r["family"], r["case"], r["shape"], r["dtype"]) for r in counted if all(r[f] == env[f] for f in same)}
 
 
 if __name__ == "__main__":

@@ -4,12 +4,8 @@ An arm is built on inputs and then called; the call runs the whole operation (fo
 tensors. A case whose arms do not agree gets no number.
 """
 
-import gc
 import math
-import random
-import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +14,13 @@ import torch
 from fastft import testing
 
 from . import graphs, stats
+from .counting import launches, peak_bytes, saved_bytes
+from .rounds import Run, interleaved
 
-Run = Callable[[], dict[str, torch.Tensor]]
 Build = Callable[[Any], Run]
 
-MIN_SAMPLE = {"cpu": 0.01, "cuda": 0.003}  # seconds: shorter calls are repeated within a sample
 MAX_SETS = 16
+OVER_BASE = "time_over_base"  # metric: ours over another revision's fastft
 
 
 class WrongResult(RuntimeError):
@@ -44,7 +41,9 @@ class Case:
         arms: implementation name -> builder; names of ours begin with ``fastft``.
         checker: inputs -> function of a builder that raises `WrongResult`.
         skipped: implementation name -> why it can't run here.
-        flops, moved: floating-point operations and the fewest bytes through memory of one call, and the floor's.
+        flops, moved: floating-point operations and the fewest bytes through memory (every tensor once) of one call, and the
+            floor's.
+        uncounted: why there are no operations to count, where there are none.
         target: the ratio to the floor that ours must reach, where one was set.
         rival, share: an arm that takes longer than the floor by what the method saves, and how much of that ours must get
             (`stats.kept_gain`).
@@ -66,6 +65,7 @@ class Case:
     moved: int = 0
     floor_flops: int = 0
     floor_moved: int = 0
+    uncounted: str = ""
     target: float | None = None
     rival: str | None = None
     share: float = 1.0
@@ -73,7 +73,10 @@ class Case:
     reach: float = 1.0
 
     def __str__(self):
-        return f"{self.family} {self.name} {self.shape} {self.dtype}"
+        return " ".join(self.key())
+
+    def key(self) -> tuple[str, str, str, str]:
+        return self.family, self.name, self.shape, self.dtype
 
 
 @dataclass(frozen=True)
@@ -106,142 +109,126 @@ class Measurement:
     rounds: int = 0
     saved_bytes: int | None = None
     peak_bytes: int | None = None
+    launches: int | None = None
+    roofline: float | None = None
     target: float | None = None
     met: bool | None = None
     facts: list[Fact] = field(default_factory=list)
 
 
-def measure(case: Case, device, rounds: int = stats.MIN_ROUNDS, quick: bool = False, seed: int = 0, timing: str = "graph"):
+def is_ours(implementation: str) -> bool:
+    """Whether it is of this tree's fastft: not a peer's, nor another revision's (``fastft@REV``)."""
+    return implementation.startswith("fastft") and "@" not in implementation
+
+
+def measure(
+    case: Case, device, rounds: int = stats.MIN_ROUNDS, quick: bool = False, seed: int = 0, timing: str = "graph", base=None
+):
     """Check and time every arm of `case`.
 
     Args:
         rounds: below `stats.MIN_ROUNDS` the measurements are marked ``quick``, as with `quick`.
         timing: on a GPU, "graph": replays of CUDA graphs, or "eager" calls; each measurement's note says which.
+        base: a `revision.Base`, whose fastft and floor are timed in the same rounds.
 
     Returns:
         A list of `Measurement`: the floor against itself (``floor2``) first, then every arm, skipped ones too.
     """
     device = torch.device(device)
     quick = quick or rounds < stats.MIN_ROUNDS
+    data, runs, found = prepare(case, device, seed)
+    runs["floor2"] = [case.floor(d) for d in data]
+    if case.copies is not None:
+        runs["copies"] = [case.copies(d) for d in data]
+    if base is not None:
+        found |= base.offer(case)
+
+    for group in graphs.groups(runs, timing if device.type == "cuda" else None):
+        elsewhere = base.samplers(group, found) if base is not None else {}
+        _time(case, group, found, device, rounds, quick, seed, elsewhere)
+    if device.type == "cuda":  # last: a profiler that was on may go on costing
+        for name in runs.keys() & found.keys():
+            found[name].launches = launches(runs[name][0], device)
+    names = ("floor2", *case.arms, *case.skipped)
+    return [found[name] for name in (*names, *(name for name in found if name not in names))]
+
+
+def prepare(case: Case, device, seed: int, arms=None):
+    """Make inputs, and build, check and profile arms on them.
+
+    Args:
+        arms: names (default: all).
+
+    Returns:
+        (sets of inputs, name -> runs on each of them, name -> `Measurement` without times). There are runs of the floor and
+        of the arms that passed the gate.
+    """
     data = _input_sets(case, device, seed)
     free = case.tensors(data[0])
     found = {name: Measurement(name, "skipped", why) for name, why in case.skipped.items()}
-    runs = {"floor": [case.floor(d) for d in data], "floor2": [case.floor(d) for d in data]}
-    found["floor2"] = _profile(runs["floor2"][0], free, Measurement("floor2"), device)
-
+    runs = {"floor": [case.floor(d) for d in data]}
+    found["floor2"] = _profile(runs["floor"][0], free, Measurement("floor2"), device)
     check = case.checker(data[0])
     for name, build in case.arms.items():
+        if arms is not None and name not in arms:
+            continue
         found[name] = Measurement(name)
         try:
             check(build)
         except WrongResult as error:
             found[name].status, found[name].note = "wrong", str(error)
             continue
-        arm = [build(d) for d in data]
-        _profile(arm[0], free, found[name], device)
-        runs[name] = arm
-    del check
-    if case.copies is not None:
-        runs["copies"] = [case.copies(d) for d in data]
-
-    for group in graphs.groups(runs, timing if device.type == "cuda" else None):
-        _time(case, group, found, device, rounds, quick, seed)
-    return [found[name] for name in ("floor2", *case.arms, *case.skipped)]
+        except testing.BackendError as error:  # of a forced backend
+            found[name].status, found[name].note = "skipped", str(error)[:300]
+            continue
+        runs[name] = [build(d) for d in data]
+        _profile(runs[name][0], free, found[name], device)
+    return data, runs, found
 
 
-def _time(case: Case, group: graphs.Group, found: dict[str, Measurement], device, rounds: int, quick: bool, seed: int):
+def _time(
+    case: Case, group: graphs.Group, found: dict[str, Measurement], device, rounds: int, quick: bool, seed: int, elsewhere
+):
     """Time the arms of a group; what is found out goes into `found`."""
-    times = interleaved(group.runs, device, rounds, seed)
+    times = interleaved(group.runs, device, rounds, seed, elsewhere)
     floor = stats.paired_ratio(times["floor2"], times["floor"])
     void = stats.is_void(floor)
-    for name in group.runs:
+    for name in times:
         m = found.get(name)
         if m is None or m.rounds:  # the floor, and floor2 in a second group
             continue
-        m.note = group.notes[name]
+        m.note = group.notes.get(name, m.note)
         m.status = "quick" if quick else "void" if void else "ok"
         m.ratio, m.floor, m.rounds = stats.paired_ratio(times[name], times["floor"]), floor, rounds
         m.seconds = torch.tensor(times[name], dtype=torch.float64).quantile(0.5).item()
-        if name.startswith("fastft") and case.target is not None:
+        if is_ours(name) and case.target is not None:
             m.target = case.target
             m.met = stats.meets(case.target, m.ratio, floor) if m.status == "ok" else None
-    if case.rival in times and "fastft" in times:
-        kept = stats.kept_gain(times[case.rival], times["fastft"], times["floor"])
-        gain = stats.paired_ratio(times[case.rival], times["fastft"]).median
-        met = kept.lo >= case.share - floor.half_width if not (quick or void) else None
-        found["fastft"].facts.append(Fact("speedup", gain, f"x over {case.rival}", kept, case.share, met))
-    if "copies" in times and "fastft" in times:
-        reached = stats.paired_ratio(times["copies"], times["fastft"])
-        met = reached.lo >= case.reach - floor.half_width if not (quick or void) else None
-        bandwidth = case.moved / found["fastft"].seconds / 1e9
-        found["fastft"].facts.append(Fact("bandwidth", bandwidth, "GB/s", reached, case.reach, met))
+    if "fastft" in times:
+        found["fastft"].facts += _compared(case, times, found["fastft"].seconds, floor, quick or void)
 
 
-def interleaved(runs: dict[str, list[Run]], device, rounds: int, seed: int = 0) -> dict[str, list[float]]:
-    """Seconds per call of every arm, one sample per arm and round, arms in random order within a round.
-
-    Each arm has one run per input set; successive calls, also of different arms, take successive sets, so that no call
-    finds its inputs in a GPU's L2 because the call before left them there.
-    """
-    device = torch.device(device)
-    sets = len(next(iter(runs.values())))
-    for arm in runs.values():
-        for run in arm * 2:  # twice: compilers, allocators and lazily built tables settle
-            run()
-    position = 0
-
-    def sample(arm: list[Run], calls: int):
-        nonlocal position
-        for _ in range(calls):
-            arm[position % sets]()
-            position += 1
-
-    begin, end, seconds = _clock(device)
-    start = begin()
-    sample(runs["floor"], sets)
-    once = seconds(start, end()) / sets
-    calls = max(1, math.ceil(MIN_SAMPLE[device.type] / once))
-    order, shuffle = list(runs), random.Random(seed).shuffle
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    with _no_garbage_collection():
-        for _ in range(rounds):
-            shuffle(order)
-            stamps = []
-            for name in order:
-                start = begin()
-                sample(runs[name], calls)
-                stamps.append((name, start, end()))
-            for name, start, stop in stamps:
-                times[name].append(seconds(start, stop) / calls)
-    return times
-
-
-def _clock(device):
-    """(begin, end, seconds between): the host's clock on a CPU, events in the stream on a GPU."""
-    if device.type == "cpu":
-        return time.perf_counter, time.perf_counter, lambda start, stop: stop - start
-
-    def stamp():
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(start, stop):
-        stop.synchronize()
-        return start.elapsed_time(stop) / 1e3
-
-    torch.cuda.synchronize(device)
-    return stamp, stamp, seconds
-
-
-@contextmanager
-def _no_garbage_collection():
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
+def _compared(case: Case, times, seconds: float, floor: stats.Interval, unsure: bool) -> list[Fact]:
+    """What ours is besides a ratio to the floor; whether it is met is left open where a run is `unsure`."""
+    facts, ours = [], times["fastft"]
+    if case.rival in times:
+        kept = stats.kept_gain(times[case.rival], ours, times["floor"])
+        gain = stats.paired_ratio(times[case.rival], ours).median
+        met = None if unsure else kept.lo >= case.share - floor.half_width
+        facts.append(Fact("speedup", gain, f"x over {case.rival}", kept, case.share, met))
+    if "copies" in times:
+        reached = stats.paired_ratio(times["copies"], ours)
+        met = None if unsure else reached.lo >= case.reach - floor.half_width
+        facts.append(Fact("bandwidth", case.moved / seconds / 1e9, "GB/s", reached, case.reach, met))
+    for name in times:
+        if name.startswith("fastft@"):
+            # That process's floor tells by how much two processes differ where nothing changed.
+            there = stats.paired_ratio(times[name.replace("fastft", "floor")], times["floor"])
+            most = 1 + max(abs(there.lo - 1), abs(there.hi - 1))
+            change = stats.paired_ratio(ours, times[name])
+            met = None if unsure else change.lo <= most
+            facts.append(Fact(OVER_BASE, change.median, f"x {name}", change, most, met))
+    return facts
 
 
 def _input_sets(case, device, seed):
@@ -255,7 +242,7 @@ def _input_sets(case, device, seed):
 
 
 def _profile(run: Run, free, found: Measurement, device) -> Measurement:
-    """What one call saves for backward, its peak memory on a GPU, and which backends of ours it ran on."""
+    """What one call saves for backward, its peak memory, its launches, and which backends of ours it ran on."""
     run()  # outside the count: what a first call allocates stays
     if facts := getattr(run, "facts", None):
         found.facts = facts()
@@ -264,37 +251,10 @@ def _profile(run: Run, free, found: Measurement, device) -> Measurement:
     with testing.record() as calls:
         run()
     found.backend = "+".join(sorted({c.config if isinstance(c.config, str) else c.backend for c in calls}))
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        step()
-        found.peak_bytes = torch.cuda.max_memory_allocated(device) - before
+    found.peak_bytes = peak_bytes(step, device)
+    if device.type == "cpu":
+        found.launches = launches(run, device)
     return found
-
-
-def saved_bytes(run: Run, free) -> int:
-    """Bytes of the distinct storages that one call saves for backward, without those of the tensors in `free`."""
-    known = {t.untyped_storage().data_ptr() for t in free}
-    saved: dict[int, torch.UntypedStorage] = {}  # holding the storages keeps their addresses distinct
-
-    def pack(tensor):
-        for dense in _dense(tensor):
-            storage = dense.untyped_storage()
-            if storage.data_ptr() not in known:
-                saved[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run()
-    return sum(storage.nbytes() for storage in saved.values())
-
-
-def _dense(tensor) -> list[torch.Tensor]:
-    """The tensors that have storages: a sparse one's indices and values, or itself."""
-    if tensor.layout == torch.sparse_coo:
-        return [tensor._indices(), tensor._values()]
-    return [tensor]
 
 
 def check_close(outputs, golden, yardstick, factor: float) -> None:

@@ -82,7 +82,7 @@ def test_rows_of_another_timing_have_a_name_of_their_own(monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(run.results, "environment", lambda device: dict.fromkeys(run.results.FIELDS, "0"))
-    monkeypatch.setattr(run.runner, "measure", lambda case, *rest: asked.append((case.name, rest[-1])) or [])
+    monkeypatch.setattr(run.runner, "measure", lambda case, *rest: asked.append((case.name, rest[4])) or [])
     common = ["--device", "cuda", "--shape", "tiny", "--dtype", "fp32", "--dropout", "0", "--peers", "none", "--quick"]
     for more in ([], ["--timing", "eager"]):
         assert run.main(["lora", *common, *more]) == 0

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fastft.bench import results, run
+from fastft.bench import results, rounds, run
 from fastft.bench.ops import lora
 
 TINY = ["lora", "--device", "cpu", "--shape", "tiny", "--dtype", "fp32", "--threads", "1"]
@@ -49,8 +49,8 @@ def test_wrong_results_of_ours_are_said_and_fail_the_run(monkeypatch, capsys):
 def test_resume_skips_only_what_counts_at_this_commit(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("FASTFT_COMMIT", "abc")
     monkeypatch.setattr(run.runner.stats, "is_void", lambda floor: False)
-    monkeypatch.setitem(run.runner.MIN_SAMPLE, "cpu", 0.0)
-    once = [*TINY, "--peers", "none", "--dropout", "0", "--out", str(tmp_path), "--resume"]
+    monkeypatch.setitem(rounds.MIN_SAMPLE, "cpu", 0.0)
+    once = [*TINY, "--peers", "none", "--dropout", "0", "--out", str(tmp_path), "--resume", "--no-calibrate"]
     assert run.main(once) == 0 and "already measured" not in capsys.readouterr().out
     assert run.main(once) == 0 and "layer r=16 p=0 tiny fp32: already measured at abc" in capsys.readouterr().out
     monkeypatch.setenv("FASTFT_COMMIT", "def")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fastft.bench import results, runner
+from fastft.bench import results, rounds, runner
 from fastft.bench.runner import Case, WrongResult
 
 
@@ -49,17 +49,17 @@ def test_every_arm_runs_in_every_round_in_changing_order(monkeypatch):
     def arm(name):
         return [lambda: ran.append(name)]
 
-    monkeypatch.setitem(runner.MIN_SAMPLE, "cpu", 0.0)  # one call a sample
+    monkeypatch.setitem(rounds.MIN_SAMPLE, "cpu", 0.0)  # one call a sample
     times = runner.interleaved({name: arm(name) for name in ("floor", "a", "b")}, "cpu", rounds=20, seed=1)
-    rounds = [tuple(ran[i : i + 3]) for i in range(len(ran) - 60, len(ran), 3)]
-    assert all(sorted(order) == ["a", "b", "floor"] for order in rounds)
-    assert len(set(rounds)) > 3
+    orders = [tuple(ran[i : i + 3]) for i in range(len(ran) - 60, len(ran), 3)]
+    assert all(sorted(order) == ["a", "b", "floor"] for order in orders)
+    assert len(set(orders)) > 3
     assert {name: len(t) for name, t in times.items()} == {"floor": 20, "a": 20, "b": 20}
 
 
 def test_calls_walk_through_the_input_sets(monkeypatch):
     seen = []
-    monkeypatch.setitem(runner.MIN_SAMPLE, "cpu", 0.0)
+    monkeypatch.setitem(rounds.MIN_SAMPLE, "cpu", 0.0)
     runs = {name: [lambda s=s: seen.append(s) for s in range(3)] for name in ("floor", "a")}
     runner.interleaved(runs, "cpu", rounds=5)
     assert seen[-10:] == [(seen[-10] + i) % 3 for i in range(10)]
@@ -68,11 +68,12 @@ def test_calls_walk_through_the_input_sets(monkeypatch):
 def fixed_times(monkeypatch, **factors):
     """Replace the clock: floor takes 1 s with ±`noise`, the others their factor."""
 
-    def interleaved(runs, device, rounds, seed=0):
+    def interleaved(runs, device, rounds, seed=0, elsewhere=None):
         g = torch.Generator().manual_seed(0)
         noise = factors.get("noise", 0.0)
         return {
-            n: [factors.get(n, 1.0) * (1 + noise * torch.randn((), generator=g).item()) for _ in range(rounds)] for n in runs
+            n: [factors.get(n, 1.0) * (1 + noise * torch.randn((), generator=g).item()) for _ in range(rounds)]
+            for n in (*runs, *(elsewhere or {}))
         }
 
     monkeypatch.setattr(runner, "interleaved", interleaved)
@@ -83,7 +84,11 @@ def test_target_met_missed_and_void(monkeypatch):
     fixed_times(monkeypatch, fastft=1.03, peer=1.02)
     found = by_name(runner.measure(case, "cpu"))
     assert found["fastft"].status == "ok" and found["fastft"].met is True and found["peer"].met is None
-    assert results.losses(case, list(found.values()))[0].startswith("LOST")
+    assert [line.split()[0] for line in results.losses(case, list(found.values()))] == ["LOST"]
+
+    fixed_times(monkeypatch, fastft=1.0301, peer=1.03, noise=0.001)
+    said = results.losses(case, runner.measure(case, "cpu"))
+    assert [line.split()[0] for line in said] == ["CLOSE"], "behind, but the intervals overlap"
 
     fixed_times(monkeypatch, fastft=1.05, peer=1.2)
     found = by_name(runner.measure(case, "cpu"))

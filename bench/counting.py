@@ -1,0 +1,103 @@
+"""What one call of an arm does besides taking time: what it saves for backward, its memory, how much it launches."""
+
+import os
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+
+COUNTED = "fastft.bench: the call that counts"
+
+
+def saved_bytes(run: Callable, free) -> int:
+    """Bytes of the distinct storages that one call saves for backward, without those of the tensors in `free`."""
+    known = {t.untyped_storage().data_ptr() for t in free}
+    saved: dict[int, torch.UntypedStorage] = {}  # holding the storages keeps their addresses distinct
+
+    def pack(tensor):
+        for dense in _dense(tensor):
+            storage = dense.untyped_storage()
+            if storage.data_ptr() not in known:
+                saved[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+def _dense(tensor) -> list[torch.Tensor]:
+    """The tensors that have storages: a sparse one's indices and values, or itself."""
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    return [tensor]
+
+
+def peak_bytes(run: Callable, device: torch.device) -> int:
+    """The most that PyTorch's allocator hands out during one call, beyond what it had handed out before.
+
+    What libraries and kernels allocate themselves (BLAS' packed panels, a kernel's scratch) is not seen, on any device.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    with _silence(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        run()  # the profiler doesn't see what it didn't see allocated being freed: gradients of the call before
+        with record_function(COUNTED):
+            run()
+    events = found.profiler.kineto_results.events()
+    begin = max(event.start_ns() for event in events if event.name() == COUNTED)
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]" and event.device_type() == DeviceType.CPU and event.start_ns() >= begin:
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+@contextmanager
+def _silence():
+    """Without what the profiler's C++ writes to the terminal: that it starts and stops, and what it can't see."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+class _Ops(TorchDispatchMode):
+    """Counts what reaches PyTorch's dispatcher, without what that calls in turn."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += 1
+        return op(*args, **(kwargs or {}))
+
+
+def launches(run: Callable, device: torch.device) -> int | None:
+    """How much one call launches: on a GPU kernels, copies and fills; on a CPU ops, views too, forward and backward.
+
+    An op that calls others (a composite, or one of ours on the reference) counts once, and code that torch.compile made runs
+    in few. None where the profiler sees nothing of the GPU.
+    """
+    if device.type == "cpu":
+        with _Ops() as ops:
+            run()
+        return ops.count
+    torch.cuda.synchronize(device)
+    with _silence(), profile(activities=[ProfilerActivity.CUDA]) as found:
+        run()
+        torch.cuda.synchronize(device)
+    return sum(event.device_type == DeviceType.CUDA for event in found.events()) or None
