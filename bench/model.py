@@ -168,15 +168,19 @@ def main(argv=None) -> int:
 
 def keep(found: list[dict[str, str]], name: str, table: str, begin: str, end: str) -> None:
     """Write the rows to results/modelled/NAME.csv and the table between README's marks."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / f"{name}.csv"
+    write_rows(path, found)
+    readme = results.ROOT / "README.md"
+    readme.write_text(plot.with_table(readme.read_text(), table, begin, end))
+    print(f"wrote {path} and {readme}")
+
+
+def write_rows(path, found: list[dict[str, str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(found)
-    readme = results.ROOT / "README.md"
-    readme.write_text(plot.with_table(readme.read_text(), table, begin, end))
-    print(f"wrote {path} and {readme}")
 
 
 if __name__ == "__main__":
