@@ -125,7 +125,7 @@ class CMakeBuild(build_ext):
 
 setup(
     packages=find_namespace_packages(include=["fastft", "fastft.*"]),
-    package_data={"": ["*.json", "*.csv"]},
+    package_data={"": ["*.json", "*.csv", "*.html"]},
     # One extension stands for all libraries, so that wheels are platform wheels. fastft._runtime makes them wheels of one
     # Python: pybind11 has no stable ABI. Without it any Python >= 3.10 loads them.
     ext_modules=[Extension("fastft._native_libraries", [])] if why_not_native() is None else [],

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from . import calibration, graphs, results, revision, runner, shapes, stats
+from . import calibration, graphs, page, results, revision, runner, shapes, stats
 
 QUICK_ROUNDS = 5
 CALIBRATION = "calibration"  # a family without cases
@@ -84,6 +84,9 @@ def _parser():
         metavar="REV",
         help="in a git checkout: also time the fastft of this revision, in the same rounds, and say what has changed",
     )
+    parser.add_argument(
+        "--html", action="store_true", help=f"measure nothing: write all results as one page (--out FILE; {page.DEFAULT})"
+    )
     parser.add_argument("--out", metavar="DIR", help="folder of the CSV (default: bench/results of a checkout)")
     parser.add_argument("--resume", action="store_true", help="skip cases with rows of this commit in the CSV")
     parser.add_argument("--seed", type=int, default=0)
@@ -98,6 +101,9 @@ def main(argv=None) -> int:
     if args.list:
         for name, linear in shapes.LINEARS.items():
             print(f"{name:24} T x K x N = {linear}")
+        return 0
+    if args.html:
+        print(f"wrote {page.write(args.out)}")
         return 0
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():

@@ -150,8 +150,9 @@ def on_gpu(row) -> bool:
 
 
 def place(row) -> str:
-    """A device as a heading has it: a CPU with its threads."""
-    return row["device"] if on_gpu(row) else f"{row['device']}, {row['threads']} threads"
+    """A device as a heading has it: without the signs of trademarks, a CPU with its threads."""
+    device = re.sub(r" ?\((R|TM)\)", "", row["device"])
+    return device if on_gpu(row) else f"{device}, {row['threads']} threads"
 
 
 def by_device(cases: Cases) -> dict[tuple[str, str], Cases]:

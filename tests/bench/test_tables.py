@@ -29,7 +29,7 @@ def test_tables_take_only_what_counts_from_the_latest_run():
         + rows(peers_only, **NEWEST)
     )
     assert lines_of(table) == ["| tiny, square | 64 | fp32 | **+2.0 %** (1.6 … 2.6) | +50.0 % | ≤ 1.0 %, missed |"]
-    assert "commit abc" in table and "## Some CPU (R) 9, 2 threads" in table and "@" not in table
+    assert "commit abc" in table and "## Some CPU 9, 2 threads" in table and "@" not in table
 
 
 def test_tables_of_what_is_over_other_things_and_facts():
@@ -67,7 +67,7 @@ def test_the_summary_shows_the_worst_case_and_counts_the_others():
         "| 1.00× two batched products: level | - | 1 case |",
     ]
     assert (
-        "**[Some CPU (R) 9, 2 threads](all.md#some-cpu-r-9-2-threads)** (AVX512, torch 2.13.0, PEFT 0.21): 4 cases, 1 of 3 "
+        "**[Some CPU 9, 2 threads](all.md#some-cpu-9-2-threads)** (AVX512, torch 2.13.0, PEFT 0.21): 4 cases, 1 of 3 "
         "targets met; beside the best peer ahead in 1, level in 1, **behind in 2** of 4."
     ) in text
 
