@@ -7,8 +7,10 @@ one left. Swapping whole folders instead would lose what others write into the f
 optimizer state, other ranks' files) and needs a system call that not every filesystem has.
 """
 
+import errno
 import os
 import shutil
+import stat
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -28,11 +30,24 @@ def current(folder: Path, name: str) -> Path:
 
 
 def opened(folder: Path, name: str):
-    """The current version of a file, open for reading; it stays what it is if a writer comes."""
+    """The current version of a file, open for reading; it stays what it is if a writer comes.
+
+    Raises:
+        OSError: also for what is no regular file.
+    """
     try:
-        return open(current(folder, name), "rb")
+        return _open(current(folder, name))
     except FileNotFoundError:  # a writer moved it since we looked, or it isn't there
-        return open(current(folder, name), "rb")
+        return _open(current(folder, name))
+
+
+def _open(path: Path):
+    # Without O_NONBLOCK the opening of a pipe would wait for somebody who writes into it, for ever.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
 
 
 def switch(folder: Path, contents: dict[str, bytes], marker: str) -> None:

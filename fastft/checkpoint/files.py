@@ -19,6 +19,7 @@ WEIGHTS = "adapter_model.safetensors"
 # As safetensors names them, and the bytes of one element. Integers: counters among a saved module's buffers, indices.
 _DTYPES = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
 _READS = 3
+_LONGEST_MESSAGE = 2000  # characters
 _LARGEST_CONFIG, _LARGEST_HEADER = 64 << 20, 100_000_000  # bytes; the header's bound is safetensors' own
 # A copy of a bias that PEFT also writes with bias="all" and modules_to_save; it reads neither of them.
 _DUPLICATE = re.compile(r"\.(original_module|modules_to_save)\.(.*\.)?bias$")
@@ -27,7 +28,13 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class AdapterFileError(ValueError):
-    """An adapter's files are damaged, incomplete, or don't fit the model."""
+    """An adapter's files are damaged, incomplete, or don't fit the model. A message that quotes them at length is cut."""
+
+    def __init__(self, message: str):
+        if len(message) > _LONGEST_MESSAGE:
+            half = _LONGEST_MESSAGE // 2
+            message = f"{message[:half]} … {message[-half:]}"
+        super().__init__(message)
 
 
 def write_adapter(directory, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
@@ -69,8 +76,17 @@ def read_adapter(
     return tensors
 
 
+def _opened(folder: Path, name: str):
+    try:
+        return opened(folder, name)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise AdapterFileError(f"{folder / name} can't be read: {error.strerror}") from error
+
+
 def _read_config(folder: Path) -> bytes:
-    with opened(folder, CONFIG) as file:
+    with _opened(folder, CONFIG) as file:
         raw = file.read(_LARGEST_CONFIG + 1)
     if len(raw) > _LARGEST_CONFIG:
         raise AdapterFileError(f"{folder / CONFIG} has more than {_LARGEST_CONFIG:,} bytes")
@@ -90,7 +106,7 @@ def _parse(folder: Path, raw: bytes) -> dict[str, Any]:
 def _read_weights(folder: Path, expected: Shapes, max_bytes: int | None) -> dict[str, torch.Tensor]:
     path = folder / WEIGHTS
     try:
-        file = opened(folder, WEIGHTS)
+        file = _opened(folder, WEIGHTS)
     except FileNotFoundError as error:
         pickles = [p.name for p in folder.glob("adapter_model.*") if p.suffix in (".bin", ".pt", ".pth")]
         if not pickles:

@@ -61,7 +61,10 @@ class Method(TargetOptions):
 
     def check_tensors(self, name: str, module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         """Raise ValueError if a file's tensors for one module, by part, make no sense. Names, shapes and finiteness have
-        been checked. The default has nothing to add."""
+        been checked. The default asks for floating-point numbers."""
+        for part, tensor in tensors.items():
+            if not tensor.is_floating_point():
+                raise ValueError(f"the {part} of {name!r} is {tensor.dtype}; it must be a floating-point dtype")
 
     def check_file(self, directory, targets: dict[str, nn.Module], values: dict[str, torch.Tensor]) -> None:
         """`check_tensors` of every module with what a file holds. Raises AdapterFileError."""
@@ -171,7 +174,7 @@ class Method(TargetOptions):
     def read(directory, config: dict[str, Any]) -> "Method":
         """The method of any kind that a folder's config describes. Raises AdapterFileError."""
         kind = config.get("peft_type")
-        if kind not in Method.known:
+        if not isinstance(kind, str) or kind not in Method.known:
             raise AdapterFileError(f"{directory}: peft_type {kind!r} is not supported; supported: {sorted(Method.known)}")
         try:
             return Method.known[kind].from_config(config)

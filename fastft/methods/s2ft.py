@@ -177,6 +177,7 @@ class S2FT(Method):
         return {"slice_delta": delta, "slice_units": self.units[name].to(torch.int32)}
 
     def check_tensors(self, name, module, tensors):
+        super().check_tensors(name, module, {"slice_delta": tensors["slice_delta"]})
         one, units = self.chosen[name], tensors["slice_units"]
         size = module.weight.shape[_dim(one, module)]
         last = (size - one.offset) // one.size

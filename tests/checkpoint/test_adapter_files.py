@@ -1,6 +1,7 @@
 """Adapter folders: what is read, and what is refused."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -116,6 +117,25 @@ def test_headers_that_lie(folder):
     refuse(folder, r"has more than [\d,]+ bytes")
 
 
+def test_what_is_no_file(folder):
+    """Not waited for, and not read: pipes, devices, folders."""
+    for name in (WEIGHTS, CONFIG):
+        for put in (os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path), lambda path: os.symlink(path, path)):
+            whole = (folder / name).read_bytes()
+            (folder / name).unlink()
+            put(folder / name)
+            refuse(folder, f"{name} can't be read: ")
+            (folder / name).rmdir() if put is os.mkdir else (folder / name).unlink()
+            (folder / name).write_bytes(whole)
+
+
+def test_messages_are_cut(folder):
+    change(folder, an_option_of_tomorrow="x" * 100_000)
+    with pytest.raises(AdapterFileError, match="an_option_of_tomorrow.*supported: alpha_pattern") as caught:
+        fastft.load(llama(), folder)
+    assert len(str(caught.value)) < 2100
+
+
 def test_missing_files(folder, tmp_path):
     refuse(tmp_path / "nowhere", "no adapter folder", FileNotFoundError)
     (folder / WEIGHTS).rename(folder / "adapter_model.bin")
@@ -138,6 +158,7 @@ def test_tensors_that_do_not_fit(folder, tmp_path):
     check(lambda w: w.update(extra=torch.zeros(1)), "1 tensors are not expected by this model and config: extra")
     check(lambda w: w.update({KEY: w[KEY].t()}), rf"of the wrong shape: {KEY} \[16, 4\] \(want \[4, 16\]\)")
     check(None, r"of the wrong shape", r=5)
+    check(lambda w: w.update({KEY: w[KEY].to(torch.int64)}), "the lora_A of .* is torch.int64; it must be a floating-point")
     check(lambda w: w.update({KEY: w[KEY].to(torch.complex64)}), rf"unsupported dtype: {KEY} \(C64\)")
     for bad in (float("nan"), float("inf")):
         check(lambda w, bad=bad: w[KEY].view(-1)[5].fill_(bad), rf"not finite: {KEY}")
@@ -157,6 +178,7 @@ def test_configs_that_are_not_supported(folder):
         ({"init_lora_weights": "olora"}, "olora"),
         ({"peft_type": "IA3"}, r"peft_type 'IA3' is not supported; supported: \['LIFT', 'LORA', 'S2FT'"),
         ({"peft_type": None}, "peft_type None"),
+        ({"peft_type": ["LORA"]}, r"peft_type \['LORA'\] is not supported"),
         ({"r": "8"}, "rank r='8'"),
         ({"lora_dropout": 2.0}, "lora_dropout"),
     ):
