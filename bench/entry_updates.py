@@ -62,11 +62,15 @@ def make_inputs(linear: shapes.Linear, density: float, dtype: str, device, seed:
 
 
 def moved(linear: shapes.Linear, density: float, dtype: str) -> int:
-    """Fewest bytes of an update: an entry's column, pristine value and gradient are read, delta and moments read and
-    written; so are the sectors of the weight that hold random entries."""
-    e, size = lora.DTYPES[dtype][0].itemsize, linear.n * linear.k
-    sectors = size * e / SECTOR * (1 - (1 - density) ** (SECTOR // e))
-    return MATRICES * round(layers.count_of(linear, density) * (4 + e + 4 + 8 + 8 + 8) + 2 * SECTOR * sectors)
+    """Fewest bytes of an update of all matrices."""
+    return MATRICES * moved_of(linear.n * linear.k, layers.count_of(linear, density), lora.DTYPES[dtype][0].itemsize)
+
+
+def moved_of(size: int, count: int, itemsize: int) -> int:
+    """Fewest bytes of an update of `count` random ones of `size` numbers: an entry's column, pristine value and gradient are
+    read, delta and moments read and written; so are the sectors of the weight that hold entries."""
+    sectors = size * itemsize / SECTOR * (1 - (1 - count / size) ** (SECTOR // itemsize))
+    return round(count * (4 + itemsize + 4 + 8 + 8 + 8) + 2 * SECTOR * sectors)
 
 
 def live(d: Inputs, index: int) -> torch.Tensor:

@@ -132,6 +132,22 @@ def peft(d: Inputs):
     return _arm(model, d, [wrapped.merge_adapter, wrapped.unmerge_adapter], [("lora", 0), ("base", 0)])
 
 
+def work(shape: shapes.Model, ratio: float, itemsize: int) -> dict[str, int]:
+    """Operations and fewest bytes of an exchange of slices, and of PEFT's merge.
+
+    The old slice's pristine values are read and written into the weight; the new one's are read from it and kept, its delta
+    is read, their sum written. PEFT reads and writes the weights and reads A and B.
+    """
+    k, n, units = shape.intermediate, shape.hidden, max(1, round(ratio * shape.intermediate))
+    numbers, rank = shape.layers * units * n, max(1, round(units * n / (k + n)))
+    return {
+        "flops": numbers,
+        "moved": numbers * (5 * itemsize + 4),
+        "floor_flops": shape.layers * 2 * k * n * (rank + 1),
+        "floor_moved": shape.layers * (2 * k * n * itemsize + rank * (k + n) * 4),
+    }
+
+
 def checker(d: Inputs, factor: float = 2.0):
     """The gate: after each of the first two calls the weights are those with the adapter that the arm says."""
 

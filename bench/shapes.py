@@ -49,6 +49,11 @@ class Model:
             del linears["o_proj"]
         return linears
 
+    def groups(self) -> list[tuple[int, list[int]]]:
+        """(in-features, out-features of each projection) of the linears of one decoder layer that share their input."""
+        q, kv, hidden, wide = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.hidden, self.intermediate
+        return [(hidden, [q, kv, kv]), (q, [hidden]), (hidden, [wide, wide]), (wide, [hidden])]
+
 
 MODELS = {
     "llama3-8b": Model(4096, 14336, 32, 8, 128, 32, 128256, batch=2, length=2048),

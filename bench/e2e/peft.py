@@ -16,6 +16,7 @@ import fastft
 from fastft.ops.lora_linear import lora_linear
 
 from .. import peers, shapes
+from ..ops import lora
 from ..runner import Case, Fact, check_close
 from . import step
 
@@ -156,7 +157,7 @@ def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK,
                     arms={n: step.training(arm) for n, arm in ARMS.items() if n == "fastft" or n in wanted},
                     checker=step.checker,
                     target=TARGETS.get((dtype, p)) if known_target else None,
-                    **step.work(shape, rank),
+                    **step.work(shape, rank, dtype, p),
                 )
 
 
@@ -173,4 +174,11 @@ def _call(linear) -> Case:
         arms={"fastft": called(True)},
         checker=call_checker,
         target=CALL_TARGET,
+        **call_work(linear),
     )
+
+
+def call_work(linear) -> dict[str, int]:
+    """Of a LoRA layer; the floor computes the same."""
+    ours = lora.work(linear, "fp32", TINY_RANK, 0.0)
+    return {"flops": ours["flops"], "moved": ours["moved"], "floor_flops": ours["flops"], "floor_moved": ours["moved"]}

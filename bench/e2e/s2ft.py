@@ -217,12 +217,23 @@ def _two_steps(d: Inputs, build):
     return first, (first["loss"] - run()["loss"]).item(), len(out) == len(d.parts) + 1
 
 
-def work(shape: shapes.Model, options) -> dict[str, int]:
-    """Floating-point operations of the linears, of the arm and of the floor, if backward ran through all of them."""
-    floor = step.work(shape, 0)["floor_flops"]
-    columns = {"down_ratio": shape.intermediate, "o_ratio": shape.heads * shape.head_dim}
-    trained = sum(ratio * columns[name] for name, ratio in options.items()) * shape.hidden * shape.layers
-    return {"floor_flops": floor, "flops": floor + round(2 * shape.batch * shape.length * trained)}
+def work(shape: shapes.Model, options, dtype: str) -> dict[str, int]:
+    """Operations and fewest bytes of a step, if backward ran through all linears (`step.forward_work`).
+
+    What a slice adds: `ops/partial.py`.
+    """
+    tokens, e = shape.batch * shape.length, DTYPES[dtype].itemsize
+    flops, moved = (2 * amount for amount in step.forward_work(shape, tokens, e))
+    features = {"down_ratio": shape.intermediate, "o_ratio": shape.heads * shape.head_dim}
+    columns = shape.layers * sum(ratio * features[name] for name, ratio in options.items())
+    numbers = columns * shape.hidden
+    read = 3 * tokens * columns + shape.layers * len(options) * tokens * shape.hidden
+    return {
+        "floor_flops": flops,
+        "floor_moved": moved,
+        "flops": flops + round((2 * tokens + 15) * numbers),
+        "moved": moved + round(read * e + numbers * (4 + 7 * 4 + 2 * e)),
+    }
 
 
 STEP_PEERS = {"plain": training(plain, write_back), "full": training(full)}
@@ -274,7 +285,7 @@ def _steps(name, dtype, peer_names):
             target=target if (name, dtype) == (step.TARGET_SHAPE, "fp32") else None,
             rival="full",
             share=SHARE,
-            **work(shape, options),
+            **work(shape, options, dtype),
         )
 
 
@@ -293,4 +304,5 @@ def _switch(name, dtype, peer_names):
         arms={"fastft": exchange.ours, **chosen},
         checker=exchange.checker,
         target=SWITCH_TARGET if name in SWITCH else None,
+        **exchange.work(shape, ratio, DTYPES[dtype].itemsize),
     )

@@ -17,6 +17,7 @@ import torch
 
 from .. import peers, served, shapes
 from ..runner import Case, check_close
+from . import step
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPE, ROWS = "llama-8l", 32
@@ -94,19 +95,41 @@ def checker(d: Inputs, factor: float = 2.0):
     return lambda build: check_close(build(d)(), golden, yardstick, factor)
 
 
-def work(shape: shapes.Model, batch: Batch) -> dict[str, int]:
-    """Floating-point operations of the linears; those of S²FT's and SpIEL's deltas are not counted."""
-    q, kv, hidden, wide = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.hidden, shape.intermediate
-    linears = [(hidden, q), (hidden, kv), (hidden, kv), (q, hidden), (hidden, wide), (hidden, wide), (wide, hidden)]
-    tokens = len(batch.rows) * batch.tokens
-    base = 2 * tokens * (shape.layers * sum(k * n for k, n in linears) + hidden * shape.vocab)
+def work(shape: shapes.Model, batch: Batch, dtype: str) -> dict[str, int]:
+    """Operations and fewest bytes of the linears (`step.forward_work`), and of the adapters that rows name."""
+    e, tokens = DTYPES[dtype].itemsize, len(batch.rows) * batch.tokens
+    flops, moved = step.forward_work(shape, tokens, e)
+    own = _added(shape, batch.adapters, batch.rows, batch.tokens, e)
+    even = _added(shape, batch.even or {}, tuple(batch.even or ()), batch.tokens, e)
+    return {
+        "flops": flops + own[0],
+        "moved": moved + own[1],
+        "floor_flops": flops + even[0],
+        "floor_moved": moved + even[1],
+    }
 
-    def low_rank(adapters, names):
-        ranks = sum(adapters[name][1] for name in names if name and adapters[name][0] == "lora")
-        return 2 * batch.tokens * ranks * shape.layers * sum(k + n for k, n in linears)
 
-    even = 0 if batch.even is None else low_rank(batch.even, batch.even)
-    return {"flops": base + low_rank(batch.adapters, batch.rows), "floor_flops": base + even}
+def _added(shape: shapes.Model, adapters, rows, tokens: int, e: int) -> tuple[int, int]:
+    """(operations, fewest bytes): each named adapter is read once (entries with columns of two bytes), and what it adds to
+    is once more read and written."""
+    weights = shape.layers * sum(k * sum(outs) for k, outs in shape.groups())
+    features = shape.layers * sum(k * len(outs) + sum(outs) for k, outs in shape.groups())
+    written = shape.layers * sum(sum(outs) for _, outs in shape.groups())
+    sliced = shape.layers * sum(served.S2FT_RATIOS.values()) * shape.intermediate * shape.hidden
+    entries = served.SPIEL_DENSITY * (weights + 2 * shape.hidden * shape.vocab)
+    flops = moved = 0.0
+    for name in rows:
+        if not name:
+            continue
+        kind, *rank = adapters[name]
+        numbers, out = {
+            "lora": (sum(rank) * features, written),
+            "s2ft": (sliced, shape.layers * (shape.intermediate + shape.hidden)),
+            "spiel": (entries, written),
+        }[kind]
+        flops += 2 * tokens * numbers
+        moved += numbers * (e + 2 * (kind == "spiel")) / rows.count(name) + 2 * tokens * out * e
+    return round(flops), round(moved)
 
 
 def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK, peer_names=None):
@@ -115,8 +138,6 @@ def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK,
     Raises:
         ValueError: an unknown shape, dtype or peer; a dropout, since nothing trains here.
     """
-    from .step import transformers_missing
-
     if dropouts is not None:
         raise ValueError("serve has no dropout: nothing trains")
     for kind, given, known in (
@@ -126,7 +147,7 @@ def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK,
     ):
         if unknown := [n for n in given or () if n not in known]:
             raise ValueError(f"unknown {kind} {unknown[0]!r}; known: {', '.join(known)}")
-    if reason := transformers_missing():
+    if reason := step.transformers_missing():
         raise ValueError(reason)
     for name in names or (SHAPE,):
         for dtype in dtypes or DTYPES:
@@ -166,5 +187,5 @@ def _case(device, name, dtype, batch, wanted, arms, skipped=None):
         checker=checker,
         skipped=skipped,
         target=(batch.targets or {}).get(dtype) if name == SHAPE else None,
-        **work(shape, batch),
+        **work(shape, batch, dtype),
     )

@@ -17,7 +17,7 @@ import fastft
 from fastft.methods.handle import handles
 from fastft.ops.partial_linear import Part
 
-from .. import entries, peers, shapes
+from .. import entries, entry_updates, peers, shapes
 from ..runner import Case, WrongResult
 from . import s2ft, step
 
@@ -150,13 +150,22 @@ def cycle_checker(d: s2ft.Inputs):
     return check
 
 
-def work(shape: shapes.Model, steps: int) -> dict[str, int]:
-    """Floating-point operations of the linears, of the arm and of the floor. Those of choices are not counted."""
-    floor = step.work(shape, 0)["floor_flops"]
-    hidden, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    linears = shape.layers * hidden * (2 * q + 2 * kv + 3 * shape.intermediate)
-    trained = DENSITY * (linears + 2 * hidden * shape.vocab)
-    return {"floor_flops": steps * floor, "flops": steps * (floor + round(2 * shape.batch * shape.length * trained))}
+def work(shape: shapes.Model, steps: int, dtype: str) -> dict[str, int]:
+    """Operations and fewest bytes of the linears (`step.forward_work`) and of the entries (`ops/sparse.py`).
+
+    Those of choices are not counted.
+    """
+    tokens, e, hidden = shape.batch * shape.length, s2ft.DTYPES[dtype].itemsize, shape.hidden
+    flops, moved = (2 * amount for amount in step.forward_work(shape, tokens, e))
+    size = shape.layers * sum(k * sum(outs) for k, outs in shape.groups())
+    entries = round(DENSITY * (size + 2 * hidden * shape.vocab))
+    read = shape.layers * sum(tokens * (k + sum(outs)) for k, outs in shape.groups()) * e
+    return {
+        "floor_flops": steps * flops,
+        "floor_moved": steps * moved,
+        "flops": steps * (flops + (2 * tokens + 15) * entries),
+        "moved": steps * (moved + read + 8 * entries + entry_updates.moved_of(size, entries, e)),
+    }
 
 
 PEERS = {
@@ -204,5 +213,5 @@ def _case(name, dtype, method, kind, period, arms, missing):
         checker=cycle_checker if kind == "cycle" else s2ft.checker,
         skipped=missing,
         target=TARGETS[kind] if (name, dtype) == (step.TARGET_SHAPE, "fp32") else None,
-        **work(shape, steps),
+        **work(shape, steps, dtype),
     )

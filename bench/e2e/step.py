@@ -15,6 +15,7 @@ from torch import nn
 import fastft
 
 from .. import peers, shapes
+from ..ops import lora
 from ..runner import Case, WrongResult, check_close
 
 DTYPES = {
@@ -231,13 +232,35 @@ def _gradients(outputs):
     }
 
 
-def work(shape: shapes.Model, rank: int) -> dict[str, int]:
-    """Floating-point operations of the linears, of the arm and of the floor; forward and dX. Bytes are not counted."""
-    tokens, q, kv = shape.batch * shape.length, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    hidden, wide = shape.hidden, shape.intermediate
-    linears = [(hidden, q), (hidden, kv), (hidden, kv), (q, hidden), (hidden, wide), (hidden, wide), (wide, hidden)]
-    floor = 4 * tokens * (shape.layers * sum(k * n for k, n in linears) + hidden * shape.vocab)
-    return {"floor_flops": floor, "flops": floor + 6 * tokens * rank * shape.layers * sum(k + n for k, n in linears)}
+def forward_work(shape: shapes.Model, tokens: int, itemsize: int) -> tuple[int, int]:
+    """(operations, fewest bytes) of the forward of all linears; those that share an input read it once.
+
+    What lies between them (attention, norms, activations, the loss) is not counted. Their dX takes the same again.
+    """
+    groups = [*shape.groups() * shape.layers, (shape.hidden, [shape.vocab])]
+    flops = sum(2 * tokens * k * sum(outs) for k, outs in groups)
+    return flops, itemsize * sum(k * sum(outs) + tokens * (k + sum(outs)) for k, outs in groups)
+
+
+def work(shape: shapes.Model, rank: int, dtype: str, p: float) -> dict[str, int]:
+    """Operations and fewest bytes of a step: the linears' forward and dX, as if the first layer's were needed; what trains.
+
+    The floor trains a q_proj: 2 T K N operations, x and dY read, dW written. AdamW takes 15 operations a number, reads it,
+    its gradient and two moments, and writes all but the gradient.
+    """
+    act, kind = DTYPES[dtype]
+    kinds = act, kind or torch.float32
+    tokens = shape.batch * shape.length
+    flops, moved = (2 * amount for amount in forward_work(shape, tokens, act.itemsize))
+    k, q = shape.hidden, shape.heads * shape.head_dim
+    adapters = [lora.adapter_work(tokens, k, outs, rank, kinds, p) for k, outs in shape.groups()] * shape.layers
+    numbers = shape.layers * rank * sum(k * len(outs) + sum(outs) for k, outs in shape.groups())
+    return {
+        "floor_flops": flops + (2 * tokens + 15) * k * q,
+        "floor_moved": moved + (tokens * (k + q) + 8 * k * q) * act.itemsize,
+        "flops": flops + sum(added for added, _ in adapters) + 15 * numbers,
+        "moved": moved + sum(added for _, added in adapters) + 7 * numbers * kinds[1].itemsize,
+    }
 
 
 ARMS = {  # case -> implementation -> (preparation, why it can't be had here)
@@ -290,5 +313,5 @@ def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK,
                         checker=checker,
                         skipped={n: why for n, why in reasons.items() if why},
                         target=TARGETS.get((bool(suffix), p)) if known_target else None,
-                        **work(shape, rank),
+                        **work(shape, rank, dtype, p),
                     )

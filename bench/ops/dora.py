@@ -97,7 +97,9 @@ def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK,
         raise ValueError("dora is measured without dropout: ours and PEFT's differ there by definition")
     wanted = [n for n in peer_names if n in PEERS] if peer_names is not None else list(PEERS)
     missing = {n: why for n in wanted if (why := PEERS[n][1]())}
-    arms = {"fastft": lora.adapted(ours)} | {n: lora.adapted(PEERS[n][0]) for n in wanted if n not in missing}
+    arms = {"fastft": lora.adapted(ours)}
+    arms |= {f"fastft:{b}": lora.on_backend(b, arms["fastft"]) for b in lora.several_backends(device)}
+    arms |= {n: lora.adapted(PEERS[n][0]) for n in wanted if n not in missing}
     for shape, linear in shapes.resolve(names or shapes.DEFAULT[device]).items():
         for dtype in lora.known("dtype", dtypes or lora.DEFAULT_DTYPES, lora.DTYPES):
             target = lora.TARGETS.get((shape, dtype)) if rank == shapes.RANK else None

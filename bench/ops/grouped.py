@@ -90,12 +90,6 @@ class Inputs:
         return made
 
 
-def sites(model: shapes.Model) -> list[tuple[int, list[int]]]:
-    """(in-features, out-features of each projection)."""
-    q, kv, hidden, wide = model.heads * model.head_dim, model.kv_heads * model.head_dim, model.hidden, model.intermediate
-    return [(hidden, [q, kv, kv]), (q, [hidden]), (hidden, [wide, wide]), (wide, [hidden])]
-
-
 def make_inputs(model: shapes.Model, dtype: str, count: int, tokens: int, rank: int, device, seed: int) -> Inputs:
     act, kind = DTYPES[dtype]
     generator = torch.Generator().manual_seed(seed)
@@ -104,7 +98,7 @@ def make_inputs(model: shapes.Model, dtype: str, count: int, tokens: int, rank: 
         return (torch.randn(*size, generator=generator) * std).to(device, to)
 
     x, weights, outputs, adapters = [], [], [], []
-    for k, widths in sites(model):
+    for k, widths in model.groups():
         x.append(draw(tokens, k, std=1.0))
         weights.append(draw(sum(widths), k, std=k**-0.5))
         a = [[draw(rank, k, std=k**-0.5, to=kind) for _ in widths] for _ in range(count)]
@@ -209,10 +203,10 @@ def checker(d: Inputs, factor: float = 2.0):
 
 def work(model: shapes.Model, dtype: str, count: int, tokens: int, rank: int) -> dict[str, int]:
     e, ea = (t.itemsize for t in DTYPES[dtype])
-    flops = sum(2 * tokens * k * sum(widths) for k, widths in sites(model))
-    moved = sum((k * sum(widths) + tokens * (k + sum(widths))) * e for k, widths in sites(model))
-    numbers = sum(rank * (k + n) for k, widths in sites(model) for n in widths)
-    written = sum(2 * tokens * sum(widths) * e for _, widths in sites(model))
+    flops = sum(2 * tokens * k * sum(widths) for k, widths in model.groups())
+    moved = sum((k * sum(widths) + tokens * (k + sum(widths))) * e for k, widths in model.groups())
+    numbers = sum(rank * (k + n) for k, widths in model.groups() for n in widths)
+    written = sum(2 * tokens * sum(widths) * e for _, widths in model.groups())
     return {
         "flops": flops + 2 * tokens * numbers,
         "moved": moved + count * numbers * ea + written,

@@ -130,6 +130,8 @@ def on_backend(name: str, build=None):
             with testing.use(name):
                 return run()
 
+        if hasattr(run, "parameters"):
+            inside.parameters = run.parameters
         return inside
 
     return forced
@@ -205,16 +207,22 @@ def check_dropout(build, d: Inputs, probes: int = 4) -> None:
 def work(linear: shapes.Linear, dtype: str, rank: int, p: float) -> dict[str, int]:
     """Floating-point operations and fewest bytes of one call, of the arm and of the floor (formulas: module docstring)."""
     t, k, n = linear.tokens, linear.k, linear.n
-    e, ea = (dt.itemsize for dt in DTYPES[dtype])
-    floor_moved = 2 * (t * k + t * n + k * n) * e
-    adapter_moved = (4 * t * k + 3 * t * n) * e + 6 * t * rank * 4 + rank * (4 * k + 3 * n) * ea
-    mask = 3 * t * ((k + 7) // 8) if p > 0 else 0
+    floor_moved = 2 * (t * k + t * n + k * n) * DTYPES[dtype][0].itemsize
+    flops, moved = adapter_work(t, k, [n], rank, DTYPES[dtype], p)
     return {
         "floor_flops": 4 * t * k * n,
         "floor_moved": floor_moved,
-        "flops": 4 * t * k * n + 6 * t * rank * (k + n),
-        "moved": floor_moved + adapter_moved + mask,
+        "flops": 4 * t * k * n + flops,
+        "moved": floor_moved + moved,
     }
+
+
+def adapter_work(tokens: int, k: int, outs: list[int], rank: int, dtypes, p: float) -> tuple[int, int]:
+    """(operations, fewest bytes) that adapters add to linears of `outs` out-features which share x and dX; a mask each."""
+    count, n, (e, ea) = len(outs), sum(outs), (dtype.itemsize for dtype in dtypes)
+    moved = (4 * tokens * k + 3 * tokens * n) * e + 6 * tokens * count * rank * 4 + rank * (4 * count * k + 3 * n) * ea
+    mask = count * 3 * tokens * ((k + 7) // 8) if p > 0 else 0
+    return 6 * tokens * rank * (count * k + n), moved + mask
 
 
 def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK, peer_names=None):

@@ -164,18 +164,20 @@ PEERS = {
 
 def _sorts(device):
     """Sort of case -> (arms of ours, peers, floor, checker)."""
-    layer = {"fastft": lora.adapted(slices.ours)}
-    layer |= {f"fastft:{b}": lora.on_backend(b, layer["fastft"]) for b in lora.several_backends(device)}
+
+    def ours(build):
+        return {"fastft": build} | {f"fastft:{b}": lora.on_backend(b, build) for b in lora.several_backends(device)}
+
     others = {"plain": lora.adapted(slices.plain), "permuted": slices.permuted, "full": slices.full}
     return {
-        "layer": (layer, others, lora.floor, layer_checker),
+        "layer": (ours(lora.adapted(slices.ours)), others, lora.floor, layer_checker),
         "unmerged": (
-            {"fastft": forward(slices.unmerged)},
+            ours(forward(slices.unmerged)),
             {"peft": forward(peers.peft, "y_lora")},
             forward(slices.low_rank, "y_lora"),
             forward_checker,
         ),
-        "update": ({"fastft": updating(slices.slice_adamw)}, {}, updating(slices.adamw_and_copy), update_checker),
+        "update": (ours(updating(slices.slice_adamw)), {}, updating(slices.adamw_and_copy), update_checker),
     }
 
 

@@ -208,6 +208,7 @@ def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK,
     lora.known("peer", peer_names or [], {})
     dtypes = lora.known("dtype", dtypes or DTYPES, DTYPES)
     for i, (sort, (name, inputs, floor, ours, checker)) in enumerate(SORTS.items()):
+        arms = {"fastft": ours} | {f"fastft:{b}": lora.on_backend(b, ours) for b in lora.several_backends(device)}
         for shape, linear in shapes.resolve(names or DEFAULT[device][i]).items():
             for dtype in dtypes:
                 yield Case(
@@ -219,8 +220,9 @@ def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK,
                     inputs=lambda dev, seed, s=linear, t=dtype, make=inputs: make(s, t, dev, seed),
                     tensors=Inputs.tensors,
                     floor=floor,
-                    arms={"fastft": ours},
+                    arms=arms,
                     checker=checker,
                     target=TARGETS[sort],
+                    uncounted="" if sort == "LIFT mask" else "it compares and counts, and no floating-point number is made",
                     **work(linear, dtype)[sort],
                 )

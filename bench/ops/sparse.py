@@ -125,11 +125,15 @@ def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK,
                 yield from make(device, shape, linear, dtype, there, missing)
 
 
+def _ours(device, build):
+    """Arms of ours: as it chooses its kernels, and on each backend where there are several."""
+    return {"fastft": build} | {f"fastft:{b}": lora.on_backend(b, build) for b in lora.several_backends(device)}
+
+
 def _layers(device, shape, linear, dtype, there, missing):
     if shape in shapes.DEFAULT["cpu"]:
         linear = replace(linear, tokens=LAYER_TOKENS)
-    arms = {"fastft": entries.training(entries.ours)}
-    arms |= {f"fastft:{b}": lora.on_backend(b, arms["fastft"]) for b in lora.several_backends(device)}
+    arms = _ours(device, entries.training(entries.ours))
     others = {"plain": entries.training(entries.plain), "shira": entries.training(entries.shira)}
     for density in DENSITIES[device]:
         yield Case(
@@ -162,7 +166,7 @@ def _besides(device, shape, linear, dtype, there, missing):
             inputs=lambda dev, seed, s=sized: entries.make_inputs(s, BESIDE, dtype, dev, seed),
             tensors=entries.Inputs.everything,
             floor=forward(peers.frozen_linear),
-            arms={"fastft": forward(entries.beside), **{n: arm for n, arm in others.items() if n in there}},
+            arms={**_ours(device, forward(entries.beside)), **{n: arm for n, arm in others.items() if n in there}},
             checker=forward_checker,
             skipped={n: why for n, why in missing.items() if n in others},
             **work(sized, BESIDE, dtype)["beside"],
@@ -179,7 +183,7 @@ def _updates(device, shape, linear, dtype, there, missing):
         inputs=lambda dev, seed: entry_updates.make_inputs(linear, UPDATED, dtype, dev, seed),
         tensors=entry_updates.Inputs.tensors,
         floor=entry_updates.published,
-        arms={"fastft": entry_updates.ours},
+        arms=_ours(device, entry_updates.ours),
         checker=entry_updates.checker,
         target=UPDATE_TARGET,
         copies=entry_updates.copies,
