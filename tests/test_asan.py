@@ -12,8 +12,8 @@ LIB = ROOT / "build" / "sanitize"
 REPORT = re.compile(r"ERROR: AddressSanitizer|runtime error:")
 
 
-def run(*arguments, **environment):
-    return under_sanitizer(*arguments, timeout=1700, FASTFT_LIB=str(LIB), **environment)
+def run(*arguments, timeout=1700, **environment):
+    return under_sanitizer(*arguments, timeout=timeout, FASTFT_LIB=str(LIB), **environment)
 
 
 @pytest.mark.parametrize(

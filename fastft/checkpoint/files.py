@@ -28,13 +28,13 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class AdapterFileError(ValueError):
-    """An adapter's files are damaged, incomplete, or don't fit the model. A message that quotes them at length is cut."""
+    """An adapter's files are damaged, incomplete, or don't fit the model. What it quotes of them is cut and printable."""
 
     def __init__(self, message: str):
         if len(message) > _LONGEST_MESSAGE:
             half = _LONGEST_MESSAGE // 2
             message = f"{message[:half]} … {message[-half:]}"
-        super().__init__(message)
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
 
 
 def write_adapter(directory, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:

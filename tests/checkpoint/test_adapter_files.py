@@ -129,7 +129,10 @@ def test_what_is_no_file(folder):
             (folder / name).write_bytes(whole)
 
 
-def test_messages_are_cut(folder):
+def test_messages_are_cut_and_can_be_printed(folder):
+    change(folder, alpha_pattern={"\ud800\n": None})
+    refuse(folder, r"\\ud800\\n=None; it must be a finite number")
+    change(folder, alpha_pattern={})
     change(folder, an_option_of_tomorrow="x" * 100_000)
     with pytest.raises(AdapterFileError, match="an_option_of_tomorrow.*supported: alpha_pattern") as caught:
         fastft.load(llama(), folder)

@@ -76,14 +76,12 @@ def check(ours, plain, layouts, outputs, scales=(1.0,), derived=lambda *tensors:
     plain(*tensors, scales): the composition; on absolute values it sums what the terms can be.
     """
     sizes = [(*one.shape, math.prod(one.shape[:-1])) for one in (*layouts, *outputs) if one]
-    longest = max(n for own in sizes for n in own)
-    pooled = []
-    for seed in range(MOST):
-        generator = torch.Generator().manual_seed(seed)
+
+    def draws(generator):
         tensors = derived(*(one if one is None else one.fill(generator) for one in layouts))
         dys = [one.fill(generator) for one in outputs]
 
-        def values(change, tensors=tensors):
+        def values(change):
             return [t if t is None else change(t.detach().contiguous()).requires_grad_(t.requires_grad) for t in tensors]
 
         def composed(*t):
@@ -92,17 +90,29 @@ def check(ours, plain, layouts, outputs, scales=(1.0,), derived=lambda *tensors:
         def terms(*t):
             return plain(*t, scales=[abs(s) for s in scales])
 
-        draws = (
+        return (
             gradients(ours, tensors, dys),
             gradients(composed, values(torch.Tensor.double), [dy.double() for dy in dys]),
             gradients(composed, values(torch.Tensor.clone), [dy.contiguous() for dy in dys]),
             gradients(terms, values(lambda t: t.double().abs()), [dy.double().abs() for dy in dys]),
         )
-        for got, want, other, _ in zip(*draws, strict=True):
+
+    judge(draws, max(n for own in sizes for n in own), str(layouts))
+
+
+def judge(draws, longest, what):
+    """golden's rule for what `draws` gives of a generator: lists (ours, float64's, plain PyTorch's, of absolute values).
+
+    longest: the most terms that one number is the sum of. Why many are drawn, and what `longest` allows: `check`.
+    """
+    pooled = []
+    for seed in range(MOST):
+        drawn = draws(torch.Generator().manual_seed(seed))
+        for got, want, other, _ in zip(*drawn, strict=True):
             assert got.dtype == other.dtype and got.shape == want.shape
-        pooled.append(draws)
-        if seed >= FEWEST - 1 and all(not t.numel() or t.numel() * (seed + 1) >= 512 for t in draws[0]):
+        pooled.append(drawn)
+        if seed >= FEWEST - 1 and all(not t.numel() or t.numel() * (seed + 1) >= 512 for t in drawn[0]):
             break
     for i in range(len(pooled[0][0])):
-        got, want, other, magnitude = (torch.cat([draws[kind][i].flatten() for draws in pooled]) for kind in range(4))
-        assert_close(got, want, other, magnitude * max(1.0, math.sqrt(longest) / 2), f"result {i} of {layouts}")
+        got, want, other, magnitude = (torch.cat([drawn[kind][i].flatten() for drawn in pooled]) for kind in range(4))
+        assert_close(got, want, other, magnitude * max(1.0, math.sqrt(longest) / 2), f"result {i} of {what}")

@@ -1,31 +1,24 @@
 """Drawn shapes, strides, dtypes, ranks and options of the public functions, on the C++ kernels, against float64.
 
-Few examples, the same each time, unless FASTFT_EXAMPLES says how many new ones of each kind to draw.
+Few examples, the same each time, unless FUZZ_SECONDS says how long to draw new ones of each kind (`tests/lengths.py`).
 """
 
 import math
-import os
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastft import _native
 from fastft.ops.entries import Entries
 from fastft.ops.lora_linear import SharedInput, lora_linear, lora_update
 from fastft.ops.partial_linear import Part, delta_linear, delta_update, partial_linear
+from tests.lengths import drawn
 from tests.ops.drawing import check, gradients, layout, on
 from tests.ops.layers import BF16, F16, F32
 
-drawn = settings(
-    max_examples=int(os.environ.get("FASTFT_EXAMPLES", 25)),
-    derandomize="FASTFT_EXAMPLES" not in os.environ,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-    print_blob=True,
-)
 pytestmark = pytest.mark.skipif(_native.cpu_library()[0] is None, reason=str(_native.cpu_library()[1]))
 
 ISAS = st.sampled_from(_native.supported_isas())
@@ -64,7 +57,7 @@ def explicit(x, w, bias, a, b, lora_bias, magnitude, norm, scale):
     return y if bias is None else y + bias
 
 
-@drawn
+@drawn(25)
 @given(st.data(), ISAS, DTYPES, LEADS, SIZES, st.lists(st.tuples(SIZES, RANKS), min_size=1, max_size=3))
 def test_adapters_on_one_input(data, isa, dtypes, lead, k, sizes):
     """`SharedInput.project` of one to three adapters in any order, and `lora_linear` of one."""
@@ -114,7 +107,7 @@ def test_adapters_on_one_input(data, isa, dtypes, lead, k, sizes):
         check(ours, plain, layouts, outputs, scales, derived)
 
 
-@drawn
+@drawn(25)
 @given(st.data(), ISAS, DTYPES, LEADS, SIZES, SIZES, RANKS)
 def test_update_of_any_base(data, isa, dtypes, lead, k, n, r):
     act, wide = dtypes
@@ -148,10 +141,8 @@ def part_of(data, kind, n, k, transposed=False):
     return Part.of(kind, chosen[:count], size)
 
 
-@drawn
-@given(
-    st.data(), ISAS, st.sampled_from([F32, BF16, F16]), LEADS, SIZES, SIZES, PARTS, st.booleans()
-)  # fmt: skip
+@drawn(25)
+@given(st.data(), ISAS, st.sampled_from([F32, BF16, F16]), LEADS, SIZES, SIZES, PARTS, st.booleans())
 def test_parts_of_a_weight(data, isa, dtype, lead, n, k, kind, transposed):
     """y and dx have the frozen layer's bits, and the gradient is the part of the whole one."""
     part = part_of(data, kind, n, k, transposed)
@@ -192,10 +183,8 @@ def planted(w, part, transposed, trained):
     return w.t() if transposed else w
 
 
-@drawn
-@given(
-    st.data(), ISAS, st.sampled_from([F32, BF16, F16]), LEADS, SIZES, SIZES, SLICES, st.booleans()
-)  # fmt: skip
+@drawn(25)
+@given(st.data(), ISAS, st.sampled_from([F32, BF16, F16]), LEADS, SIZES, SIZES, SLICES, st.booleans())
 def test_a_delta_beside_a_weight(data, isa, dtype, lead, n, k, kind, transposed):
     part, stored = part_of(data, kind, n, k), (k, n) if transposed else (n, k)
     layouts = [

@@ -157,28 +157,31 @@ def adamw(base, delta, grad, m, v, step, lr, beta1, beta2, eps, weight_decay):
     return delta - lr * update, m, v
 
 
+def check_adamw(device, weight, index, dim, base, step):
+    """One update against the formula; the weight is round(base + delta) and keeps its other bits."""
+    state = {n: draw(*base.shape, dtype=F32, device=device, seed=i) for i, n in enumerate(("delta", "grad", "m"), 7)}
+    state["v"] = draw(*base.shape, dtype=F32, device=device, seed=11).square()
+    before = {name: t.clone() for name, t in state.items()}
+    rest, got = weight.clone(), wider(weight)[1]
+    partial.slice_adamw_(got, index, dim, base, state["delta"], state["grad"], state["m"], state["v"], *HYPER.values(), step)
+    what = f"{list(weight.shape)} {list(base.shape)} dim {dim} {weight.dtype} step {step}"
+    want = adamw(base.double(), *(t.double() for t in before.values()), step, **HYPER)
+    plain = adamw(base.float(), *before.values(), step, **HYPER)
+    scale = adamw(base.double().abs(), *(t.double().abs() for t in before.values()), step, **HYPER)
+    # A delta is what it was minus an update: both terms' magnitudes.
+    magnitudes = before["delta"].double().abs() + (scale[0] - before["delta"].double().abs()).abs(), scale[1], scale[2]
+    for name, w, p, mag in zip(("delta", "m", "v"), want, plain, magnitudes, strict=True):
+        assert_close(state[name], w, p, mag, f"{name} {what}")
+    assert torch.equal(state["grad"], before["grad"])
+    written = rest.index_copy(dim, index.long(), (base.float() + state["delta"]).to(base.dtype))
+    assert torch.equal(bits(got), bits(written)), f"the weight is round(base + delta): {what}"
+
+
 @pytest.mark.sanitize
 @pytest.mark.parametrize("step", [1, 1000])
 def test_adamw(backend, step):
-    for weight, index, dim, base in slices(backend):
-        state = {n: draw(*base.shape, dtype=F32, device=backend, seed=i) for i, n in enumerate(("delta", "grad", "m"), 7)}
-        state["v"] = draw(*base.shape, dtype=F32, device=backend, seed=11).square()
-        before = {name: t.clone() for name, t in state.items()}
-        rest, got = weight.clone(), wider(weight)[1]
-        partial.slice_adamw_(
-            got, index, dim, base, state["delta"], state["grad"], state["m"], state["v"], *HYPER.values(), step
-        )
-        what = f"{list(weight.shape)} {list(base.shape)} dim {dim} {weight.dtype} step {step}"
-        want = adamw(base.double(), *(t.double() for t in before.values()), step, **HYPER)
-        plain = adamw(base.float(), *before.values(), step, **HYPER)
-        scale = adamw(base.double().abs(), *(t.double().abs() for t in before.values()), step, **HYPER)
-        # A delta is what it was minus an update: both terms' magnitudes.
-        magnitudes = before["delta"].double().abs() + (scale[0] - before["delta"].double().abs()).abs(), scale[1], scale[2]
-        for name, w, p, mag in zip(("delta", "m", "v"), want, plain, magnitudes, strict=True):
-            assert_close(state[name], w, p, mag, f"{name} {what}")
-        assert torch.equal(state["grad"], before["grad"])
-        written = rest.index_copy(dim, index.long(), (base.float() + state["delta"]).to(base.dtype))
-        assert torch.equal(bits(got), bits(written)), f"the weight is round(base + delta): {what}"
+    for problem in slices(backend):
+        check_adamw(backend, *problem, step)
 
 
 def test_adamw_is_pytorchs(backend):

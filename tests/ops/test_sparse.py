@@ -332,40 +332,44 @@ def test_moments_that_are_not_finite_stay_so(backend):
     assert weight[0, 0].isnan() and weight[0, 2].isfinite()
 
 
+def check_sm3(device, weight, starts, columns, base):
+    """One update against the formula; the weight is round(base + delta) and keeps its other bits."""
+    lr, eps, decay = 1e-2, 1e-8, 0.1
+    (a, b), (rows, cols) = weight.shape, at(starts, columns)
+    old = vectors(len(columns), device, delta=7, grad=8)
+    row, col = (draw(n, dtype=F32, device=device, seed=s).square() for n, s in ((a, 9), (b, 10)))
+
+    def formula(delta, grad, row, col):
+        bound = torch.minimum(row[rows], col[cols]) + grad * grad
+        held = row.new_full((len(row) + 1, len(col) + 1), -1)
+        held[:-1, -1], held[-1, :-1], held[rows, cols] = row, col, bound
+        update = lr * grad / (bound + eps).sqrt()
+        return (1 - lr * decay) * delta - update, held[:-1].amax(1), held[:, :-1].amax(0), update
+
+    want = formula(*(t.double() for t in (*old.values(), row, col)))
+    plain = formula(*old.values(), row, col)
+    delta, new_row, new_col, rest, (wide, got) = (
+        old["delta"].clone(),
+        row.clone(),
+        col.clone(),
+        weight.clone(),
+        wider(weight),
+    )
+    sparse.sparse_sm3_(got, starts, columns, base, delta, old["grad"], new_row, new_col, lr, eps, decay)
+    what = f"{[a, b]} {len(columns)} {weight.dtype}"
+    assert_close(delta, want[0], plain[0], old["delta"].double().abs() + want[3].abs(), f"delta {what}")
+    assert_close(new_row, want[1], plain[1], want[1], f"row {what}")
+    assert_close(new_col, want[2], plain[2], want[2], f"column {what}")
+    rest[rows, cols] = (base.float() + delta).to(base.dtype)
+    assert torch.equal(bits(got), bits(rest)), f"the weight is round(base + delta): {what}"
+    assert untouched(wide, b), what
+
+
 @pytest.mark.sanitize
 def test_sm3(backend):
     needs(backend, sparse.sparse_sm3_)
-    lr, eps, decay = 1e-2, 1e-8, 0.1
-    for weight, starts, columns, base in entries(backend):
-        a, b = weight.shape
-        rows, cols = at(starts, columns)
-        old = vectors(len(columns), backend, delta=7, grad=8)
-        row, col = (draw(n, dtype=F32, device=backend, seed=s).square() for n, s in ((a, 9), (b, 10)))
-
-        def formula(delta, grad, row, col, rows=rows, cols=cols):
-            bound = torch.minimum(row[rows], col[cols]) + grad * grad
-            held = row.new_full((len(row) + 1, len(col) + 1), -1)
-            held[:-1, -1], held[-1, :-1], held[rows, cols] = row, col, bound
-            update = lr * grad / (bound + eps).sqrt()
-            return (1 - lr * decay) * delta - update, held[:-1].amax(1), held[:, :-1].amax(0), update
-
-        want = formula(*(t.double() for t in (*old.values(), row, col)))
-        plain = formula(*old.values(), row, col)
-        delta, new_row, new_col, rest, (wide, got) = (
-            old["delta"].clone(),
-            row.clone(),
-            col.clone(),
-            weight.clone(),
-            wider(weight),
-        )
-        sparse.sparse_sm3_(got, starts, columns, base, delta, old["grad"], new_row, new_col, lr, eps, decay)
-        what = f"{[a, b]} {len(columns)} {weight.dtype}"
-        assert_close(delta, want[0], plain[0], old["delta"].double().abs() + want[3].abs(), f"delta {what}")
-        assert_close(new_row, want[1], plain[1], want[1], f"row {what}")
-        assert_close(new_col, want[2], plain[2], want[2], f"column {what}")
-        rest[rows, cols] = (base.float() + delta).to(base.dtype)
-        assert torch.equal(bits(got), bits(rest)), f"the weight is round(base + delta): {what}"
-        assert untouched(wide, b), what
+    for problem in entries(backend):
+        check_sm3(backend, *problem)
 
 
 def test_match(backend):

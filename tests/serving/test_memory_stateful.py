@@ -1,21 +1,20 @@
 """Random sequences of everything one can do with an adapter memory, on a pool too small for it.
 
 After every step each lease's slot, read through pieces and tables as a kernel reads it, must hold exactly the version that
-the lease is of. ``FASTFT_EXAMPLES=1000`` draws as many new sequences.
+the lease is of.
 """
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
 
 import torch
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from fastft.checkpoint.files import AdapterFileError
 from fastft.serving.memory import AdapterMemory
+from tests.lengths import for_long, options
 from tests.serving import made_up
 from tests.serving.made_up import PAGE, check_content, digest_of, write
 
@@ -250,13 +249,5 @@ class Memory(RuleBasedStateMachine):
         shutil.rmtree(self.root)
 
 
-EXAMPLES = int(os.environ.get("FASTFT_EXAMPLES", 0))
-Memory.TestCase.settings = settings(
-    max_examples=EXAMPLES or 50,
-    stateful_step_count=40,
-    derandomize=not EXAMPLES,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
-TestMemory = Memory.TestCase
+def test_memory():
+    for_long(run_state_machine_as_test, Memory, settings=options(50, stateful_step_count=40))

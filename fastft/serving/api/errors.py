@@ -102,12 +102,18 @@ def _validation_error(error: RequestValidationError) -> ApiError:
         return ApiError(400, "invalid_json", f"The body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}.")
     lines = [_problem(problem) for problem in problems[:5]]
     more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-    path = [str(part) for part in first["loc"][1:]]
-    return ApiError(422, "invalid_value", "; ".join(dict.fromkeys(lines)) + more, path[0][:64] if path else None)
+    path = first["loc"][1:]
+    return ApiError(422, "invalid_value", "; ".join(dict.fromkeys(lines)) + more, _named(path[0]) if path else None)
+
+
+def _named(part: str | int) -> str:
+    """A key of a client's, in one printable piece."""
+    text = str(part)[:64]
+    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def _problem(problem: dict[str, Any]) -> str:
-    where = ".".join(str(part)[:64] for part in problem["loc"][1:]) or "the body"
+    where = ".".join(map(_named, problem["loc"][1:])) or "the body"
     if problem["type"] == "extra_forbidden":
         return f"{where}: not supported by this server; leave it out"
     if len(problem["loc"]) > 1 and (neutral := NEUTRAL.get(str(problem["loc"][1]))):
