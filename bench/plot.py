@@ -1,18 +1,19 @@
 """Figures and tables from ``bench/results/*.csv`` and nothing else.
 
 ``python -m fastft.bench.plot`` draws the figures (PNG and SVG, in bench/results/figures); ``--readme`` rewrites README's
-summary and bench/results/README.md, which has every table and shows every figure. Only rows that count are read: not quick,
-void, wrong or skipped ones.
+summary, the table of losses in bench/README.md, and bench/results/README.md, which has every table and shows every figure.
+Only rows that count are read: not quick, void, wrong or skipped ones.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from . import figures, results, tables
+from . import figures, losses, results, tables
 from .standings import counted
 
 BEGIN, END = "<!-- numbers:begin -->", "<!-- numbers:end -->"
+LOSSES = "<!-- losses:begin -->", "<!-- losses:end -->"
 FOLDER = results.ROOT / "bench" / "results"
 FIGURES = "figures"
 HEAD = """# Every number
@@ -39,6 +40,11 @@ def readme(text: str, rows) -> str:
     return with_table(text, tables.summary(rows, "bench/results/README.md"))
 
 
+def method(text: str, rows) -> str:
+    """bench/README.md's text with the table of where these rows are behind."""
+    return with_table(text, losses.markdown(rows), *LOSSES)
+
+
 def every_number(rows) -> str:
     """The text of bench/results/README.md: the tables, and under each device's heading its figures."""
     shown: dict[tuple[str, str], list[str]] = {}
@@ -52,14 +58,16 @@ def every_number(rows) -> str:
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastft.bench.plot", description=__doc__.split("\n")[0])
     parser.add_argument("--results", type=Path, default=FOLDER, metavar="DIR", help=f"folder of the CSVs ({FOLDER})")
-    parser.add_argument("--readme", action="store_true", help="rewrite README's summary and DIR/README.md")
+    parser.add_argument("--readme", action="store_true", help="rewrite the tables of the READMEs")
     args = parser.parse_args(argv)
     rows = results.read(sorted(args.results.glob("*.csv")))
     if args.readme:
-        summary, every = results.ROOT / "README.md", args.results / "README.md"
-        summary.write_text(readme(summary.read_text(), rows))
-        every.write_text(every_number(rows))
-        print(f"wrote {summary} and {every}")
+        for path, written in ((results.ROOT / "README.md", readme), (results.ROOT / "bench" / "README.md", method)):
+            path.write_text(written(path.read_text(), rows))
+            print(f"wrote {path}")
+        path = args.results / "README.md"
+        path.write_text(every_number(rows))
+        print(f"wrote {path}")
     elif counted(rows):
         print("\n".join(map(str, figures.draw(rows, args.results / FIGURES))))
     else:

@@ -52,7 +52,7 @@ def summary(rows, full: str) -> str:
             "|---|---|---|---|---|---|---|",
         ]
         usual = [k for k in here if standings.parameters(k.case).get("rank", shapes.RANK) == shapes.RANK]
-        for kind, group in itertools.groupby(sorted(usual, key=_kind), key=_kind):
+        for kind, group in itertools.groupby(sorted(usual, key=kind_of), key=kind_of):
             lines.append(_worst_line({k: here[k] for k in group}, kind))
         if said := served.pop((device, threads), None):
             lines += ["", *said]
@@ -86,8 +86,12 @@ class Kind(NamedTuple):
     yardstick: str
     dtype: str
 
+    def what(self) -> str:
+        family = FAMILIES.get(self.family, self.family)
+        return family + (f": {self.sort}" if self.sort else "") + (f", over {self.yardstick}" if self.yardstick else "")
 
-def _kind(key) -> Kind:
+
+def kind_of(key) -> Kind:
     name, yardstick = over(key.case)
     sort = name.split()[0]
     if sort in ("layer", "step", "DoRA") or not sort.isalpha():  # what the family's label says already, or a number
@@ -118,13 +122,11 @@ def _worst_line(cases, kind: Kind) -> str:
     target = "-"
     if ours["target"]:
         target = f"≤ {show(ours, 'target').lstrip('+')}: {'met' if ours['met'] == '1' else '**missed**'}"
-    family = FAMILIES.get(kind.family, kind.family)
-    what = family + (f": {kind.sort}" if kind.sort else "") + (f", over {kind.yardstick}" if kind.yardstick else "")
     sort, _, entrance = kind.sort.partition(" via ")
     case = standings.short(key).removesuffix(f" via {entrance}").removeprefix(sort).strip()
     where = f"{key.shape}, {case}" if case else key.shape
     return (
-        f"| {what} | {where} | {key.dtype} | **{show(ours)}** ({_interval(ours, show)}) | "
+        f"| {kind.what()} | {where} | {key.dtype} | **{show(ours)}** ({_interval(ours, show)}) | "
         f"{peer} | {target} | {_all(cases, show)} |"
     )
 

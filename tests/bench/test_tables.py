@@ -1,8 +1,12 @@
 """What README and bench/results/README.md say of the rows: the latest that count, the worst case first, losses by name."""
 
+import importlib.util
+import re
+import shlex
+
 import pytest
 
-from fastft.bench import figures, plot, results, standings, tables
+from fastft.bench import figures, losses, plot, results, run, standings, tables
 from fastft.bench.runner import Fact
 from fastft.bench.stats import Interval
 
@@ -111,6 +115,8 @@ def committed():
 def test_readmes_show_what_the_results_say(committed):
     text = (results.ROOT / "README.md").read_text()
     assert plot.readme(text, committed) == text, "run: python -m fastft.bench.plot --readme"
+    text = (results.ROOT / "bench" / "README.md").read_text()
+    assert plot.method(text, committed) == text, "run: python -m fastft.bench.plot --readme"
     every = (plot.FOLDER / "README.md").read_text()
     assert plot.every_number(committed) == every, "run: python -m fastft.bench.plot --readme"
 
@@ -122,6 +128,38 @@ def test_the_committed_figures_are_those_that_the_results_give(committed):
     text = (results.ROOT / "README.md").read_text()
     linked = {word.split("/")[-1] for word in text.replace('"', " ").split() if word.startswith("bench/results/figures/")}
     assert linked <= found, "README shows figures that there are"
+
+
+def test_losses_are_listed_by_kind_with_the_furthest():
+    def layer(name, ours, peer, met):
+        return other(name, [measurement("fastft", ours, target=1.05, met=met), measurement("peft", peer)], "lora")
+
+    found = layer("layer r=16 p=0", 1.02, 1.10, True) + layer("layer r=16 p=0.05", 1.30, 1.20, False)
+    found += layer("layer r=64 p=0", 1.20, 1.17, False)
+    found += other("switch vs PEFT merge", [measurement("fastft", 1.2), measurement("lora-exchange", 1.1)], "s2ft")
+    found += other("step", [measurement("fastft", 1.01, target=1.05, met=True)], "step")
+    assert losses.markdown(found).splitlines()[2:] == [
+        "| Some CPU 9, 2 threads | LoRA layer | fp32 | 2 of 3; furthest: tiny, r=16 p=0.05: +30.0 %, target +5.0 % "
+        "| 2 of 3; furthest: tiny, r=16 p=0.05: +30.0 %, PEFT +20.0 % |",
+        "| Some CPU 9, 2 threads | S²FT training step: switch, over PEFT merge | fp32 | - "
+        "| 1 of 1; furthest: tiny, switch: 1.200×, LoRA: unmerge, merge 1.100× |",
+    ]
+    assert losses.markdown(rows(FOUND)) == losses.NONE
+
+
+def test_the_commands_in_the_readme_exist():
+    path = results.ROOT / "bench" / "README.md"
+    if not path.exists():
+        pytest.skip("not in a checkout")
+    commands = [line.split("#")[0].strip() for line in path.read_text().split("```")[1].splitlines()[1:]]
+    assert len(commands) > 8
+    for command in commands:
+        if command.startswith("fastft bench"):
+            run._parser().parse_args(shlex.split(command)[2:])
+        elif command.startswith("python -m fastft.bench."):
+            assert importlib.util.find_spec(command.split()[2]), command
+    families = re.findall(r"^\| (`.*?`) \|", path.read_text().split("| family |")[1].split("\n\n")[0], re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", " ".join(families))) == set(run.families()), "a family is missing in bench/README.md"
 
 
 def test_no_rows_no_tables():
