@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile, record_function, supported_activities
 from torch.utils._python_dispatch import TorchDispatchMode
 
 COUNTED = "fastft.bench: the call that counts"
@@ -96,6 +96,8 @@ def launches(run: Callable, device: torch.device) -> int | None:
         with _Ops() as ops:
             run()
         return ops.count
+    if ProfilerActivity.CUDA not in supported_activities():
+        return None
     torch.cuda.synchronize(device)
     with _silence(), profile(activities=[ProfilerActivity.CUDA]) as found:
         run()

@@ -154,7 +154,8 @@ stage_bench() {
     local family dtypes
     for family in ${FAMILIES:-$MEASURED}; do
         read -ra dtypes < <(dtypes_of "$family" && echo)
-        run "$PY" -m fastft.bench.run "$family" --device cuda "${dtypes[@]}" --resume --out "$OUT/results"
+        # 3: all is right, but ours is behind somewhere; the rows say where.
+        run "$PY" -m fastft.bench.run "$family" --device cuda "${dtypes[@]}" --resume --out "$OUT/results" || [[ $? == 3 ]]
     done
 }
 

@@ -1,3 +1,4 @@
+import csv
 import dataclasses
 import sys
 
@@ -49,6 +50,26 @@ def test_append_only_with_one_header(tmp_path):
     assert (ours["target"], ours["met"], ours["void"], ours["flops"], ours["moved"]) == ("1.05", "1", "0", "11", "12")
     assert (times["floor2"]["flops"], times["late"]["ratio"], times["late"]["note"]) == ("1", "", "not, installed")
     assert [(r["metric"], r["value"], r["unit"]) for r in back if r["metric"] != "time"] == [("saved_bytes", "640", "B")] * 2
+
+
+def test_a_file_of_an_older_version_gets_the_new_columns(tmp_path):
+    path, narrow = tmp_path / "x.csv", results.FIELDS[:-1]
+    old = [{field: f'{field}, "{i}"' for field in narrow} for i in range(3)]
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, narrow, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(old)
+    assert results.read([path]) == [row | {results.FIELDS[-1]: ""} for row in old]
+    results.append(path, results.rows(CASE, FOUND, ENV))
+    assert path.read_text().splitlines()[0].split(",") == results.FIELDS
+    assert results.read([path]) == [row | {results.FIELDS[-1]: ""} for row in old] + rows(FOUND)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_committed_results_have_all_columns():
+    for path in (results.ROOT / "bench" / "results").glob("*.csv"):
+        with open(path, newline="") as file:
+            assert next(csv.reader(file)) == results.FIELDS, path
 
 
 def test_other_columns_are_refused_and_nothing_is_written(tmp_path):
