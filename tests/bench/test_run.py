@@ -46,6 +46,24 @@ def test_wrong_results_of_ours_are_said_and_fail_the_run(monkeypatch, capsys):
     assert "WRONG  lora layer r=16 p=0 tiny fp32: fastft gives wrong results" in capsys.readouterr().out
 
 
+def test_being_behind_is_an_exit_status_of_its_own(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(run.stats, "is_void", lambda floor: False)
+    monkeypatch.setitem(rounds.MIN_SAMPLE, "cpu", 0.0)
+    monkeypatch.setitem(lora.TARGETS, ("tiny", "fp32"), 0.01)
+    once = [*TINY, "--dropout", "0", "--peers", "none", "--no-calibrate", "--out", str(tmp_path)]
+    assert run.main(once) == 3 and "MISSED lora layer r=16 p=0 tiny fp32: fastft" in capsys.readouterr().out
+    assert run.main([*once, "--quick"]) == 0, "no result"
+    monkeypatch.setattr(run.results, "losses", lambda case, found: ["CLOSE  x", "MET    x", "LOOK   x", "SLOW   x"])
+    assert run.main(once) == 0
+
+
+def test_help_tells_the_exit_statuses(capsys):
+    with pytest.raises(SystemExit) as error:
+        run.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert error.value.code == 0 and "1 if an implementation of ours gave wrong results; 2 for bad arguments; 3 if" in text
+
+
 def test_resume_skips_only_what_counts_at_this_commit(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("FASTFT_COMMIT", "abc")
     monkeypatch.setattr(run.runner.stats, "is_void", lambda floor: False)
