@@ -26,7 +26,7 @@ from .peft_eligible import (
     unfit_factors,
     unfit_weight,
 )
-from .peft_mixed import Index, index_of
+from .peft_mixed import Index, compiled_around, index_of
 from .swapping import Swapped, swap
 
 # Where PEFT's forward has no low-rank part either; `strict` lets them pass.
@@ -66,8 +66,10 @@ class FastLinear(Swapped):
 
     def forward(self, x, *args, **kwargs):
         if (index := index_of(self)) is not None:
-            if not (args or kwargs or torch.is_grad_enabled()) and (y := _grouped(self, x, index)) is not None:
-                return y
+            if not (args or kwargs or torch.is_grad_enabled()):
+                y = _grouped_apart(self, x, index) if compiled_around() else _grouped(self, x, index)
+                if y is not None:
+                    return y
             return _with_names(self, x, index, args, kwargs)
         if not (args or kwargs) and (simple := self._simple(x)) is not None:
             if not torch.compiler.is_compiling():  # counts would be baked into the graph, and guarded
@@ -250,7 +252,6 @@ class FastLinear(Swapped):
             record.reason = reason
 
 
-@torch.compiler.disable
 def _grouped(layer, x, index):
     """The output on a mixed batch that needs no gradient, all adapters in two launches; None where that can't be had."""
     bank = index.bank_of(layer)
@@ -258,6 +259,9 @@ def _grouped(layer, x, index):
     if y is not None:
         layer.__dict__["_fastft"].beside += 1
     return y
+
+
+_grouped_apart = torch.compiler.disable(_grouped)
 
 
 @torch.compiler.disable

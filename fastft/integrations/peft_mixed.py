@@ -14,8 +14,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.utils import checkpoint
 
+from ..ops.registry import conditions
 from .swapping import Swapped
 
 _table: ContextVar[dict | None] = ContextVar("fastft_adapter_names", default=None)
@@ -23,6 +25,7 @@ _lock, _running = threading.Lock(), 0
 _any_running = False  # in any thread; a plain global, which compiled graphs guard on, as they can't read the context
 _REENTRANT = checkpoint.CheckpointFunction.forward.__code__
 _NOT_REENTRANT = inspect.unwrap(checkpoint.checkpoint).__code__
+_REMEMBERED = "remembered"  # beside the modules in a table: may parts of this forward be run again?
 
 
 class Index(list):
@@ -32,11 +35,13 @@ class Index(list):
         super().__init__(names)
         self._rows, self._routes = {}, {}
         self._prepare, self._banks, self._slots = prepare, None, {}
+        self.conditions = None  # of the choice of backends
 
     def bank_of(self, layer):
         """The layer's adapters laid out for the grouped ops, or None."""
         if self._banks is None:
             named = [name for name in dict.fromkeys(self) if name != "__base__"]
+            self.conditions = conditions()
             self._banks, self._slots = self._prepare(named) if self._prepare and named else ({}, {})
         return self._banks.get(layer)
 
@@ -71,7 +76,9 @@ class Index(list):
 @contextmanager
 def using(table: dict):
     """Layers called inside find their names in `table`, module -> Index; those not in it where they found them before."""
-    token = _table.set({**(_table.get() or {}), **table})
+    outer = _table.get() or {}
+    # Under no_grad nothing is run again, so that nothing has to be remembered.
+    token = _table.set({**outer, **table, _REMEMBERED: torch.is_grad_enabled() or outer.get(_REMEMBERED, False)})
     _count(1)
     try:
         yield
@@ -89,16 +96,26 @@ def _count(change: int) -> None:
 
 def index_of(module) -> Index | None:
     """The names for this call of `module`; None outside of mixed batches."""
-    return _look_up(module) if _any_running else None
+    if not _any_running:
+        return None
+    return _look_up(module) if compiled_around() else _index_of(module)
 
 
-@torch.compiler.disable
-def _look_up(module):
+def compiled_around() -> bool:
+    """Is torch.compile at work around this call? `torch.compiler.disable` keeps it out, at 10 us a call of a cold cache."""
+    return torch.compiler.is_compiling() or get_eval_frame_callback() is not None
+
+
+def _index_of(module):
     table = _table.get()
     if table is None or module not in table:
         return None
-    _remember(table)
+    if table[_REMEMBERED] or torch.is_grad_enabled():
+        _remember(table)
     return table[module]
+
+
+_look_up = torch.compiler.disable(_index_of)
 
 
 def _remember(table) -> None:
