@@ -29,10 +29,14 @@ COLUMNS = [
     ("met", "Met", "", False),
     ("roofline", "Of roofline", "number", True),
     ("seconds", "Time", "number", True),
+    ("saved_bytes", "Saved for backward", "number wide", False),
+    ("peak_bytes", "Peak", "number wide", False),
+    ("launches", "Launches", "number wide", False),
     ("kind", "Kind", "", False),
     ("size", "Size", "wide", False),
     ("commit", "Commit", "wide", False),
 ]
+COUNTS = ("saved_bytes", "peak_bytes", "launches")  # metrics that are columns, from rows of their own
 FILTERS = [
     ("device", "Device"),
     ("family", "Family"),
@@ -59,7 +63,8 @@ def render(rows, models=()) -> str:
     import jinja2  # comes with torch
 
     cases = standings.counted(rows)
-    listed = [_measured(key, name, row) for key, arms in cases.items() for name, row in arms.items()]
+    counts = _counts(rows)
+    listed = [_measured(key, name, row, counts) for key, arms in cases.items() for name, row in arms.items()]
     listed = _beside(listed, [_modelled(row, cases) for row in models])
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
@@ -84,9 +89,19 @@ def modelled(folder: Path) -> list[dict[str, str]]:
     return found
 
 
-def _measured(key, name, row) -> dict:
+def _counts(rows) -> dict[tuple, str]:
+    """(metric, case, date, implementation) -> value of what was counted in the runs."""
+    return {
+        (row["metric"], standings.key_of(row), row["date"], row["implementation"]): row["value"]
+        for row in rows
+        if row["metric"] in COUNTS and row["status"] == "ok"
+    }
+
+
+def _measured(key, name, row, counts) -> dict:
     roofline, target = row.get("roofline") or "", row["target"]
     sort = {"ratio": row["ratio"], "interval": row["lo"], "seconds": row["value"]}
+    counted = {metric: counts.get((metric, key, row["date"], name), "") for metric in COUNTS}
     return _cells(key, LABELS.get(name, name), row["ratio"], target) | {
         "ours": is_ours(name),
         "device": standings.place(row),
@@ -96,7 +111,10 @@ def _measured(key, name, row) -> dict:
         "roofline": f"{100 * float(roofline):.0f} %" if roofline else "",
         "met": {"1": "met", "0": "missed"}.get(row["met"], "") if target else "",
         "styles": {"met": {"1": " good", "0": " bad"}.get(row["met"], "") if target else ""},
-        "sort": sort | {"roofline": roofline, "target": target},
+        "sort": sort | {"roofline": roofline, "target": target} | counted,
+        "saved_bytes": size(counted["saved_bytes"]),
+        "peak_bytes": size(counted["peak_bytes"]),
+        "launches": counted["launches"],
         "kind": MEASURED,
         "commit": row["commit"],
     }
@@ -119,7 +137,9 @@ def _modelled(row, cases) -> dict:
         "roofline": "",
         "met": "",
         "styles": {"kind": " model"},
-        "sort": {"ratio": row["ratio"], "interval": "", "seconds": seconds or "", "roofline": "", "target": ""},
+        "sort": dict.fromkeys(("interval", "roofline", "target", *COUNTS), "")
+        | {"ratio": row["ratio"], "seconds": seconds or ""},
+        **dict.fromkeys(COUNTS, ""),
         "kind": MODEL,
         "commit": "",
     }
@@ -191,6 +211,10 @@ def inline(drawing, prefix: str, place: str) -> str:
     svg = svg.replace(figures.INK, "currentColor")
     title = f"{drawing.title}, {place}".replace("&", "&amp;").replace('"', "&quot;")
     return re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', rf'\1 role="img" aria-label="{title}"', svg, count=1)
+
+
+def size(value: str) -> str:
+    return results.size(float(value)) if value else ""
 
 
 def duration(seconds: float) -> str:
