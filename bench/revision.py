@@ -20,7 +20,8 @@ from . import graphs, results
 from .runner import Case, Measurement
 
 CACHE = results.ROOT / ".cache" / "bench"
-NATIVE = ("csrc", "CMakeLists.txt")  # what libraries are built from
+# What the libraries of a device are built from.
+NATIVE = {"cpu": ("csrc", "CMakeLists.txt", ":!csrc/cuda"), "cuda": ("csrc", "CMakeLists.txt")}
 
 
 class RevisionError(RuntimeError):
@@ -61,7 +62,7 @@ def checkout(commit: str, device: str) -> Path:
         bench = tree / "fastft" / "bench"
         bench.unlink(missing_ok=True)
         bench.symlink_to(results.ROOT / "bench")
-        if _same_native(commit):
+        if _same_native(commit, device):
             _copy_native(tree)
         else:
             _build_native(tree, device, CACHE / f"{commit[:12]}.log")
@@ -73,10 +74,10 @@ def _git(*args, check=True):
     return subprocess.run(["git", "-C", results.ROOT, *args], capture_output=True, text=True, check=check)
 
 
-def _same_native(commit: str) -> bool:
-    """Whether native code has the same sources here."""
-    changed = _git("diff", "--quiet", commit, "--", *NATIVE, check=False).returncode
-    return not changed and not _git("ls-files", "--others", "--exclude-standard", "--", *NATIVE).stdout
+def _same_native(commit: str, device: str) -> bool:
+    """Whether the device's native code has the same sources here."""
+    changed = _git("diff", "--quiet", commit, "--", *NATIVE[device], check=False).returncode
+    return not changed and not _git("ls-files", "--others", "--exclude-standard", "--", *NATIVE[device]).stdout
 
 
 def _copy_native(tree: Path) -> None:

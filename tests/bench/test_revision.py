@@ -20,7 +20,7 @@ def tree(monkeypatch, tmp_path):
     if not results.in_checkout():
         pytest.skip("not a git checkout")
     monkeypatch.setattr(revision, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(revision, "_same_native", lambda commit: True)
+    monkeypatch.setattr(revision, "_same_native", lambda commit, device: True)
     return revision.checkout(revision.commit_of("HEAD"), "cpu")
 
 
@@ -74,7 +74,7 @@ def test_a_build_that_fails_leaves_nothing_but_its_output(monkeypatch, tmp_path)
     if not results.in_checkout():
         pytest.skip("not a git checkout")
     monkeypatch.setattr(revision, "CACHE", tmp_path)
-    monkeypatch.setattr(revision, "_same_native", lambda commit: False)
+    monkeypatch.setattr(revision, "_same_native", lambda commit, device: False)
     monkeypatch.setattr(sys, "executable", "/bin/false")
     commit = revision.commit_of("HEAD")
     with pytest.raises(RevisionError, match=f"doesn't build, see .*{commit[:12]}.log"):
@@ -105,14 +105,17 @@ def test_native_sources_are_compared_with_those_of_the_commit(monkeypatch, tmp_p
     git("add", ".")
     git("commit", "-qm", "first")
     commit = revision.commit_of("HEAD")
-    assert revision._same_native(commit)
+    assert revision._same_native(commit, "cpu")
     (tmp_path / "else.py").write_text("1\n")
-    assert revision._same_native(commit)
+    assert revision._same_native(commit, "cpu")
     source.write_text("2\n")
-    assert not revision._same_native(commit)
+    assert not revision._same_native(commit, "cpu")
     source.write_text("1\n")
     (tmp_path / "csrc" / "b.cpp").write_text("1\n")
-    assert not revision._same_native(commit), "not known to git, but built"
+    assert not revision._same_native(commit, "cpu"), "not known to git, but built"
+    (tmp_path / "csrc" / "cuda").mkdir()
+    (tmp_path / "csrc" / "b.cpp").rename(tmp_path / "csrc" / "cuda" / "b.cu")
+    assert revision._same_native(commit, "cpu") and not revision._same_native(commit, "cuda")
 
 
 class FakeBase:
