@@ -75,7 +75,7 @@ def render(rows, models=()) -> str:
         devices=[_device(here) for here in standings.by_device(cases).values()],
         columns=[dict(zip(("field", "label", "style", "said"), column)) for column in COLUMNS],
         filters=[{"field": f, "label": label, "choices": sorted({r[f] for r in listed} - {""})} for f, label in FILTERS],
-        findings=[sentence.removeprefix("- ") for sentence in _findings(rows, cases)],
+        findings=_findings(rows, cases),
         figures=_figures(rows, cases),
     )
 
@@ -103,6 +103,7 @@ def _measured(key, name, row, counts) -> dict:
     sort = {"ratio": row["ratio"], "interval": row["lo"], "seconds": row["value"]}
     counted = {metric: counts.get((metric, key, row["date"], name), "") for metric in COUNTS}
     return _cells(key, LABELS.get(name, name), row["ratio"], target) | {
+        "names": f"{key.family} {name}",  # what the command line calls them, to be found by
         "ours": is_ours(name),
         "device": standings.place(row),
         "size": row["size"].replace("x", "×"),
@@ -129,6 +130,7 @@ def _modelled(row, cases) -> dict:
     name = f"fastft:{backend}" if backend not in ("", "any") else "fastft"
     seconds = float(row["us"]) / 1e6 if row.get("us") else None
     return _cells(key, name, row["ratio"], "") | {
+        "names": key.family,
         "ours": True,
         "device": device,
         "size": "",
@@ -180,12 +182,21 @@ def _device(cases) -> dict:
     return counts | {"name": name, "cases": len(cases), "judged": len(judged), "met": judged.count("1")}
 
 
-def _findings(rows, cases) -> list[str]:
-    found = [f"{key[0]}: {said.removeprefix('- ')}" for key, all_said in tables.traces(rows).items() for said in all_said]
-    for here in standings.by_device(cases).values():
-        place = standings.place(next(iter(here.values()))["fastft"])
-        found += [f"{place}: {said.removeprefix('- ')}" for said in tables.facts(rows, here)]
-    return found
+def _findings(rows, cases) -> list[tuple[str, str]]:
+    """(device, what was found besides times) as sentences."""
+    found = []
+    for where, here in standings.by_device(cases).items():
+        found += [(where, said) for said in tables.facts(rows, here)]
+    found += [(where, said) for where, sentences in tables.traces(rows).items() for said in sentences]
+    places = _places(cases)
+    return [(places.get(where) or f"{where[0]}, {where[1]} threads", said.removeprefix("- ")) for where, said in found]
+
+
+def _places(cases) -> dict[tuple[str, str], str]:
+    """(device, threads) -> what the device is called on the page."""
+    return {
+        where: standings.place(next(iter(here.values()))["fastft"]) for where, here in standings.by_device(cases).items()
+    }
 
 
 def _figures(rows, cases) -> list[tuple[str, list[dict]]]:

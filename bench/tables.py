@@ -31,6 +31,12 @@ FACTS = {
     "entry_bytes": "{value:.4g} bytes an entry between steps, its index included",
     "bandwidth": "{value:.3g} GB/s of the bytes that it has to move, {kept} of a copy's speed",
 }
+SORTS = {
+    "unmerged": "delta beside the weight",
+    "beside": "delta beside the weight",
+    "update": "optimizer's update",
+    "switch": "exchange of adapters",
+}
 NOTHING = "No results yet: `fastft bench` makes them."
 
 
@@ -88,7 +94,8 @@ class Kind(NamedTuple):
 
     def what(self) -> str:
         family = FAMILIES.get(self.family, self.family)
-        return family + (f": {self.sort}" if self.sort else "") + (f", over {self.yardstick}" if self.yardstick else "")
+        sort = SORTS.get(self.sort, self.sort)
+        return family + (f": {sort}" if sort else "") + (f", over {self.yardstick}" if self.yardstick else "")
 
 
 def kind_of(key) -> Kind:

@@ -141,7 +141,7 @@ def test_losses_are_listed_by_kind_with_the_furthest():
     assert losses.markdown(found).splitlines()[2:] == [
         "| Some CPU 9, 2 threads | LoRA layer | fp32 | 2 of 3; furthest: tiny, r=16 p=0.05: +30.0 %, target +5.0 % "
         "| 2 of 3; furthest: tiny, r=16 p=0.05: +30.0 %, PEFT +20.0 % |",
-        "| Some CPU 9, 2 threads | S²FT training step: switch, over PEFT merge | fp32 | - "
+        "| Some CPU 9, 2 threads | S²FT training step: exchange of adapters, over PEFT merge | fp32 | - "
         "| 1 of 1; furthest: tiny, switch: 1.200×, LoRA: unmerge, merge 1.100× |",
     ]
     assert losses.markdown(rows(FOUND)) == losses.NONE
