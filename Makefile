@@ -16,7 +16,7 @@ NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.t
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
-	@echo "make test-aot  every shipped Triton configuration compiled ahead of time for every target"
+	@echo "make test-aot  what compilers make of every Triton configuration and CUDA kernel: registers, spills, instructions"
 	@echo "make test-asan the C++ CPU kernels' tests under AddressSanitizer and UBSan, in libraries built for that"
 	@echo "make test-tsan the adapter memory's C++ with many threads under ThreadSanitizer, for a minute"
 	@echo "make test-fuzz drawn ops (also under the sanitizers), damaged adapters and strange requests, FUZZ_SECONDS=8 of each"
@@ -49,7 +49,7 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 test-aot: setup
-	$(BIN)/python -m pytest -q tests/aot -m "aot_all or not aot_all" $(ARGS)
+	$(BIN)/python -m pytest -q tests/aot tests/cuda/test_cuda_build.py -m "aot_all or not aot_all" $(ARGS)
 
 # Only for the instruction sets that this CPU runs: one takes a minute of a core to compile.
 sanitized: setup

@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         sum[j] = fmaf(value, static_cast<float>(right[i].v[j]), sum[j]);
         product.v[j] = T(factor.v[j] * value);
       }
-      if (row0 + i * kStepRows < dy.rows && col < dy.cols) store_unit(scaled, row0 + i * kStepRows, col, product);
+      if (row0 + i * kStepRows < dy.rows && col < dy.cols) store_unit<true>(scaled, row0 + i * kStepRows, col, product);
     }
   }
 #pragma unroll

@@ -139,7 +139,7 @@ __device__ __forceinline__ Unit<T> load_eight(const T* array, const T* row, int 
     const uint4* source = reinterpret_cast<const uint4*>(row + at);
 #pragma unroll
     for (int i = 0; i < int(sizeof(unit) / 16); ++i)
-      reinterpret_cast<uint4*>(&unit)[i] = kOnce ? ptx::load_once(source + i) : source[i];
+      reinterpret_cast<uint4*>(&unit)[i] = kOnce ? ptx::load_once(source + i) : ptx::load(source + i);
   } else {
     // Pushed in one by one: as eight loads with their eight conditions they took the registers that sums need.
 #pragma unroll 1

@@ -21,6 +21,32 @@ __device__ __forceinline__ uint4 load_once(const void* source) {
 #endif
 }
 
+// 16 bytes that this kernel reads and nobody writes meanwhile, kept in L1. As a plain load nvcc makes two of 8 bytes of it
+// where the numbers are used apart.
+__device__ __forceinline__ uint4 load(const void* source) {
+#ifdef __CUDA_ARCH__
+  uint4 value;
+  asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+      : "l"(__cvta_generic_to_global(source)));
+  return value;
+#else
+  return *static_cast<const uint4*>(source);
+#endif
+}
+
+// 16 bytes into global memory, 16-byte aligned. As a plain store nvcc makes four of 4 bytes of it where 16-bit numbers were
+// computed in pairs (dora_grad_y, the transposed copies), four times the instructions and the sectors that they ask for.
+__device__ __forceinline__ void store(void* target, const uint4& value) {
+#ifdef __CUDA_ARCH__
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(target)), "r"(value.x),
+               "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+#else
+  *static_cast<uint4*>(target) = value;
+#endif
+}
+
 // 16 bytes from global into shared memory, both 16-byte aligned, past the registers; zeros where `inside` is false (nothing
 // is read then). Arrives when its thread waits for the group, and is visible to others after a barrier.
 __device__ __forceinline__ void copy_async(void* target, const void* source, bool inside) {

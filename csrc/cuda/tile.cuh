@@ -84,14 +84,20 @@ __device__ __forceinline__ Unit<T> load_unit(const Matrix<M>& m, int64_t row, in
   return unit;
 }
 
-template <class T>
+// kAtOnce: by ptx::store. Not everywhere: nvcc leaves other kernels' stores whole, and with it dora_expand spilled on 10.0.
+template <bool kAtOnce = false, class T>
 __device__ __forceinline__ void store_unit(const Matrix<T>& m, int64_t row, int64_t col, const Unit<T>& unit) {
   T* target = m.data + row * m.stride + col;
   note_store(m.data, (m.cols - col < kUnit ? m.cols - col : kUnit) * sizeof(T));
   if (m.vectors) {
 #pragma unroll
-    for (int i = 0; i < int(sizeof(unit) / 16); ++i)
-      reinterpret_cast<uint4*>(target)[i] = reinterpret_cast<const uint4*>(&unit)[i];
+    for (int i = 0; i < int(sizeof(unit) / 16); ++i) {
+      const uint4& part = reinterpret_cast<const uint4*>(&unit)[i];
+      if constexpr (kAtOnce)
+        ptx::store(reinterpret_cast<uint4*>(target) + i, part);
+      else
+        reinterpret_cast<uint4*>(target)[i] = part;
+    }
   } else {
 #pragma unroll
     for (int i = 0; i < kUnit; ++i)

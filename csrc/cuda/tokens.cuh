@@ -63,7 +63,7 @@ __device__ __forceinline__ void transpose_tile(const Matrix<const T>& from, T* t
     note_store(to, sizeof(out));
     auto* target = reinterpret_cast<uint4*>(to + (feature0 + feature) * tokens + first + unit * kUnit);
 #pragma unroll
-    for (int j = 0; j < int(sizeof(out) / 16); ++j) target[j] = reinterpret_cast<const uint4*>(&out)[j];
+    for (int j = 0; j < int(sizeof(out) / 16); ++j) ptx::store(target + j, reinterpret_cast<const uint4*>(&out)[j]);
   }
 }
 

@@ -1,8 +1,9 @@
 """Compiles Triton kernels for GPUs that this machine does not have, and records what they need.
 
     python tests/aot/aot.py --quick            one launch per op and target, checked
-    python tests/aot/aot.py --all              every launch, checked (minutes; Triton caches compiled kernels)
-    python tests/aot/aot.py --all --write      the same, then rewrite kernels/configs/aot.json
+    python tests/aot/aot.py --all              every launch and its instructions, checked against kernels/configs/aot.json
+                                               (minutes; Triton caches compiled kernels)
+    python tests/aot/aot.py --all --write      the same, but then rewrite kernels/configs/aot.json
     python tests/aot/aot.py --table            check that kernels/configs/aot.json is of the present sources (seconds)
 
 `tests/aot/<family>.py` lists launches as op arguments on the meta device. The family's launcher is called with them
@@ -36,6 +37,10 @@ from fastft.kernels import _config
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # for tests.aot.<family>: this file runs as a script
+
+from tests import machine_code  # noqa: E402
+from tests.aot.meant import MEANT  # noqa: E402
+
 CONFIGS = ROOT / "kernels" / "configs"
 TABLE = CONFIGS / "aot.json"
 TARGETS = {
@@ -96,24 +101,31 @@ class Launch:
         parts = (*_code(self.kernel), self.signature, self.constants, self.aligned, self.options)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
-    def compile(self, target: str) -> dict:
-        """{"registers", "spills", "shared"} of the kernel compiled for `target`; spills and shared in bytes."""
+    def compile(self, target: str, instructions: bool) -> dict:
+        """{"registers", "spills", "shared"} of the kernel compiled for `target`; spills and shared in bytes.
+
+        With `instructions`, for whose sake NVIDIA's code is disassembled (0.4 s), also what `machine_code.seen` tells.
+        """
         aligned = {path: [["tt.divisibility", 16]] for path in self.aligned}
         source = ASTSource(self.kernel, dict(self.signature), dict(self.constants), aligned)
         compiled = triton.compile(source, target=TARGETS[target], options=dict(self.options))
-        usage = _amd_usage(compiled) if target.startswith("gfx") else _nvidia_usage(compiled)
-        return {**usage, "shared": compiled.metadata.shared}
+        if target.startswith("gfx"):
+            usage, code = _amd_usage(compiled), compiled.asm["amdgcn"]
+        else:
+            usage, code = _nvidia_usage(compiled, instructions)
+        usage["shared"] = compiled.metadata.shared
+        return usage | machine_code.seen(code) if instructions else usage
 
 
-def _nvidia_usage(compiled) -> dict:
+def _nvidia_usage(compiled, disassembled: bool) -> tuple[dict, str]:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        command = [tool, "--dump-resource-usage", cubin.name]
+        command = [tool, "--dump-resource-usage", *["-sass"] * disassembled, cubin.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return {"registers": usage["REG"], "spills": usage["STACK"] + usage["LOCAL"]}
+    return {"registers": usage["REG"], "spills": usage["STACK"] + usage["LOCAL"]}, text
 
 
 def _amd_usage(compiled) -> dict:
@@ -184,34 +196,54 @@ def intercept(launcher, args, config) -> list[Launch]:
 def compile_all(quick: bool) -> dict:
     """{label: {"source": hash, target: usage}} of every launch on every target, compiled on all cores."""
     table: dict[str, dict] = {}
-    jobs = [(target, label) for target in TARGETS for label in launches(target, quick)]
+    jobs = [(target, label, not quick) for target in TARGETS for label in launches(target, quick)]
     with ProcessPoolExecutor() as pool:
-        for (target, label), (source, usage) in zip(jobs, pool.map(_compile_one, jobs, chunksize=4)):
+        for (target, label, _), (source, usage) in zip(jobs, pool.map(_compile_one, jobs, chunksize=4)):
             table.setdefault(label, {"source": source})[target] = usage
     return table
 
 
 def _compile_one(job):
-    target, label = job
+    target, label, instructions = job
     launch = _cached_launches(target)[label]
-    return launch.source_hash(), launch.compile(target)
+    return launch.source_hash(), launch.compile(target, instructions)
 
 
 _cached_launches = functools.cache(launches)
 
 
 def broken(table: dict) -> list[str]:
-    """What would be slow or impossible on the device: registers spilled to memory, or too much shared memory."""
+    """What would be slow or impossible on the device: registers spilled to memory, too much shared memory, or other
+    instructions than are meant.
+    """
     found = []
+    for label, target, usage in rows(table):
+        if usage["spills"]:
+            found.append(f"{label} on {target} spills {usage['spills']} bytes")
+        if usage["shared"] > SHARED_LIMIT[target]:
+            found.append(f"{label} on {target} needs {usage['shared']} of {SHARED_LIMIT[target]} bytes shared memory")
+        if "tensor_cores" in usage:
+            found += machine_code.unmet(MEANT, label, target, usage)
+    return found
+
+
+def worse(table: dict, committed: dict) -> list[str]:
+    """What became worse than in the committed table."""
+    kept = {(label, target): usage for label, target, usage in rows(committed)}
+    return [
+        problem
+        for label, target, usage in rows(table)
+        if (label, target) in kept
+        for problem in machine_code.worse(label, target, kept[label, target], usage)
+    ]
+
+
+def rows(table: dict):
+    """(label, target, what it needs) of every compiled launch."""
     for label, row in table.items():
         for target, usage in row.items():
-            if target == "source":
-                continue
-            if usage["spills"]:
-                found.append(f"{label} on {target} spills {usage['spills']} bytes")
-            if usage["shared"] > SHARED_LIMIT[target]:
-                found.append(f"{label} on {target} needs {usage['shared']} of {SHARED_LIMIT[target]} bytes shared memory")
-    return found
+            if target != "source":
+                yield label, target, usage
 
 
 def stale(table: dict) -> list[str]:
@@ -239,17 +271,25 @@ def main() -> int:
     what.add_argument("--table", action="store_true", help="check the committed table without compiling")
     parser.add_argument("--write", action="store_true", help="with --all: rewrite the table")
     options = parser.parse_args()
+    committed = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    name = TABLE.relative_to(ROOT)
+    rewrite = f"on purpose, or with another Triton? Rewrite {name}: python tests/aot/aot.py --all --write"
     if options.table:
-        table = json.loads(TABLE.read_text())
-        problems = [f"{TABLE.relative_to(ROOT)} is stale at {label}" for label in stale(table)] + broken(table)
-        hint = "rewrite it: python tests/aot/aot.py --all --write"
+        problems = [f"{name} is stale at {label}" for label in stale(committed)] + broken(committed)
+        problems += [
+            f"no label is like {p}: tests/aot/meant.py" for p, *_ in MEANT if not any(re.search(p, k) for k in committed)
+        ]
     else:
         table = compile_all(options.quick)
-        print(f"compiled {sum(len(row) - 1 for row in table.values())} kernels with triton {triton.__version__}")
-        problems, hint = broken(table), "choose smaller blocks in kernels/configs"
+        print(f"compiled {sum(1 for _ in rows(table))} kernels with triton {triton.__version__}")
+        problems = broken(table)
         if options.write and options.all and not problems:
             write(table)
-    print("\n".join([*problems, hint]) if problems else "ok")
+        elif not problems:
+            problems = worse(table, committed)
+        else:
+            rewrite = "choose other blocks in kernels/configs, or change what tests/aot/meant.py means"
+    print("\n".join([*problems, rewrite]) if problems else "ok")
     return 1 if problems else 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import machine_code
 from tests.golden import prove
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -20,6 +21,7 @@ def python(*arguments):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def test_the_committed_table_is_that_of_the_sources_and_has_no_spills():
@@ -36,6 +38,77 @@ def test_every_kernel_compiles_for_every_target():
 @pytest.mark.aot_all
 def test_every_launch_compiles_for_every_target():
     python(HARNESS, "--all")
+
+
+def test_every_op_and_every_kernel_is_in_the_table():
+    """Ops with a Triton launcher and kernels that launchers start, of every family; device functions are inlined."""
+    done = python("-c", COVERED, HARNESS.parent)
+    assert "ops" in done, done
+
+
+COVERED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import importlib, json, aot
+from triton.runtime import JITFunction
+from fastft.ops import registry
+families = [p.stem for p in (aot.ROOT / "kernels").glob("*.py") if (aot.ROOT / "fastft" / "ops" / p.name).exists()]
+for module in (aot.ROOT / "fastft" / "ops").glob("*.py"):
+    importlib.import_module(f"fastft.ops.{module.stem}")
+launchers = {op for op in registry.OPS for f in families if hasattr(importlib.import_module(f"fastft.kernels.{f}"), op)}
+configured = {op for f in families for op in aot._config.table("default", f)}
+# The exchange of slices has its write's kernel and configuration.
+assert launchers - configured <= {"exchange_slice_"} and configured <= launchers, launchers ^ configured
+kernels = {name for path in (aot.ROOT / "kernels").glob("*.py")
+           for name, value in vars(importlib.import_module(f"fastft.kernels.{path.stem}")).items()
+           if isinstance(value, JITFunction) and name.endswith("_kernel")}
+seen = {label.split()[0] for label in json.loads(aot.TABLE.read_text())}
+assert kernels == seen, kernels ^ seen
+print(len(launchers), "ops,", len(kernels), "kernels")
+"""
+
+
+@pytest.mark.parametrize(
+    "before, now, said",
+    [
+        ({"registers": 100}, {"registers": 116}, []),
+        ({"registers": 100}, {"registers": 117}, ["k<1> on sm_90: registers was 100, is 117"]),
+        ({"shared": 1024, "load": 16}, {"shared": 1025, "load": 8}, ["load was 16, is 8", "shared was 1024, is 1025"]),
+        ({"tensor_cores": True, "store": 4}, {"tensor_cores": False, "store": 16}, ["tensor_cores was True, is False"]),
+        ({"tensor_cores": False, "spills": 0}, {"tensor_cores": True, "spills": 8}, ["spills was 0, is 8"]),
+        ({"load": 16}, {"registers": 1}, []),
+    ],
+)
+def test_a_regression_is_told_with_kernel_target_before_and_after(before, now, said):
+    found = machine_code.worse("k<1>", "sm_90", before, now)
+    assert len(found) == len(said) and all(text.endswith(end) for text, end in zip(found, said)), found
+
+
+@pytest.mark.parametrize(
+    "code, tensor_cores, load, store",
+    [
+        ("LDG.E.NA.128.CONSTANT R2, [R4] ; STG.E [R4], R2", False, 16, 4),
+        ("HMMA.16816.F32.BF16 R4 ; LDG.E.U16 R2 ; LDG.E.64 R8 ; STG.E.U8 R2", True, 8, 1),
+        ("HGMMA.64x16x16.F32 R4 ; LDGSTS.E.BYPASS.128 [R2] ; LDS.128 R4 ; STS.64 R4", True, 16, 0),
+        ("UTCHMMA gdesc[UR4] ; LDG.E.ENL2.256 R2 ; STG.E.S16 [R2]", True, 32, 2),
+        ("v_mfma_f32_16x16x16_bf16 a[0:3] ; global_load_dwordx2 v[0:1] ; buffer_store_dwordx4 v[0:3]", True, 8, 16),
+        ("global_load_ushort v0 ; global_store_byte v0 ; ds_read_b128 v[0:3] ; v_fma_f32 v0", False, 2, 1),
+    ],
+)
+def test_what_machine_code_shows(code, tensor_cores, load, store):
+    assert machine_code.seen(code) == {"tensor_cores": tensor_cores, "load": load, "store": store}
+
+
+def test_what_is_meant_is_asked_of_the_kernels_and_targets_named():
+    meant = (("^a_kernel", r"sm_\d+", {"tensor_cores": True, "load": 16}), ("^a_kernel", "gfx.*", {"store": 8}))
+    code = {"tensor_cores": False, "load": 8, "store": 16}
+    assert machine_code.unmet(meant, "a_kernel x=1", "sm_80", code) == [
+        "a_kernel x=1 on sm_80: tensor_cores is False, meant is True",
+        "a_kernel x=1 on sm_80: load is 8, meant is 16",
+    ]
+    assert (
+        machine_code.unmet(meant, "a_kernel", "gfx942", code) == machine_code.unmet(meant, "b_kernel", "sm_80", code) == []
+    )
 
 
 def test_scale_dropout_step_and_numbers_of_tokens_or_indices_do_not_recompile():
@@ -120,4 +193,28 @@ for op in ("gather_entries", "write_entries_", "match_entries", "sparse_adamw_",
         assert launched_sparse(op, **change) == launched_sparse(op) != set(), (op, change)
 for change in changes:
     assert launched_sparse("sparse_adamw_", aged=True, **change) == launched_sparse("sparse_adamw_", aged=True), change
+
+from fastft.kernels import grouped
+
+def launched_grouped(op, T=4096, D=4, E=3, numbers=4096, kinds=700, scale=0, k=1):
+    # Whatever adapters, segments and store there are: D is a capacity that is compiled in as the next power of two.
+    x, y, s = meta(T, 64), meta(T, 128), meta(k * T, 48)
+    store, offsets = meta(numbers), meta(kinds, dtype=torch.int64)
+    columns = meta(numbers, dtype=torch.int16)
+    routing = meta(E, 3, 10, dtype=torch.int64), meta(D, 3, dtype=torch.int32), meta(k * T, dtype=torch.int32)
+    weights = None if k == 1 else meta(T, k)
+    args = {
+        "grouped_shrink": (x, store, offsets, *routing, k, 48),
+        "grouped_expand_": (y, x, s, store, offsets, columns, *routing, weights, k),
+        "grouped_outer_": (store, x, y, s, offsets, *routing, weights, k),
+    }[op]
+    # Which of the configurations it is depends on the tokens.
+    calls = aot.intercept(getattr(grouped, op), args, aot._config.table("default", "grouped")[op][-1]["config"])
+    return {call.source_hash() for call in calls if call.kernel is not _sum_slabs_kernel}
+
+routed = [{"T": 1}, {"T": 17}, {"T": 10**6}, {"E": 1}, {"E": 1000}, {"numbers": 1}, {"kinds": 1}, {"kinds": 16}, {"D": 3}]
+for op in grouped._OPERANDS:
+    for k in (1, 2):
+        for change in routed:
+            assert launched_grouped(op, k=k, **change) == launched_grouped(op, k=k) != set(), (op, k, change)
 """
