@@ -17,7 +17,7 @@ import sys
 from dataclasses import dataclass, replace
 
 from . import entries, model, results, run, runner, shapes, slices, sparse_model
-from .ops import grouped, lora, selection
+from .ops import lora, selection
 
 # As bench/gpu.sh measures; whole steps (step, s2ft, spiel) have no model.
 FAMILIES = {
@@ -176,7 +176,7 @@ def _grouped(case, linear, size):
     t = int(re.search(r"(\d+) tokens", case.size)[1])
     unit = "fma" if t <= FEW_TOKENS else "tensor"
     floor, adds = [], []
-    for k, widths in grouped.sites(layer):
+    for k, widths in model.groups(layer):
         n, ranks = sum(widths), rank * len(widths)
         floor.append(gemm("forward", t, k, n, size))
         s, held = 4 * t * ranks, size * count * rank

@@ -13,12 +13,12 @@ LAYERS = [
     {"_native", "__init__"},
     {"kernels"},
     {"ops"},
-    {"modules", "optim", "testing", "tune", "info"},
+    {"modules", "optim", "testing", "info"},
     {"methods", "checkpoint"},
     {"integrations"},
-    {"serving", "cli", "bench"},
+    {"serving", "cli", "bench", "tune"},  # tune times and checks with the bench's means
 ]
-OPS_ONLY = {"testing", "tune", "info"}
+OPS_ONLY = {"testing", "info"}
 THIRD_PARTIES = {"peft", "transformers", "accelerate", "trl", "vllm", "datasets"}
 CORE = {"torch", "safetensors", "triton"}
 EXTRAS = {"typer", "rich", "yaml", "matplotlib", "psutil", "tqdm", "tokenizers", "numpy"}

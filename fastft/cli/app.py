@@ -127,6 +127,16 @@ def bench(context: typer.Context) -> None:
     sys.exit(_bench(context.args))
 
 
+@app.command(
+    help="Search the Triton kernels' launch configurations on this GPU and write them (fastft tune [FAMILY ...]).",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def tune(context: typer.Context) -> None:
+    from ..tune import main
+
+    sys.exit(main(context.args))
+
+
 class _friendly:
     """Print a UserError's message without a traceback and exit with 2, as for wrong options; Ctrl-C exits with 130."""
 

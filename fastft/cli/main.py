@@ -10,7 +10,7 @@ SERVE_EXTRA = ("typer", "rich", "transformers", "fastapi", "uvicorn", "prometheu
 
 
 def main() -> None:
-    """Entry point. Without its extra a command other than `fastft info` and `fastft bench` says what to install."""
+    """Entry point. Without its extra a command other than `fastft info`, `bench` and `tune` says what to install."""
     arguments = sys.argv[1:]
     if arguments[:1] == ["info"] and len(arguments) == 1:
         from ..info import main as info
@@ -18,6 +18,10 @@ def main() -> None:
         sys.exit(info())
     if arguments[:1] == ["bench"]:  # its options are its own: nothing here parses them
         sys.exit(_bench(arguments[1:]))
+    if arguments[:1] == ["tune"]:  # the same
+        from ..tune import main as tune
+
+        sys.exit(tune(arguments[1:]))
     extra, names = ("serve", SERVE_EXTRA) if arguments[:1] == ["serve"] else ("train", TRAIN_EXTRA)
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
