@@ -98,10 +98,10 @@ class Drawing:
 
 def drawings(rows) -> list[Drawing]:
     """Every figure that the rows give, in the order of their devices."""
-    from . import bars, lines, memory, roofline
+    from . import bars, lines, memory, methods, roofline
 
     cases = standings.counted(rows)
-    found = [drawing for kind in (bars, lines, roofline, memory) for drawing in kind.drawings(rows, cases)]
+    found = [drawing for kind in (bars, lines, roofline, memory, methods) for drawing in kind.drawings(rows, cases)]
     return sorted(found, key=lambda drawing: (drawing.device, int(drawing.threads)))  # stable: kinds stay in their order
 
 

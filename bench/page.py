@@ -8,7 +8,7 @@ import importlib.util
 import re
 from pathlib import Path
 
-from . import figures, results, standings, tables
+from . import figures, methods, results, standings, tables
 from .standings import FAMILIES, LABELS, is_ours
 
 FOLDER = Path(__file__).parent / "results"
@@ -188,6 +188,7 @@ def _findings(rows, cases) -> list[tuple[str, str]]:
     for where, here in standings.by_device(cases).items():
         found += [(where, said) for said in tables.facts(rows, here)]
     found += [(where, said) for where, sentences in tables.traces(rows).items() for said in sentences]
+    found += methods.sentences(rows)
     places = _places(cases)
     return [(places.get(where) or f"{where[0]}, {where[1]} threads", said.removeprefix("- ")) for where, said in found]
 

@@ -3,7 +3,7 @@
 import itertools
 from typing import NamedTuple
 
-from . import shapes, standings
+from . import methods, shapes, standings
 from .standings import FAMILIES, LABELS, TOKENS, over, percent, times
 
 # What rows are ratios to: the frozen layer for families that aren't named here; `over` is for cases that say it themselves.
@@ -165,7 +165,7 @@ def full(rows, figures=None) -> str:
     Args:
         figures: (device, threads) -> what is to be shown under the heading of this device.
     """
-    cases, served = standings.counted(rows), traces(rows)
+    cases, served, trained = standings.counted(rows), traces(rows), methods.tables(rows)
     parts = []
     for (device, threads), of_device in standings.by_device(cases).items():
         parts.append(f"## {standings.place(next(iter(of_device.values()))['fastft'])}")
@@ -174,9 +174,11 @@ def full(rows, figures=None) -> str:
             here = {key: arms for key, arms in of_device.items() if _about(key) == about}
             parts.append(_table(here, about))
             parts += ["\n".join(said)] if (said := facts(rows, here)) else []
+        parts += trained.pop((device, threads), [])
         parts += ["\n".join(said)] if (said := served.pop((device, threads), None)) else []
-    for (device, threads), said in served.items():
-        parts += [f"## {device}, {threads} threads", "\n".join(said)]
+    for device, threads in dict.fromkeys([*trained, *served]):
+        parts += [f"## {device}, {threads} threads", *trained.get((device, threads), [])]
+        parts += ["\n".join(served[device, threads])] if (device, threads) in served else []
     return "\n\n".join(parts) or NOTHING
 
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from fastft.bench import figures, lines, memory, roofline, standings
+from fastft.bench import figures, lines, memory, methods, roofline, standings, tables
 from fastft.bench.runner import Fact
 
 from .test_results import ENV, FOUND, measurement, other, results, rows
@@ -107,6 +107,39 @@ def test_memory_has_a_panel_for_each_metric_and_zero_has_a_place():
     assert saved.get_xticklabels()[0].get_text() == "0" and "the floor" in text_of(drawing)
     nothing = other("forward", [measurement("fastft", 1.1, saved_bytes=0)])
     assert "memory" not in [drawing.name for drawing in figures.drawings(nothing)]
+
+
+def quality(**runs):
+    base = dict.fromkeys(results.FIELDS, "") | ENV | {"family": "quality", "case": "functions 60 steps", "status": "ok"}
+    base |= {"shape": "demo", "size": "9 of 99 numbers", "rounds": "5", "unit": "s"}
+    found = []
+    for name, (loss, ratio) in runs.items():
+        own = base | {"implementation": name.replace("_", ":")}
+        found.append(own | {"metric": "held_out_loss", "value": loss, "ratio": ratio, "lo": ratio, "hi": ratio})
+        late = {"value": "", "note": "90% of PEFT's: not reached in 2 of 5 rounds"} if ratio == "1.20000" else {"value": "9"}
+        found.append(own | {"metric": "seconds_to_loss", "ratio": "" if late["value"] == "" else ratio} | late)
+        found[-1] |= {"lo": found[-1]["ratio"], "hi": found[-1]["ratio"]}
+    return found
+
+
+def test_training_runs_have_a_table_and_a_figure():
+    found = quality(fastft_LoRA=("4.1", "0.99000"), fastft_S2FT=("4.3", "1.20000"), peft=("4.2", "1.00000"))
+    older = [row | {"date": "2020", "value": "77"} for row in found]
+    ((where, (table,)),) = methods.tables(found + older).items()
+    assert where == ("Some CPU (R) 9", "2") and "77" not in table
+    assert table.splitlines()[4:] == [
+        "| fastft's LoRA | 4.1 (0.990×, 0.990 … 0.990) | 9 (0.990×, 0.990 … 0.990) | - |",
+        "| fastft's S²FT | 4.3 (1.200×, 1.200 … 1.200) | not reached in 2 of 5 rounds | - |",
+        "| PEFT's LoRA | 4.2 (1.000×, 1.000 … 1.000) | 9 (1.000×, 1.000 … 1.000) | - |",
+    ]
+    assert methods.sentences(found)[0] == (
+        where,
+        "Training at equal size, functions 60 steps: fastft's LoRA: held-out loss 4.1 (0.990×, 0.990 … 0.990), "
+        "seconds to a given loss 9 (0.990×, 0.990 … 0.990).",
+    )
+    said = text_of(only(figures.drawings(found), "quality-functions-60-steps"))
+    assert "fastft's S²FT" in said and "not reached" in said and "0.990×" in said and "5 seeds" in said
+    assert table in tables.full(found) and "## Some CPU (R) 9, 2 threads" in tables.full(found)
 
 
 def test_colours_stay_the_same_and_differ():
