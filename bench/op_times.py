@@ -1,9 +1,11 @@
-"""What each LoRA op takes on a GPU, on every backend that has a kernel: microseconds, and the bytes it must move over that.
+"""What each op takes on a GPU, on every backend that has a kernel: microseconds, and the bytes it must move over that.
 
-    python -m fastft.bench.op_times --out DIR    # about 20 s on an H100; the table also goes to DIR/op-times.csv
+    python -m fastft.bench.op_times --out DIR    # the table also goes to DIR/op-times.csv
+    python -m fastft.bench.op_times lora         # of one family: about 20 s on an H100
 
 For work on kernels and for the order of backends: a layer's ratio says that it is slow, this says where. An op runs in a
-CUDA graph over copies of its arguments that exceed the L2 three times; bytes count every tensor once (`_traffic`).
+CUDA graph over copies of its arguments that exceed the L2 three times; bytes count every tensor once (LoRA's by `_traffic`,
+others' by `op_problems.moved`). LoRA's ops have the shapes of a model's layers, the others those of their configurations.
 """
 
 import argparse
@@ -15,14 +17,15 @@ from pathlib import Path
 import torch
 
 from fastft import testing
-from fastft.ops import lora
+from fastft.ops import lora, registry
 
-from . import graphs, shapes
+from . import graphs, op_problems, op_runs, shapes
 from .model import BACKENDS
 from .ops.lora import DTYPES
 
 SHAPES = ("llama3-8b/q_proj", "llama3-8b/k_proj", "llama3-8b/gate_proj", "llama3-8b/down_proj")
 REPEATS = 8
+FAMILIES = ("lora", "dora", "grouped", "partial", "selection", "sparse")
 FIELDS = ("shape", "dtype", "p", "op", "backend", "us", "GB_s")
 
 
@@ -84,21 +87,54 @@ def measure(shape: str, dtype: str, p: float, rank: int, device):
             )
 
 
+def measure_family(family: str, device, linear: shapes.Linear = op_problems.FULL):
+    """Yields a row for every configured problem of a family and backend that runs it."""
+    for problem in op_problems.problems(family, linear):
+        op, args = registry.OPS[problem.op], problem.make(device, 0)
+        one = sum(arg.nbytes for arg in args if isinstance(arg, torch.Tensor))
+        sets = [op_runs.copies(args) for _ in range(sets_beyond_l2(one, device))] * REPEATS
+        for backend in (b for b in testing.available("cuda") if b in BACKENDS):
+            with torch.no_grad(), testing.use(backend):
+                try:
+                    outcome = op_runs.outcome(problem.op, op, args)
+                except RuntimeError as error:  # what has no kernel there says so
+                    print(f"{problem} on {backend}: {str(error).splitlines()[0]}", file=sys.stderr)
+                    continue
+                took = seconds(graphs.capture(lambda op=op, calls=sets: [op(*c) for c in calls], graphs.new_pool()))
+            took /= len(sets)
+            when = {key: str(value) for key, value in problem.when.items()}
+            dtype = when.pop("dtypes", when.pop("dtype", ""))
+            what = " ".join(f"{key}={value}" for key, value in when.items())
+            speed = op_problems.moved(problem.op, args, outcome) / took / 1e9
+            yield dict(zip(FIELDS, (what, dtype, "", problem.op, backend, f"{took * 1e6:.1f}", f"{speed:.0f}")))
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("family", nargs="*", help=f"default: all, {', '.join(FAMILIES)}")
     parser.add_argument("--out", type=Path, help="folder for op-times.csv")
     parser.add_argument("--shape", action="append", choices=shapes.LINEARS, help="repeatable; default: llama3-8b's")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="repeatable; default: bf16 and bf16+fp32")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--rank", type=int, default=shapes.RANK)
     args = parser.parse_args(argv)
-    rows = []
-    for shape in args.shape or SHAPES:
-        for dtype in args.dtype or ("bf16", "bf16+fp32"):
-            for row in measure(shape, dtype, args.dropout, args.rank, torch.device("cuda")):
-                print("  ".join(f"{row[name]!s:>12}" for name in FIELDS), flush=True)
-                rows.append(row)
-            torch.cuda.empty_cache()
+    if unknown := [name for name in args.family if name not in FAMILIES]:
+        parser.error(f"unknown family {unknown[0]!r}; known: {', '.join(FAMILIES)}")
+    device, rows = torch.device("cuda"), []
+
+    def tell(found):
+        for row in found:
+            print("  ".join(f"{row[name]!s:>12}" for name in FIELDS), flush=True)
+            rows.append(row)
+        torch.cuda.empty_cache()
+
+    for family in args.family or FAMILIES:
+        if family != "lora":
+            tell(measure_family(family, device))
+            continue
+        for shape in args.shape or SHAPES:
+            for dtype in args.dtype or ("bf16", "bf16+fp32"):
+                tell(measure(shape, dtype, args.dropout, args.rank, device))
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         with (args.out / "op-times.csv").open("w", newline="") as file:
