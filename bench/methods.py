@@ -41,8 +41,8 @@ def tables(rows) -> dict[tuple[str, str], list[str]]:
         row = next(iter(next(iter(runs.values())).values()))
         lines = [
             f"Training at equal size: {case}, {row['size']} train, {row['rounds']} seeds, commit {row['commit']}. "
-            "Medians; in brackets over PEFT's LoRA in the same rounds, with the 95 % interval. The given loss lies at 90 % of "
-            "PEFT's way.",
+            "Medians; in brackets over PEFT's LoRA in the same rounds, with the 95 % interval. The given loss lies at 90 % "
+            "of PEFT's way.",
             "",
             f"| method | {' | '.join(METRICS.values())} |",
             "|---" * (1 + len(METRICS)) + "|",

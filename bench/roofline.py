@@ -37,10 +37,13 @@ def roofs(rows) -> dict[tuple[str, str], tuple[float, dict[str, float]]]:
 def drawings(rows, cases):
     known = roofs(rows)
     for where, here in standings.by_device(cases).items():
-        points = _points(rows, here)
-        if where in known and points:
+        if where not in known:
+            continue
+        (bandwidth, rates), points = known[where], _points(rows, here)
+        used = {dtype.split("+")[0] for _, dtype, *_ in points}  # of bf16+fp32 nearly all products are the base's
+        if roofs_used := {dtype: rate for dtype, rate in rates.items() if dtype in used}:
             place = standings.place(next(iter(here.values()))["fastft"])
-            make = functools.partial(_figure, place, *known[where], points)
+            make = functools.partial(_figure, place, bandwidth, roofs_used, points)
             yield figures.Drawing(*where, "roofline", "Roofline", make)
 
 

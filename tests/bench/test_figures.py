@@ -86,7 +86,8 @@ def test_roofline_needs_a_calibration_and_takes_the_latest():
     assert roofline.roofs(found) == {("Some CPU (R) 9", "2"): (2e10, {"fp32": 3e11, "bf16": 5e11})}
     drawing = only(figures.drawings(rows(FOUND) + found), "roofline")
     said = text_of(drawing)
-    assert "fp32 300 GFLOP/s" in said and "bf16 500 GFLOP/s" in said and "copy 20 GB/s" in said and "best peer" in said
+    assert "fp32 300 GFLOP/s" in said and "bf16" not in said, "roofs are of dtypes that have points"
+    assert "copy 20 GB/s" in said and "best peer" in said
     points = [line.get_xydata()[0].tolist() for line in drawing.figure.axes[0].lines if len(line.get_xdata()) == 1]
     # Operations over bytes, and over seconds: ours and the peer's, and the floor's own.
     assert sorted(points) == [pytest.approx(p) for p in sorted([[11 / 12, 11 / 1.031], [11 / 12, 11 / 1.09], [1 / 2, 1.0]])]
