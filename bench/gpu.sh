@@ -2,8 +2,10 @@
 # Proves and measures fastft on a GPU machine: bare Linux with python3, torch (CUDA), triton and nvcc; no network needed.
 set -euo pipefail
 
-ALL="build info test bench sanitize graph collect"
-MEASURED="lora grouped dora partial sparse selection step s2ft spiel"
+ALL="build info test bench sanitize graph ops tune collect"
+MEASURED="calibration lora grouped dora partial sparse selection step s2ft spiel serve peft"
+
+TUNED_FAMILIES="lora grouped dora partial sparse selection"
 
 usage() {
     cat <<TEXT
@@ -12,14 +14,18 @@ usage: bench/gpu.sh OUT [STAGE...]
 Stages, in order (default: all):
   build     a virtual environment OUT/venv over this python3's packages, with fastft built and installed in it
   info      fastft info: versions, and which backend each op has here
-  test      tests/ops on every backend of the GPU; writes OUT/proof.json, OUT/test.txt and OUT/test-failures.txt
+  test      tests/ops on every backend of the GPU; writes OUT/proof.json, OUT/test.txt and OUT/test-failures.txt. Then what
+            serving asks of streams, graphs and pinned memory; writes OUT/test-serving.txt
   bench     fastft bench of every family in \$FAMILIES on the GPU; rows in OUT/results/<device>.csv
   sanitize  compute-sanitizer memcheck, racecheck, synccheck on the tests marked "sanitize"
-  graph     a LoRA layer captured in a CUDA graph and replayed: fresh dropout masks, eager's results
+  graph     captured in a CUDA graph and replayed: a LoRA layer gives fresh dropout masks and eager's results, a layer that
+            serves gives eager's results for every number of adapters
+  ops       microseconds of each op on each backend; OUT/op-times.csv
+  tune      fastft tune --quick of \$TUNED: what is surely faster than the configurations in use goes to OUT/configs
   collect   OUT/summary.json from what the stages left
 
 Each stage is meant to fit \$LIMIT seconds (default 580) and is stopped there. A finished stage leaves OUT/STAGE.done and
-is skipped next time; remove that file to repeat it. bench and sanitize also keep what they had when stopped.
+is skipped next time; remove that file to repeat it. bench, sanitize and tune also keep what they had when stopped.
 A failing stage does not stop the others, save build. Exit status: 0 if every stage asked for succeeded.
 
 environment:
@@ -28,6 +34,7 @@ environment:
   FASTFT_COMMIT  what the rows call the source, where the tree came without its .git
   LIMIT     seconds a stage may take
   FAMILIES  what bench measures (default: $MEASURED)
+  TUNED     whose configurations tune searches (default: $TUNED_FAMILIES)
   TESTS     what test runs, an expression for pytest -k (default: on_gpu, the backends of the GPU)
 TEXT
 }
@@ -123,7 +130,12 @@ stage_test() {
     run_into "$OUT/test.txt" env COLUMNS=250 timeout --signal=INT --kill-after=20 $((LIMIT > 60 ? LIMIT - 40 : LIMIT)) \
         "$PY" -m pytest "$ROOT/tests/ops" -q -k "${TESTS:-on_gpu}" -rfE --maxfail=200 "${workers[@]}" -p no:cacheprovider \
         -p no:benchmark --write-proof "$OUT/proof.json" --failures "$OUT/test-failures.txt" || status=$?
+    local serving=0
+    run_into "$OUT/test-serving.txt" "$PY" -m pytest "$ROOT/tests/modules/test_routed.py" "$ROOT/tests/serving/test_memory.py" \
+        -q -k "streams or cuda" -rfEs -p no:cacheprovider -p no:benchmark || serving=$?
     [[ $DRY == 1 ]] || summarise_tests
+    # 5: none were collected, where transformers is missing.
+    [[ $status != 0 || $serving == 5 ]] || status=$serving
     return "$status"
 }
 
@@ -133,7 +145,10 @@ summarise_tests() {
         printf '%s failures; the first of each test (all in %s, tracebacks in test.txt):\n' "$(wc -l <"$failures")" "$failures"
         awk '{ test = $1; sub(/\[.*/, "", test); if (!seen[test]++ && n++ < 40) print substr($0, 1, 400) }' "$failures"
     fi
-    [[ ! -e $OUT/test.txt ]] || tail -n 1 "$OUT/test.txt"
+    local said
+    for said in "$OUT/test.txt" "$OUT/test-serving.txt"; do
+        [[ ! -e $said ]] || tail -n 1 "$said"
+    done
 }
 
 # What a GPU is measured with: without TF32 a float32 layer takes twenty times as long, and nobody trains so on a GPU. The
@@ -141,9 +156,9 @@ summarise_tests() {
 # model is, so that these have no other.
 dtypes_of() {
     case $1 in
-        step) ;; # its own choice
+        calibration | step | peft) ;; # their own choice
         s2ft | sparse | spiel) echo --dtype bf16+fp32 ;;
-        grouped | selection) echo --dtype bf16 ;;
+        grouped | selection | serve) echo --dtype bf16 ;;
         *) echo --dtype bf16 --dtype bf16+fp32 ;;
     esac
 }
@@ -151,12 +166,16 @@ dtypes_of() {
 # On an H100 about 60 s for lora (5 implementations of 4 layers, 2 dtypes, with and without dropout), less for dora. On an
 # H200 2 to 8 s for each of 21 cases of sparse, and some 120 s for selection, of which an exact SVD takes 1.1 s.
 stage_bench() {
-    local family dtypes
+    local family dtypes failed=0 status
     for family in ${FAMILIES:-$MEASURED}; do
         read -ra dtypes < <(dtypes_of "$family" && echo)
-        # 3: all is right, but ours is behind somewhere; the rows say where.
-        run "$PY" -m fastft.bench.run "$family" --device cuda "${dtypes[@]}" --resume --out "$OUT/results" || [[ $? == 3 ]]
+        # A family that fails does not keep the others from being measured. 3: all is right, but ours is behind somewhere;
+        # the rows say where.
+        status=0
+        run "$PY" -m fastft.bench.run "$family" --device cuda "${dtypes[@]}" --resume --out "$OUT/results" || status=$?
+        [[ $status == 0 || $status == 3 ]] || failed=1
     done
+    return "$failed"
 }
 
 # Minutes for each of the three tools, which slow a kernel down tenfold and more.
@@ -185,6 +204,21 @@ stage_sanitize() {
 # About 20 s.
 stage_graph() {
     run "$PY" -m fastft.bench.gpu_checks graph --out "$OUT"
+}
+
+stage_ops() {
+    run "$PY" -m fastft.bench.op_times --out "$OUT"
+}
+
+# Some ten candidates of each op, a second of Triton's compiler each. Found configurations are not in use until they are
+# copied to kernels/configs, for which the table of compiled kernels is to be made anew.
+stage_tune() {
+    local family
+    for family in ${TUNED:-$TUNED_FAMILIES}; do
+        [[ ! -e $OUT/tune-$family.done ]] || continue
+        run "$PY" -m fastft.tune "$family" --quick --out "$OUT/configs"
+        run touch "$OUT/tune-$family.done"
+    done
 }
 
 stage_collect() {

@@ -97,8 +97,40 @@ def check_graph(device, capture, seed: int = 7) -> list[str]:
     return faults
 
 
+def check_grouped_graph(device, capture) -> list[str]:
+    """What is wrong with a captured layer whose rows name their adapters; empty if nothing.
+
+    One capture must serve every number of adapters up to its capacity, and none, after segments and inputs were overwritten
+    in place: its y are eager's.
+    """
+    import torch
+
+    from fastft.bench import shapes
+    from fastft.bench.ops import grouped
+    from fastft.bench.runner import relative_error
+
+    faults, capacity, tokens = [], 4, 12
+    d = grouped.make_inputs(shapes.MODELS["tiny-llama"], "fp32", capacity, tokens, 4, device, seed=0)
+    step, base = grouped.each_site(grouped.ours)(d), grouped.each_site(grouped.frozen)(d)
+    replay = capture(step)
+    for active in (capacity, 1, 0, 2, capacity):
+        bounds = [tokens * e // active for e in range(active + 1)] if active else []
+        rows = [[e, *bounds[e : e + 2]] if e < active else [0, 0, 0] for e in range(capacity)]
+        d.segments.copy_(torch.tensor(rows, dtype=torch.int32))
+        for x in d.x:
+            x.copy_(x.flip(0) * 1.5)
+        eager, replayed, bare = step(), replay(), base()
+        for name, want in eager.items():
+            error = relative_error(replayed[name], want)
+            if not error <= 1e-5:
+                faults.append(f"{active} adapters: {name} of the replay differs from eager's by {error:.1e}")
+            if (relative_error(want, bare[name]) > 1e-5) != (active > 0):
+                faults.append(f"{active} adapters: {name} {'lacks' if active else 'has'} what adapters add")
+    return faults
+
+
 def graph_faults() -> list[str]:
-    """`check_graph` on every backend of the GPU."""
+    """`check_graph` and `check_grouped_graph` on every backend of the GPU."""
     import torch
 
     from fastft import testing
@@ -108,7 +140,8 @@ def graph_faults() -> list[str]:
     for backend in testing.available("cuda"):
         if backend != "reference":
             with testing.use(backend):
-                faults += [f"{backend}: {fault}" for fault in check_graph("cuda", cuda_graph)]
+                for check in (check_graph, check_grouped_graph):
+                    faults += [f"{backend}: {fault}" for fault in check("cuda", cuda_graph)]
             print(f"graph replay on {backend}: {'FAILED' if faults else 'ok'}")
     return faults
 
@@ -131,7 +164,8 @@ def summary(out: Path) -> dict:
         "sanitizer": {path.stem.removeprefix("sanitize-"): _json(path) for path in sorted(out.glob("sanitize-*.json"))},
         "graph": _json(out / "graph.json"),
         "proof": _json(out / "proof.json"),
-        "csv": [str(path.relative_to(out)) for path in sorted(out.glob("results/*.csv"))],
+        "csv": [str(path.relative_to(out)) for path in sorted([*out.glob("results/*.csv"), *out.glob("op-times.csv")])],
+        "configs": [str(path.relative_to(out)) for path in sorted(out.glob("configs/*/*.json"))],
         "rows": {status: sum(row["status"] == status for row in timed) for status in sorted({r["status"] for r in timed})},
         "logs": [path.name for path in sorted(out.glob("*.log"))],
     }

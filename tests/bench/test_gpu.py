@@ -8,11 +8,13 @@ import sys
 
 import pytest
 
+from fastft import tune
 from fastft.bench import gpu_checks, results, run
 
 SCRIPT = results.ROOT / "bench" / "gpu.sh"
-STAGES = ["build", "info", "test", "bench", "sanitize", "graph", "collect"]
-MEASURED = ["lora", "grouped", "dora", "partial", "sparse", "selection", "step", "s2ft", "spiel"]
+STAGES = ["build", "info", "test", "bench", "sanitize", "graph", "ops", "tune", "collect"]
+MEASURED = ["calibration", "lora", "grouped", "dora", "partial", "sparse", "selection"]
+MEASURED += ["step", "s2ft", "spiel", "serve", "peft"]
 
 
 def gpu_sh(*args, **env):
@@ -47,6 +49,10 @@ def test_dry_run_prints_every_stage_and_touches_nothing(tmp_path):
         "--write-proof",
         "fastft.bench.run lora --device cuda --dtype bf16",
         "-n ",
+        "tests/modules/test_routed.py",
+        "streams\\ or\\ cuda",
+        "fastft.bench.op_times --out",
+        *(f"fastft.tune {family} --quick --out" for family in tune.families()),
     ):
         assert wanted in done.stdout
     assert (
@@ -61,9 +67,11 @@ def test_every_family_is_measured_with_what_it_takes(tmp_path):
     done = gpu_sh(tmp_path, "bench", DRY="1")
     commands = [line.split("fastft.bench.run ")[1].split() for line in done.stdout.splitlines() if "bench.run " in line]
     assert [family for family, *_ in commands] == MEASURED
-    assert {family for family, module in run.families().items() if ".ops." in module} <= set(MEASURED)
+    assert run.families().keys() <= set(MEASURED), "a family is forgotten in gpu.sh"
     for family, *rest in commands:
         args = run._parser().parse_args([family, *rest])
+        if family == run.CALIBRATION:
+            continue
         cases = importlib.import_module(run.families()[family]).cases(args.device, None, args.dtype, None)
         assert any(True for _ in cases), family
 
@@ -78,11 +86,11 @@ def test_a_finished_stage_is_skipped_and_a_failed_one_repeated(tmp_path, fake):
         "info.done",
         "test.failed",
     ]
-    # info's two, whether xdist is there and the tests, a bench for each family
+    # info's two, whether xdist is there and the tests twice, a bench for each family
     assert [line.split()[0] for line in calls(tmp_path)] == [
         "python",
         "fastft",
-        *["python"] * 2,
+        *["python"] * 3,
         *["python"] * len(MEASURED),
     ]
     measured = [line.split("fastft.bench.run ")[1].split()[0] for line in calls(tmp_path) if "fastft.bench.run" in line]
@@ -93,7 +101,7 @@ def test_a_finished_stage_is_skipped_and_a_failed_one_repeated(tmp_path, fake):
     second = gpu_sh(out, "info", "test", "bench", PYTHON=str(fake))
     assert second.returncode == 0
     assert "info: done before, skipped" in second.stderr and "bench: done before, skipped" in second.stderr
-    assert len(calls(tmp_path)) == 2 and "-m pytest" in calls(tmp_path)[1]
+    assert len(calls(tmp_path)) == 3 and all("-m pytest" in call for call in calls(tmp_path)[1:])
     assert (out / "test.done").exists() and not (out / "test.failed").exists()
 
 
@@ -110,6 +118,38 @@ def test_the_test_stage_ends_with_one_line_for_each_failing_test(tmp_path, fake)
     said = done.stdout.splitlines()
     assert said[-1] == "200 failed, 3 passed in 1.0s" and said[-3:-1] == [lines[0].strip(), lines[100].strip()]
     assert said[-4].startswith("200 failures; the first of each test")
+
+
+def test_a_family_that_fails_does_not_keep_the_others_from_being_measured(tmp_path, fake):
+    (tmp_path / "bad").write_text("fastft.bench.run dora")
+    done = gpu_sh(tmp_path / "out", "bench", PYTHON=str(fake), FAMILIES="lora dora sparse")
+    assert [line.split("fastft.bench.run ")[1].split()[0] for line in calls(tmp_path)] == ["lora", "dora", "sparse"]
+    # 3 says that ours is behind, which the rows tell.
+    assert done.returncode == 0 and (tmp_path / "out" / "bench.done").exists()
+    (tmp_path / "action").write_text("exit 1")
+    (tmp_path / "out" / "bench.done").unlink()
+    (tmp_path / "calls").unlink()
+    done = gpu_sh(tmp_path / "out", "bench", PYTHON=str(fake), FAMILIES="lora dora sparse")
+    assert len(calls(tmp_path)) == 3 and done.returncode == 1 and (tmp_path / "out" / "bench.failed").exists()
+
+
+def test_without_transformers_the_tests_of_serving_are_none_and_that_is_no_failure(tmp_path, fake):
+    (tmp_path / "bad").write_text("test_routed")
+    (tmp_path / "action").write_text("exit 5")
+    assert gpu_sh(tmp_path / "out", "test", PYTHON=str(fake)).returncode == 0
+    (tmp_path / "out" / "test.done").unlink()
+    (tmp_path / "action").write_text("exit 1")
+    assert gpu_sh(tmp_path / "out", "test", PYTHON=str(fake)).returncode == 1
+
+
+def test_tune_goes_on_where_it_was_stopped(tmp_path, fake):
+    (tmp_path / "bad").write_text("fastft.tune grouped")
+    first = gpu_sh(tmp_path / "out", "tune", PYTHON=str(fake), TUNED="lora grouped dora")
+    assert first.returncode == 1 and [line.split()[3] for line in calls(tmp_path)] == ["lora", "grouped"]
+    (tmp_path / "bad").write_text("nothing")
+    (tmp_path / "calls").unlink()
+    second = gpu_sh(tmp_path / "out", "tune", PYTHON=str(fake), TUNED="lora grouped dora")
+    assert second.returncode == 0 and [line.split()[3] for line in calls(tmp_path)] == ["grouped", "dora"]
 
 
 def test_a_stage_is_stopped_at_its_limit(tmp_path, fake):
@@ -187,6 +227,17 @@ def test_link_packages(tmp_path):
 
 def test_graph_check_accepts_a_faithful_replay():
     assert gpu_checks.check_graph("cpu", lambda step: step) == []
+
+
+def test_grouped_graph_check_accepts_a_faithful_replay_and_finds_frozen_segments():
+    assert gpu_checks.check_grouped_graph("cpu", lambda step: step) == []
+
+    def frozen(step):
+        outputs = step()
+        return lambda: outputs
+
+    faults = "\n".join(gpu_checks.check_grouped_graph("cpu", frozen))
+    assert all(f"{active} adapters: y0 of the replay differs" in faults for active in (0, 1, 2, 4))
 
 
 def test_graph_check_finds_frozen_masks_and_frozen_inputs():
