@@ -36,29 +36,26 @@ def _dense(tensor) -> list[torch.Tensor]:
     return [tensor]
 
 
-def peak_bytes(run: Callable, device: torch.device) -> int:
-    """The most that PyTorch's allocator hands out during one call, beyond what it had handed out before.
+def peak_bytes(run: Callable, device: torch.device) -> int | None:
+    """By how much the memory that PyTorch's allocator has handed out rises within one call, from where it is lowest.
 
-    What libraries and kernels allocate themselves (BLAS' packed panels, a kernel's scratch) is not seen, on any device.
+    So a step's gradients count, which it frees at its beginning and makes again. What libraries and kernels allocate
+    themselves (BLAS' packed panels, a kernel's scratch) is not seen, on any device. None where a GPU's is not told.
     """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - before
     with _silence(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         run()  # the profiler doesn't see what it didn't see allocated being freed: gradients of the call before
         with record_function(COUNTED):
             run()
-    events = found.profiler.kineto_results.events()
+    events = sorted(found.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     begin = max(event.start_ns() for event in events if event.name() == COUNTED)
-    held = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        if event.name() == "[memory]" and event.device_type() == DeviceType.CPU and event.start_ns() >= begin:
+    kind = DeviceType.CUDA if device.type == "cuda" else DeviceType.CPU
+    held = lowest = most = 0
+    for event in events:
+        if event.name() == "[memory]" and event.device_type() == kind and event.start_ns() >= begin:
             held += event.nbytes()
-            most = max(most, held)
-    return most
+            lowest = min(lowest, held)
+            most = max(most, held - lowest)
+    return most if device.type == "cpu" else most or None
 
 
 @contextmanager
