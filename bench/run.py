@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from . import calibration, graphs, page, results, revision, runner, shapes, stats
+from . import calibration, graphs, page, quality, results, revision, runner, shapes, stats
 
 QUICK_ROUNDS = 5
 CALIBRATION = "calibration"  # a family without cases
+WHOLE_RUNS = {"quality": quality.main}  # families of whole training runs, which have options of their own
 WRONG, BAD_ARGUMENTS, BEHIND = 1, 2, 3  # exit statuses
 
 
@@ -57,8 +58,9 @@ def _parser():
         "family",
         nargs="?",
         default="lora",
-        choices=[*families(), CALIBRATION],
-        help=f"kernel family (default: lora); {CALIBRATION}: what the machine can do at most, and nothing else",
+        choices=[*families(), CALIBRATION, *WHOLE_RUNS],
+        help=f"kernel family (default: lora); {CALIBRATION}: what the machine can do at most, and nothing else; "
+        f"{', '.join(WHOLE_RUNS)}: whole training runs, with options of their own ({' '.join(WHOLE_RUNS)} --help)",
     )
     parser.add_argument("--shape", action="append", help="named shape or model, repeatable; --list shows them")
     parser.add_argument("--dtype", action="append", help="fp32, bf16, bf16+fp32 (fp32 adapters), …; repeatable")
@@ -96,8 +98,11 @@ def _parser():
 
 def main(argv=None) -> int:
     """Run ``fastft bench`` with these arguments (default: the command line's); returns the exit status."""
+    given = sys.argv[1:] if argv is None else list(argv)
+    if given and given[0] in WHOLE_RUNS:
+        return WHOLE_RUNS[given[0]](given[1:])
     parser = _parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(given)
     if args.list:
         for name, linear in shapes.LINEARS.items():
             print(f"{name:24} T x K x N = {linear}")
