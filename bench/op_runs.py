@@ -91,7 +91,8 @@ class Bench:
             run = self._run(config)
 
             def each(run=run):
-                return [run(*args) for args in sets for _ in range(CALLS)]
+                for args in sets * CALLS:
+                    run(*args)
 
             runs["floor" if i == 0 else str(i)] = [graphs.capture(each, pool)]
         took = rounds.interleaved(runs, self._device, count)

@@ -2,6 +2,8 @@
 
 import json
 import random
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -291,10 +293,49 @@ def test_a_configuration_in_use_that_is_wrong_ends_the_search():
         bench_of("lora_expand_ dtypes=16/16 R=16", launcher=nothing)
 
 
-def test_a_kernel_that_spills_is_left_out(monkeypatch):
-    from contextlib import nullcontext
-    from types import SimpleNamespace
+def test_times_are_of_one_call_and_in_the_order_of_the_configurations(monkeypatch):
+    """Calls stand in place of graphs, and each arm's sample is the sum of its blocks."""
+    ran = []
 
+    def launcher(*args, config):
+        ran.append(config["BLOCK_M"])
+        lora.lora_expand_(*args, config=config)
+
+    def interleaved(runs, device, count):
+        found = {}
+        for name, (run,) in reversed(runs.items()):
+            ran.clear()
+            run()
+            found[name] = [float(sum(ran))] * count
+        return found
+
+    bench, used = bench_of("lora_expand_ dtypes=16/16 R=16", launcher=launcher)
+    monkeypatch.setattr(op_runs.graphs, "new_pool", lambda: None)
+    monkeypatch.setattr(op_runs.graphs, "capture", lambda run, pool: run)
+    monkeypatch.setattr(op_runs.rounds, "interleaved", interleaved)
+    monkeypatch.setattr(bench, "_sets", lambda: [op_runs.copies(bench._args) for _ in range(3)])
+    assert bench.times([used | {"BLOCK_M": m} for m in (16, 16, 64, 32)], 2) == [[16] * 2, [16] * 2, [64] * 2, [32] * 2]
+
+
+def test_the_command_searches_writes_and_checks(tmp_path, monkeypatch, capsys):
+    """All but the clock and the GPU: candidates of every op of a family run on the interpreter, checked."""
+    small, clock = op_problems.problems, Clock(lambda config: 1.0 if config["num_warps"] == 8 else 2.0)
+    monkeypatch.setattr(tune, "_no_gpu", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Made-Up 1")
+    monkeypatch.setattr(op_problems, "problems", lambda family: small(family, TINY))
+    monkeypatch.setattr(op_runs.Bench, "times", lambda self, configs, rounds: clock(configs, rounds))
+    arguments = ["partial", "--quick", "--device", "cpu", "--out", str(tmp_path)]
+    assert tune.main(arguments) == 0
+    table = json.loads((tmp_path / "default" / "partial.json").read_text())
+    default = _config.table("default", "partial")
+    assert [e["when"] for e in table["write_slice_"]] == [e["when"] for e in default["write_slice_"]]
+    assert {op: entries[0]["config"]["num_warps"] for op, entries in table.items()} == dict.fromkeys(default, 8)
+    assert tune.main([*arguments, "--check"]) == 0
+    assert capsys.readouterr().out.count("    reproduced") == len(default)
+
+
+def test_a_kernel_that_spills_is_left_out(monkeypatch):
     bench, used = bench_of("lora_expand_ dtypes=16/16 R=16")
     monkeypatch.setattr(
         op_runs, "compiled", lambda: nullcontext([SimpleNamespace(n_spills=0), SimpleNamespace(n_spills=24)])
