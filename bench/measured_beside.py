@@ -112,7 +112,8 @@ What the rows say:
 * LoRA layers add twice to three times what their bytes would take: the kernels reach a third to a half of the
   bandwidth.
 * Slices (`partial`) add three to four times their model, which takes a vendor's GEMM that is 430 columns wide to run
-  at the rate of a square one, and the sectors of chosen columns to arrive at the full bandwidth.
+  at the rate of a square one, and the sectors of chosen columns to arrive at the full bandwidth. The rows
+  are from before the slice's operands were aligned for tensor cores.
 * A histogram takes six times as long as reading the weight does: it is the time of its counters.
 * Decoding with adapters (`grouped`, `decode`) is not explained at all. With one adapter the model says 1.014 and an
   H200 took 1.553: the eight launches of a layer read few megabytes, 2 to 11 µs by the model, and take 56 to 76 µs, 7

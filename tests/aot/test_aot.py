@@ -40,6 +40,35 @@ def test_every_launch_compiles_for_every_target():
     python(HARNESS, "--all")
 
 
+def test_a_kernel_that_became_worse_or_lacks_what_is_meant_is_told():
+    python("-c", WORSE, HARNESS.parent)
+
+
+WORSE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import copy, json, aot
+committed = json.loads(aot.TABLE.read_text())
+assert aot.worse(committed, committed) == [] == aot.broken(committed)
+label = next(k for k in committed if k.startswith("_lora_shrink_kernel x=bf16 a=bf16"))
+changed = copy.deepcopy(committed)
+changed[label]["sm_90"] |= {"registers": 255, "tensor_cores": False, "shared": 2**18}
+before = committed[label]["sm_90"]
+assert aot.worse(changed, committed) == [
+    f"{label} on sm_90: registers was {before['registers']}, is 255",
+    f"{label} on sm_90: shared was {before['shared']}, is 262144",
+    f"{label} on sm_90: tensor_cores was True, is False",
+]
+assert aot.broken(changed) == [
+    f"{label} on sm_90 needs 262144 of 232448 bytes shared memory",
+    f"{label} on sm_90: tensor_cores is False, meant is True",
+]
+assert aot.stale(changed) == []
+del changed[label]["gfx942"]
+assert aot.stale(changed) == [label]
+"""
+
+
 def test_every_op_and_every_kernel_is_in_the_table():
     """Ops with a Triton launcher and kernels that launchers start, of every family; device functions are inlined."""
     done = python("-c", COVERED, HARNESS.parent)
