@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from . import entries, model, results, run, runner, shapes, slices, sparse_model
 from .ops import lora, selection
 
-# As bench/gpu.sh measures; whole steps (step, s2ft, spiel) have no model.
+# As bench/gpu.sh measures; whole steps and forwards (bench/e2e) have no model.
 FAMILIES = {
     "lora": ("bf16", "bf16+fp32"),
     "dora": ("bf16", "bf16+fp32"),

@@ -95,9 +95,9 @@ HEAD = f"""# Modelled times of GPUs
 
 The CSVs here are models (`status` is `modelled`), never measurements: `llama3-8b.csv` of a decoder layer's LoRAs
 (`bench/model.py`), `llama3-8b-sparse.csv` of entries (`bench/sparse_model.py`), and `<family>.csv` of every launch of
-every case that a GPU is measured with (`bench/layer_model.py`, which says what is counted). Whole steps (`step`,
-`s2ft`, `spiel`), an exact SVD and the choice of the largest entries have no model. Where a GPU was measured since,
-below is what was found.
+every case that a GPU is measured with (`bench/layer_model.py`, which says what is counted). Whole steps and forwards
+(`step`, `s2ft`, `spiel`, `peft`, `serve`), an exact SVD and the choice of the largest entries have no model. Where a
+GPU was measured since, below is what was found.
 
 A launch takes as long as the resource that it needs most: memory, L2, or arithmetic. What launches cost beside, how
 well a few programs fill a GPU, and gaps between launches are left out, so a model is nearer to the least time that

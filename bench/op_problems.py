@@ -145,11 +145,16 @@ def _bin(scores) -> int:
     return int(bins[int(0.95 * len(bins))])
 
 
+def entries_of(work: int, rows: int, columns: int) -> int:
+    """How many make that much `_sampled.work_per_million`; at least one."""
+    return max(1, round(work * rows * columns / 1e6 - 2.5 * (rows + columns)))
+
+
 def _sparse(op, when, linear, draw):
     act, (t, k, n) = BY_WIDTH[when.get("dtype", "16")], (linear.tokens, linear.k, linear.n)
     count = max(1, round(DENSITY * n * k))
-    if "work" in when:  # of `_sampled.work_per_million`
-        count = max(1, round(when["work"] * n * k / 1e6 - 2.5 * (n + k)))
+    if "work" in when:
+        count = entries_of(when["work"], n, k)
     chosen = draw.entries((n, k), count)
     index, floats = (chosen.starts, chosen.columns), lambda: draw(len(chosen), scale=0.1)
     if op == "match_entries":

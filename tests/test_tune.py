@@ -1,5 +1,6 @@
 """`fastft tune` without a GPU: what it chooses by made-up times, what it writes, and what runs on the interpreter."""
 
+import importlib
 import json
 import random
 from contextlib import nullcontext
@@ -11,6 +12,7 @@ import torch
 from fastft import testing, tune
 from fastft.bench import op_problems, op_runs, shapes
 from fastft.kernels import _config, lora
+from fastft.kernels._sampled import work_per_million
 from fastft.ops import registry
 
 START = {"BLOCK": 64, "num_warps": 4}
@@ -253,6 +255,25 @@ def test_arguments_are_what_the_op_takes_and_bytes_are_counted(problem):
     assert found and all(torch.isfinite(out.float()).all() for out in found)
     assert all(torch.equal(a, b) for a, b in zip(args, again) if isinstance(a, torch.Tensor)), "copies are changed"
     assert op_problems.moved(problem.op, args, found) > 0
+
+
+@pytest.mark.parametrize("problem", [p for p in PROBLEMS if not p.when.keys() & {"M", "work"}], ids=str)
+def test_arguments_are_those_that_the_entry_is_for(problem):
+    """The lookup takes the entry's configuration for them; numbers of tokens and of entries are below."""
+    args = problem.make("cpu", 0)
+    module = importlib.import_module(f"fastft.kernels.{problem.family}")
+    entries = _config.table("default", problem.family)[problem.op]
+    own = next(entry["config"] for entry in entries if entry["when"] == problem.when)
+    assert module.config_for(problem.op, *args) == own
+
+
+def test_sizes_of_full_problems_are_those_of_their_entries():
+    full = op_problems.FULL
+    for problem in op_problems.problems("sparse"):
+        if work := problem.when.get("work"):
+            assert work_per_million(full.n, full.k, op_problems.entries_of(work, full.n, full.k)) == work
+    tokens = {problem.when["M"] for problem in op_problems.problems("grouped") if "M" in problem.when}
+    assert max(tokens) <= full.tokens
 
 
 def test_bytes_by_hand():
