@@ -117,7 +117,7 @@ def compiled_peft(d):
     return torch.compile(peft(d))
 
 
-# name -> (builder of a module or function of x, why it can't be had here or None); "peft" and "addmm" run by default
+# name -> (builder of a module or function of x, why it can't be had here or None)
 LORA = {
     "peft": (peft, peft_missing),
     "addmm": (addmm, lambda: None),
@@ -125,6 +125,6 @@ LORA = {
     "augmented": (augmented, lambda: None),
     "augmented-filled": (augmented_filled, lambda: None),
 }
-LORA_DEFAULT = ("peft", "addmm")
+LORA_DEFAULT = ("peft", "addmm", "unsloth")
 # The mask belongs to one of the two terms that the augmented form adds up in one product.
 WITHOUT_DROPOUT = ("augmented", "augmented-filled")

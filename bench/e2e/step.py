@@ -14,7 +14,7 @@ from torch import nn
 
 import fastft
 
-from .. import peers, shapes
+from .. import libraries, peers, shapes
 from ..ops import lora
 from ..runner import Case, WrongResult, check_close
 
@@ -270,10 +270,12 @@ ARMS = {  # case -> implementation -> (preparation, why it can't be had here)
         "peft": (peft, peers.peft_missing),
         "addmm": (addmm, lambda: None),
         "peft-compile": (compiled_peft, peers.peft_missing),
+        "liger": (libraries.liger(peft), peers.peft_missing),
+        "fastft:liger": (libraries.liger(ours), lambda: None),
     },
     " packed": {"fastft": (packed, lambda: None)},
 }
-PEERS_DEFAULT = ("peft", "addmm")
+PEERS_DEFAULT = ("peft", "addmm", "liger", "fastft:liger")
 
 
 def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK, peer_names=None):
@@ -291,14 +293,15 @@ def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK,
             raise ValueError(f"unknown {kind} {unknown[0]!r}; known: {', '.join(known)}")
     if reason := transformers_missing():
         raise ValueError(reason)
-    wanted = PEERS_DEFAULT if peer_names is None else peer_names
+    wanted = libraries.usual(PEERS_DEFAULT, device) if peer_names is None else peer_names
     for name in names or (TARGET_SHAPE,):
         shape = shapes.MODELS[name]
         for dtype in dtypes or ("fp32",):
             for p in DROPOUTS if dropouts is None else dropouts:
                 for suffix, all_arms in ARMS.items():
-                    chosen = {n: arm for n, arm in all_arms.items() if n.startswith("fastft") or n in wanted}
-                    reasons = {n: why() for n, (_, why) in chosen.items()}
+                    always = [n for n in all_arms if n.startswith("fastft") and not libraries.uses_one(n)]
+                    chosen = {n: arm for n, arm in all_arms.items() if n in always or n in wanted}
+                    reasons = {n: why() for n, (_, why) in chosen.items()} | libraries.absent(chosen, device)
                     known_target = (name, dtype, rank) == (TARGET_SHAPE, "fp32", shapes.RANK)
                     yield Case(
                         "step",

@@ -8,7 +8,7 @@ and y once more read and written.
 
 Peers: `bmm`, stacked weights and two batched products, which needs equally many rows of every adapter, sorted; `loop`,
 PEFT's loop over adapters; `padded`, our ops with every adapter zero-padded to rank 64, as in slots of a server that holds
-all at its largest rank.
+all at its largest rank; on GPUs `vllm`, its LoRA kernels (`libraries`).
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from fastft.ops.grouped import LOW_RANK, grouped_expand_, grouped_shrink, scale_bits
 
-from .. import shapes
+from .. import libraries, shapes
 from ..runner import Case, check_close
 from . import lora
 
@@ -215,7 +215,7 @@ def work(model: shapes.Model, dtype: str, count: int, tokens: int, rank: int) ->
     }
 
 
-PEERS = {"bmm": bmm, "loop": each_site(loop), "padded": padded}
+PEERS = {"bmm": bmm, "loop": each_site(loop), "padded": padded, "vllm": lambda d: libraries.vllm(d, SCALE)}
 
 
 def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK, peer_names=None):
@@ -227,15 +227,17 @@ def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK,
     if dropouts is not None:
         raise ValueError("grouped has no dropout: these layers serve")
     names = lora.known("shape", names or DEFAULT[device], shapes.MODELS)
-    wanted = lora.known("peer", PEERS if peer_names is None else peer_names, PEERS)
+    wanted = lora.known("peer", libraries.usual(PEERS, device) if peer_names is None else peer_names, PEERS)
     dtypes = lora.known("dtype", dtypes or ("fp32", "bf16"), DTYPES)
     arms = {"fastft": each_site(ours)}
     arms |= {f"fastft:{b}": lora.on_backend(b, arms["fastft"]) for b in lora.several_backends(device)}
-    arms |= {name: PEERS[name] for name in wanted}
+    missing = libraries.absent(wanted, device)
+    arms |= {name: PEERS[name] for name in wanted if name not in missing}
     for name in names:
         model = shapes.MODELS[name]
         rows, counts, prefill = DEFAULT[device].get(name, (8, (1, 2), (16, 2)))
         for dtype in dtypes:
+            barred = {"vllm": why} if "vllm" in arms and (why := libraries.vllm_barred(DTYPES[dtype][1])) else {}
             for sort, count, tokens in [*(("decode", c, rows) for c in counts), ("prefill", prefill[1], prefill[0])]:
                 aimed = device == "cuda" and dtype == "bf16" and rank == shapes.RANK
                 yield Case(
@@ -247,8 +249,9 @@ def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK,
                     inputs=lambda dev, seed, m=model, t=dtype, c=count, n=tokens: make_inputs(m, t, c, n, rank, dev, seed),
                     tensors=Inputs.tensors,
                     floor=each_site(frozen),
-                    arms=arms,
+                    arms={name: arm for name, arm in arms.items() if name not in barred},
                     checker=checker,
+                    skipped=missing | barred,
                     target=TARGETS.get((name, sort, count)) if aimed else None,
                     **work(model, dtype, count, tokens, rank),
                 )

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import fastft
 from fastft import testing
 
-from .. import peers, shapes
+from .. import libraries, peers, shapes
 from ..runner import Case, WrongResult, check_close
 
 DTYPES = {  # name: (x, W, y; adapters)
@@ -225,6 +225,13 @@ def adapter_work(tokens: int, k: int, outs: list[int], rank: int, dtypes, p: flo
     return 6 * tokens * rank * (count * k + n), moved + mask
 
 
+def compiled(d: Inputs):
+    return torch.compile(plain(d))
+
+
+PEERS = peers.LORA | {"compile": (compiled, lambda: None), "unsloth": (libraries.unsloth, lambda: None)}
+
+
 def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK, peer_names=None):
     """Every case asked for; what is None takes this device's defaults.
 
@@ -235,18 +242,16 @@ def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK,
     dtypes = known("dtype", dtypes or DEFAULT_DTYPES, DTYPES)
     arms = {"fastft": adapted(ours)}
     arms |= {f"fastft:{b}": on_backend(b) for b in several_backends(device)}
-    missing = {}
-    for name in known("peer", peers.LORA_DEFAULT if peer_names is None else peer_names, peers.LORA):
-        make, why = peers.LORA[name]
-        if reason := why():
-            missing[name] = reason
-        else:
-            arms[name] = adapted(make)
+    wanted = known("peer", libraries.usual(peers.LORA_DEFAULT, device) if peer_names is None else peer_names, PEERS)
+    missing = libraries.absent(wanted, device) | {n: why for n in wanted if (why := PEERS[n][1]())}
+    arms |= {name: adapted(PEERS[name][0]) for name in wanted if name not in missing}
     for shape, linear in linears.items():
         for dtype in dtypes:
             for p in DROPOUTS if dropouts is None else dropouts:
                 target = TARGETS.get((shape, dtype)) if rank == shapes.RANK and p in DROPOUTS else None
-                barred = [n for n in peers.WITHOUT_DROPOUT if n in arms and p > 0]
+                barred = dict.fromkeys([n for n in peers.WITHOUT_DROPOUT if n in arms and p > 0], "it has no dropout")
+                if "unsloth" in arms and (reason := libraries.unsloth_barred(linear.bias, p)):
+                    barred["unsloth"] = reason
                 yield Case(
                     "lora",
                     f"layer r={rank} p={p:g}",
@@ -259,7 +264,7 @@ def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK,
                     floor=floor,
                     arms={n: arm for n, arm in arms.items() if n not in barred},
                     checker=checker,
-                    skipped=missing | dict.fromkeys(barred, "it has no dropout"),
+                    skipped=missing | barred,
                     target=target + DROPOUT_ADDS * (p > 0) if target else None,
                     **work(linear, dtype, rank, p),
                 )
