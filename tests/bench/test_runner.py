@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from fastft import testing
 from fastft.bench import results, rounds, runner
 from fastft.bench.runner import Case, WrongResult
 
@@ -41,6 +42,27 @@ def test_an_arm_that_disagrees_gets_no_number():
         assert found[name].status == "wrong" and why in found[name].note, name
         assert found[name].ratio is None and found[name].seconds is None
     assert found["gone"].status == "skipped" and found["gone"].note == "not installed"
+
+
+def test_what_a_peer_raises_skips_it_and_ours_raises():
+    def raising(error):
+        def build(x):
+            raise error
+
+        return build
+
+    arms = {
+        "fastft": square,
+        "fastft:other": raising(testing.BackendError("no kernel")),
+        "peer": raising(MemoryError("too large")),
+    }
+    found = by_name(runner.measure(make_case(arms), "cpu", rounds=2))
+    assert (found["peer"].status, found["peer"].note) == ("skipped", "MemoryError: too large")
+    assert (found["fastft:other"].status, found["fastft:other"].note) == ("skipped", "BackendError: no kernel")
+    assert found["fastft"].status == "quick"
+    for name, error in (("fastft", testing.BackendError("no kernel")), ("fastft:other", TypeError("a bug"))):
+        with pytest.raises(type(error)):
+            runner.measure(make_case({name: raising(error)}), "cpu", rounds=2)
 
 
 def test_every_arm_runs_in_every_round_in_changing_order(monkeypatch):
