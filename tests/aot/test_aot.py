@@ -36,6 +36,7 @@ def test_every_kernel_compiles_for_every_target():
 
 
 @pytest.mark.aot_all
+@pytest.mark.timeout(3600)  # without a cache, and all machine code disassembled: some 15 minutes of two cores
 def test_every_launch_compiles_for_every_target():
     python(HARNESS, "--all")
 
