@@ -12,7 +12,7 @@ from fastft.modules.merging import PART
 from fastft.ops.entries import Entries
 from fastft.ops.sparse import gather_entries, write_entries_
 
-from . import peers, shapes
+from . import peers, published_spiel, shapes
 from .ops import lora
 from .runner import Fact
 
@@ -119,6 +119,17 @@ def plain(d: Inputs):
         return PlainEntries.apply(x, live.weight, d.bias, d.delta, rows, columns)
 
     layer.tensors = [live.weight, rows, columns]
+    return layer, d.delta
+
+
+def published(d: Inputs):
+    """SpIEL's formula in PyTorch's own operations (`published_spiel`)."""
+    flat = d.entries.flat()
+
+    def layer(x):
+        return F.linear(x, published_spiel.live(d.weight, flat, d.delta), d.bias)
+
+    layer.tensors = [d.weight, flat]
     return layer, d.delta
 
 

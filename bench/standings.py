@@ -37,15 +37,20 @@ LABELS = {
     "peft": "PEFT",
     "addmm": "plain PyTorch, one autograd node",
     "peft-compile": "PEFT, torch.compile",
+    "compile": "plain PyTorch, torch.compile",
+    "unsloth": "unsloth",
+    "liger": "PEFT on Liger",
     "plain": "plain PyTorch",
     "permuted": "slice first (permuted)",
     "full": "full fine-tuning",
     "lora-exchange": "LoRA: unmerge, merge",
+    "published": "as published, plain PyTorch",
     "shira": "PEFT SHiRA",
     "csr": "torch.sparse CSR",
     "bmm": "two batched products",
     "loop": "loop over adapters",
     "padded": "padded to rank 64",
+    "vllm": "vLLM's kernels",
 }
 # Training everything is what a method is to avoid: it is shown, but to be ahead of it says nothing.
 NO_RIVALS = ("full",)

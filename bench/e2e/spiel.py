@@ -17,7 +17,7 @@ import fastft
 from fastft.methods.handle import handles
 from fastft.ops.partial_linear import Part
 
-from .. import entries, entry_updates, peers, shapes
+from .. import entries, entry_updates, peers, published_spiel, shapes
 from ..runner import Case, WrongResult
 from . import s2ft, step
 
@@ -115,6 +115,26 @@ def shira(model, d: s2ft.Inputs):
     return trained
 
 
+def published(model, d: s2ft.Inputs):
+    """SpIEL as published, in plain PyTorch; `published_optimizer` and `published_schedule` are its other half."""
+    sites = {n: published_spiel.Site(model.get_submodule(n), part.index.flat()) for n, part in d.parts.items()}
+    for site in sites.values():
+        site.linear.forward = site.forward
+    period = d.options["period"]  # of an endless one the choice is behind it, as in ours
+    seen = SUMMED if period == ENDLESS else 0
+    model.spiel_schedule = published_spiel.Schedule(list(sites.values()), period, SUMMED, seen)
+    return {f"{name}.part": site.delta for name, site in sites.items()}
+
+
+def published_optimizer(model, trained, d: s2ft.Inputs):
+    model.spiel_schedule.optimizer = s2ft.fused_adamw(model, trained, d)
+    return model.spiel_schedule.optimizer
+
+
+def published_schedule(model):
+    model.spiel_schedule.after_update()
+
+
 def cycle(build):
     """Builder of an arm whose call is a period of steps of what `build` makes."""
 
@@ -133,6 +153,7 @@ def cycle(build):
 
 
 STEP = s2ft.training(ours, own_optimizer, after=schedule, facts=facts)
+PUBLISHED = s2ft.training(published, published_optimizer, after=published_schedule)
 
 
 def cycle_checker(d: s2ft.Inputs):
@@ -143,11 +164,18 @@ def cycle_checker(d: s2ft.Inputs):
         checked(lambda d: build(d).step)
         run = build(d)
         run()
-        (handle,) = handles(run.held[0]).values()
-        if not any(event["changed"] for event in handle.method.history):
+        if not _changed(run.held[0]):
             raise WrongResult("no entry was chosen anew in a period")
 
     return check
+
+
+def _changed(model) -> int:
+    """How many entries were chosen anew."""
+    if hasattr(model, "spiel_schedule"):
+        return model.spiel_schedule.changed
+    (handle,) = handles(model).values()
+    return sum(event["changed"] for event in handle.method.history)
 
 
 def work(shape: shapes.Model, steps: int, dtype: str) -> dict[str, int]:
@@ -170,6 +198,7 @@ def work(shape: shapes.Model, steps: int, dtype: str) -> dict[str, int]:
 
 PEERS = {
     "plain": (s2ft.training(plain, write_back), lambda: None),
+    "published": (PUBLISHED, lambda: None),
     "shira": (s2ft.training(shira), peers.peft_missing),
 }
 
@@ -194,7 +223,8 @@ def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK,
         for name in names or (step.TARGET_SHAPE,):
             for method in STATE_BYTES:
                 yield _case(name, dtype, method, "step", ENDLESS, {"fastft": STEP, **others}, missing)
-            yield _case(name, dtype, "SpIEL", "cycle", PERIOD, {"fastft": cycle(STEP)}, {})
+            alone = {"published": cycle(PUBLISHED)} if "published" in others else {}
+            yield _case(name, dtype, "SpIEL", "cycle", PERIOD, {"fastft": cycle(STEP), **alone}, {})
 
 
 def _case(name, dtype, method, kind, period, arms, missing):

@@ -48,7 +48,8 @@ DEFAULT = {
     "cpu": (shapes.DEFAULT["cpu"], shapes.DEFAULT["cpu"], ("square4096",)),
     "cuda": (shapes.DEFAULT["cuda"], ("llama3-8b/q_proj", "llama3-8b/down_proj"), ("square4096",)),
 }
-PEERS = {"plain": lambda: None, "csr": lambda: None, "shira": peers.peft_missing, "peft": peers.peft_missing}
+PEERS = {"plain": lambda: None, "published": lambda: None, "csr": lambda: None}
+PEERS |= {"shira": peers.peft_missing, "peft": peers.peft_missing}
 
 
 def layer_checker(d: entries.Inputs, factor: float = 2.0):
@@ -134,7 +135,7 @@ def _layers(device, shape, linear, dtype, there, missing):
     if shape in shapes.DEFAULT["cpu"]:
         linear = replace(linear, tokens=LAYER_TOKENS)
     arms = _ours(device, entries.training(entries.ours))
-    others = {"plain": entries.training(entries.plain), "shira": entries.training(entries.shira)}
+    others = {name: entries.training(getattr(entries, name)) for name in ("plain", "published", "shira")}
     for density in DENSITIES[device]:
         yield Case(
             "sparse",

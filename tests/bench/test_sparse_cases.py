@@ -26,7 +26,7 @@ def test_layers_pass_the_gate(dtype, bias):
     d = tiny(dtype, bias)
     before = d.weight.clone()
     check = sparse.layer_checker(d)
-    for make in (entries.ours, entries.plain, *([entries.shira] if peers.peft_missing() is None else [])):
+    for make in (entries.ours, entries.plain, entries.published, *([entries.shira] if peers.peft_missing() is None else [])):
         check(entries.training(make))
     assert torch.equal(d.weight, before), "arms leave the inputs' weight as it was"
 

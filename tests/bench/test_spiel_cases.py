@@ -67,6 +67,35 @@ def test_ordinary_steps_choose_nothing_and_periods_do():
         spiel.cycle_checker(d)(spiel.cycle(still))
 
 
+def test_the_published_algorithm_chooses_what_ours_does():
+    """Nearly, after two periods: PyTorch's AdamW counts the updates of a tensor, SpIEL's those of an entry."""
+    d = inputs(period=spiel.PERIOD)
+    check = spiel.cycle_checker(d)
+    check(spiel.cycle(spiel.PUBLISHED))
+    ours, theirs = (spiel.cycle(build)(d) for build in (spiel.STEP, spiel.PUBLISHED))
+    first = {name: set(part.index.flat().tolist()) for name, part in d.parts.items()}
+    for run in (ours, theirs):
+        for _ in range(2):
+            run()
+    (handle,) = spiel.handles(ours.held[0]).values()
+    found = dict(zip(d.parts, theirs.held[0].spiel_schedule.sites, strict=True))
+    same, total, kept, pairs = 0, 0, 0, []
+    for name, module in handle.targets.items():
+        one = dict(zip(module.sparse[handle.name].entries.flat().tolist(), module.sparse[handle.name].delta.tolist()))
+        two = dict(zip(found[name].flat.tolist(), found[name].delta.tolist()))
+        assert len(one) == len(two) == len(first[name])
+        both = one.keys() & two.keys()
+        same, total, kept = same + len(both), total + len(one), kept + len(both & first[name])
+        pairs += [(one[entry], two[entry]) for entry in both]
+    assert same > 0.9 * total and kept < 0.5 * total
+    mine, theirs = torch.tensor(pairs).unbind(1)
+    assert torch.cosine_similarity(mine, theirs, 0) > 0.95
+
+    still = s2ft.training(spiel.published, spiel.published_optimizer)  # without a schedule
+    with pytest.raises(WrongResult, match="chosen anew"):
+        spiel.cycle_checker(d)(spiel.cycle(still))
+
+
 def test_memory_of_a_period_is_a_steps():
     d = inputs(period=spiel.PERIOD)
     found = {}
