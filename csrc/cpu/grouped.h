@@ -155,12 +155,7 @@ class Workspace {
   int64_t sizes[parts] = {};
 };
 
-// About what work costs one thread, in nanoseconds: memory that is read once, products of it with tokens.
-inline double read_cost(double bytes) { return 0.07 * bytes; }
-inline double product_cost(double products) { return products / (4 * VL); }
-// Worth handing out; not worth waking anybody: two threads share 30 us of work in as much time as one takes for it when both
-// are awake, and between two GEMMs of a decode step they rarely are (D = 1: 1.13 instead of 1.20 of the base's step).
-constexpr double task_cost = 3000, serial_cost = 30000;
+constexpr double task_cost = 3000;  // worth handing out
 
 // How many parts to make of work of this cost, of `total` for all threads.
 inline int64_t parts_of(double cost, double total, int64_t threads) {

@@ -93,7 +93,8 @@ std::tuple<Tensor, Tensor> lora_shrink(const Tensor& x, const Tensor& a, const s
       total += widths.back();
     }
     const auto* from = data(x, type);
-    parallel_for(blocks(T, block_t), [&](int64_t task) {
+    const double cost = read_cost(4.0 * T * K) + product_cost(1.0 * T * K * total);
+    parallel_for(blocks(T, block_t), cost, [&](int64_t task) {
       const int64_t t = task * block_t, rows = std::min(block_t, T - t);
       alignas(64) Unit tile[block_t * block_c];
       Scratch sum(block_t * total);
@@ -181,7 +182,8 @@ void add_masked_groups(T* dx, int64_t K, const Tensor& ds, const Tensor& a, cons
   const int64_t tokens = ds.size(0);
   std::vector<Panel<Unit>> panels;
   for (const Group& g : all) panels.emplace_back(a, g.first, g.ranks);
-  parallel_for(blocks(tokens, block_t) * blocks(K, block_c), [&](int64_t task) {
+  const double cost = read_cost(4.0 * tokens * K) + product_cost(1.0 * tokens * K * ds.size(1));
+  parallel_for(blocks(tokens, block_t) * blocks(K, block_c), cost, [&](int64_t task) {
     const int64_t c = task % blocks(K, block_c) * block_c, cols = std::min(block_c, K - c);
     const int64_t t = task / blocks(K, block_c) * block_t, rows = std::min(block_t, tokens - t);
     alignas(64) float sum[block_t * block_c];
@@ -247,7 +249,8 @@ std::tuple<Tensor, Tensor> lora_grad_sb(const Tensor& dy, const Tensor& s, const
     using Unit = std::remove_pointer_t<decltype(unit)>;
     const Panel<Unit> panel(b);  // [N][R]
     const auto* from = data(dy, type);
-    parallel_for(slabs * db_parts.count, [&](int64_t task) {
+    const double cost = read_cost(4.0 * T * N) + product_cost(2.0 * T * N * R);
+    parallel_for(slabs * db_parts.count, cost, [&](int64_t task) {
       const int64_t n0 = task % slabs * slab, n1 = std::min(n0 + slab, N), part = task / slabs;
       const int64_t t0 = part * db_parts.chunk, t1 = std::min(t0 + db_parts.chunk, T);
       float* ds_part = ds_parts.get() + task % slabs * T * row;
@@ -323,7 +326,8 @@ Tensor lora_grad_a(const Tensor& ds, const Tensor& x, const Tensor& a, const std
   dispatch_units(x, a, [&](auto* type, auto* unit) {
     using Unit = std::remove_pointer_t<decltype(unit)>;
     const auto* from = data(x, type);
-    parallel_for(parts.count * blocks(K, block_c), [&](int64_t task) {
+    const double cost = read_cost(4.0 * T * K) + product_cost(1.0 * T * K * R);
+    parallel_for(parts.count * blocks(K, block_c), cost, [&](int64_t task) {
       const int64_t k = task % blocks(K, block_c) * block_c, cols = std::min(block_c, K - k), padded = round_up(cols, VL);
       const int64_t part = task / blocks(K, block_c), t0 = part * parts.chunk, t1 = std::min(t0 + parts.chunk, T);
       float* to = parts.clear(part, k, cols);
@@ -348,9 +352,8 @@ Tensor lora_grad_a(const Tensor& ds, const Tensor& x, const Tensor& a, const std
   dispatch(da, [&](auto* type) {
     auto* out = const_cast<std::remove_pointer_t<decltype(type)>*>(data(da, type));
     const float factor = philox::inverse_keep(p);
-    torch::stable::parallel_for(0, R, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r)
-        for (int64_t k = 0; k < K; k += VL) store(out + r * K + k, factor * parts.total(r, k), K - k);
+    parallel_for(R, read_cost(4.0 * parts.count * R * K), [&](int64_t r) {
+      for (int64_t k = 0; k < K; k += VL) store(out + r * K + k, factor * parts.total(r, k), K - k);
     });
   });
   return da;

@@ -30,7 +30,8 @@ template <class T>
 // product of factor · S [T, R] with a panel [units(R)][C]. `part`: the last vector of a row, of which `cols` columns exist.
 template <class Unit, class P, class MakeTile>
 void add_low_rank(int64_t tokens, int64_t C, Coefficients s, const P& panel, float factor, const MakeTile& make_tile) {
-  parallel_for(blocks(tokens, block_t) * blocks(C, update_c), [&](int64_t task) {
+  const double cost = read_cost(4.0 * tokens * C) + product_cost(1.0 * tokens * C * s.ranks);
+  parallel_for(blocks(tokens, block_t) * blocks(C, update_c), cost, [&](int64_t task) {
     const int64_t c = task % blocks(C, update_c) * update_c, cols = std::min(update_c, C - c), whole = cols / VL * VL;
     const int64_t t = task / blocks(C, update_c) * block_t, rows = std::min(block_t, tokens - t);
     Scratch<Unit> scaled(rows * round_up(s.ranks, VL));
