@@ -13,7 +13,13 @@ from .standings import LABELS
 
 WIDTH = 6.4  # inches: at half of a README's width a point of type is a screen's pixel
 INK, MUTED, GRID = "#1f2328", "#6e7781", "#8c959f"
-OURS = {"fastft": "#0969da", "fastft:cuda": "#54aeff", "fastft:triton": "#8fa8ff", "fastft:ungrouped": "#80ccff"}
+OURS = {
+    "fastft": "#0969da",
+    "fastft:cuda": "#54aeff",
+    "fastft:triton": "#8fa8ff",
+    "fastft:ungrouped": "#80ccff",
+    "fastft:liger": "#0550ae",
+}
 PEERS = {
     "peft": "#e16f24",
     "shira": "#e16f24",
@@ -21,6 +27,11 @@ PEERS = {
     "plain": "#8c959f",
     "bmm": "#8c959f",
     "peft-compile": "#bf3989",
+    "compile": "#8250df",
+    "unsloth": "#2da44e",
+    "liger": "#2da44e",
+    "vllm": "#2da44e",
+    "published": "#8250df",
     "permuted": "#bf3989",
     "loop": "#bf3989",
     "csr": "#9a6700",
