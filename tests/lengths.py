@@ -7,7 +7,7 @@ import time
 from hypothesis import HealthCheck, settings
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", 0))
-BATCH = 25  # examples between two looks at the clock
+BATCH = 10  # examples between two looks at the clock
 
 
 def options(examples: int, **more) -> settings:

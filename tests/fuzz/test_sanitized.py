@@ -14,7 +14,7 @@ def test_drawn_ops_are_clean():
     seconds = SECONDS or 1.0
     process = run(
         *("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/fuzz/test_ops.py", "tests/ops/test_hypothesis.py"),
-        timeout=300 + 3 * DRAWN * seconds,
+        timeout=600 + 4 * DRAWN * seconds,
         FUZZ_SECONDS=str(seconds),
     )
     output = process.stdout + process.stderr
