@@ -27,17 +27,17 @@ from .quality_runs import EVALUATIONS, PARAMETERS, TRAINED, Run, Task, make_task
 FAMILY, TASK = "quality", "functions"
 STEPS, QUICK_STEPS, SEEDS = 60, 12, 5
 SHARE, CLOSE = 0.9, 1e-3
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 YARDSTICK = "peft"
 # implementation -> learning rate
 ARMS = {
-    "fastft:LoRA": 4e-3,
-    "fastft:DoRA": 4e-3,
-    "fastft:S2FT": 4e-3,
-    "fastft:SpIEL": 4e-3,
-    "fastft:LIFT": 4e-3,
-    "peft": 4e-3,
-    "full": 1e-3,
+    "fastft:LoRA": 8e-3,
+    "fastft:DoRA": 1.6e-2,
+    "fastft:S2FT": 1.6e-2,
+    "fastft:SpIEL": 8e-3,
+    "fastft:LIFT": 1.6e-2,
+    "peft": 8e-3,
+    "full": 2e-3,
 }
 PEERS = {"peft": peers.peft_missing, "full": lambda: None}
 
