@@ -68,6 +68,11 @@ def unfit(x) -> str | None:
         return "the input is sparse, nested or a scalar"
     if torch.compiler.is_compiling():
         return "torch.export, whose graphs run without fastft" if torch.compiler.is_exporting() else None
+    return watched()
+
+
+def watched() -> str | None:
+    """What follows or changes all calls, so that each has to be made as it stands."""
     if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
         return "inside a torch.func transform or forward-mode differentiation"
     if torch._C._get_tracing_state() is not None:

@@ -18,6 +18,7 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.utils import checkpoint
 
 from ..ops.registry import conditions
+from .peft_eligible import autocasting, watched
 from .swapping import Swapped
 
 _table: ContextVar[dict | None] = ContextVar("fastft_adapter_names", default=None)
@@ -36,12 +37,15 @@ class Index(list):
         self._rows, self._routes = {}, {}
         self._prepare, self._banks, self._slots = prepare, None, {}
         self.conditions = None  # of the choice of backends
+        self.usual = False  # on a CPU, where nothing follows or changes the calls of layers
+        self.last = None, None, None  # length, segments, assignments of the last layer
 
     def bank_of(self, layer):
         """The layer's adapters laid out for the grouped ops, or None."""
         if self._banks is None:
             named = [name for name in dict.fromkeys(self) if name != "__base__"]
             self.conditions = conditions()
+            self.usual = self.conditions is not None and not (watched() or autocasting("cpu"))
             self._banks, self._slots = self._prepare(named) if self._prepare and named else ({}, {})
         return self._banks.get(layer)
 
@@ -98,7 +102,7 @@ def index_of(module) -> Index | None:
     """The names for this call of `module`; None outside of mixed batches."""
     if not _any_running:
         return None
-    return _look_up(module) if compiled_around() else _index_of(module)
+    return _look_up_apart(module) if compiled_around() else _look_up(module)
 
 
 def compiled_around() -> bool:
@@ -106,16 +110,15 @@ def compiled_around() -> bool:
     return torch.compiler.is_compiling() or get_eval_frame_callback() is not None
 
 
-def _index_of(module):
+def _look_up(module):
     table = _table.get()
-    if table is None or module not in table:
-        return None
-    if table[_REMEMBERED] or torch.is_grad_enabled():
+    index = None if table is None else table.get(module)
+    if index is not None and (table[_REMEMBERED] or torch.is_grad_enabled()):
         _remember(table)
-    return table[module]
+    return index
 
 
-_look_up = torch.compiler.disable(_index_of)
+_look_up_apart = torch.compiler.disable(_look_up)
 
 
 def _remember(table) -> None:
