@@ -23,7 +23,9 @@ def test_every_family_is_there(capsys):
     assert {family for family in run.families() if not any(test.startswith(f"{family}-") for test in ids)} == set()
 
 
-def test_groups_are_saved_and_compared(tmp_path, capsys):
+def test_groups_are_saved_and_compared(tmp_path, capsys, monkeypatch):
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):  # a worker of pytest-xdist is not to time anything
+        monkeypatch.delenv(name, raising=False)
     asked = ["--bench-shape=tiny", "--bench-dtype=fp32", "-k", "dora", f"--benchmark-storage=file://{tmp_path}"]
     assert bench(*asked, "--benchmark-save=before") == 0
     (saved,) = tmp_path.rglob("*_before.json")
