@@ -176,7 +176,7 @@ def _grouped(case, linear, size):
     t = int(re.search(r"(\d+) tokens", case.size)[1])
     unit = "fma" if t <= FEW_TOKENS else "tensor"
     floor, adds = [], []
-    for k, widths in model.groups(layer):
+    for k, widths in layer.groups():
         n, ranks = sum(widths), rank * len(widths)
         floor.append(gemm("forward", t, k, n, size))
         s, held = 4 * t * ranks, size * count * rank

@@ -45,16 +45,10 @@ GPUS = {
 SKINNY = 0.5  # of the GEMM rate: products with 16 to 64 columns on tensor cores
 
 
-def groups(model: shapes.Model) -> list[tuple[int, list[int]]]:
-    """(K, out-features of the projections that share that input) of one decoder layer."""
-    q, kv, h, wide = model.heads * model.head_dim, model.kv_heads * model.head_dim, model.hidden, model.intermediate
-    return [(h, [q, kv, kv]), (q, [h]), (h, [wide, wide]), (wide, [h])]
-
-
 def calls(model: shapes.Model, rank: int):
     """(op, features, ranks, operations) of every launch of one layer's forward and backward."""
     tokens = model.batch * model.length
-    for k, outs in groups(model):
+    for k, outs in model.groups():
         ranks = [rank] * len(outs)
         for op in ("lora_shrink", "lora_grad_a", "lora_grad_x_"):
             yield op, k, ranks, 2 * tokens * k * sum(ranks)
@@ -65,7 +59,7 @@ def calls(model: shapes.Model, rank: int):
 
 def floor_seconds(model: shapes.Model, gpu: Gpu, size: int) -> float:
     tokens, total = model.batch * model.length, 0.0
-    for k, outs in groups(model):
+    for k, outs in model.groups():
         for n in outs:
             total += 2 * max(2 * tokens * k * n / gpu.gemm, size * (tokens * (k + n) + k * n) / gpu.memory)
         total += 3 * size * tokens * k * (len(outs) - 1) / gpu.memory  # autograd's sums of dX
@@ -82,7 +76,7 @@ def adapter_seconds(model: shapes.Model, gpu: Gpu, backend: str, dtype: str, ran
         products = tensor_products(backend, dtype, op)
         rate = SKINNY * gpu.gemm / products if products else gpu.fma
         total += max(moved.once() / gpu.memory, moved.total() / gpu.l2, operations / rate)
-    for k, outs in groups(model):
+    for k, outs in model.groups():
         total -= 2 * size * tokens * k * (len(outs) - 1) / gpu.memory  # read and written by a sum, now read by the GEMM
     return total
 

@@ -4,6 +4,7 @@ import re
 from typing import NamedTuple
 
 from . import shapes
+from .runner import is_ours
 
 
 class Key(NamedTuple):
@@ -103,10 +104,6 @@ def floors(rows, cases: Cases) -> Cases:
 
 def is_floor(implementation: str) -> bool:
     return implementation.startswith("floor")
-
-
-def is_ours(implementation: str) -> bool:
-    return implementation.startswith("fastft")
 
 
 def over(case: str) -> tuple[str, str]:

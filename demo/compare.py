@@ -17,14 +17,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from fastft.bench.quality_runs import EVERY, PARAMETERS, RANK, TRAINED
+
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "demo" / "model"
 CSV = ROOT / "bench" / "results" / "methods" / "demo.csv"
 BEGIN, END = "<!-- methods:begin -->", "<!-- methods:end -->"
-RANK = 8
-TRAINED = 138_240  # a LoRA of rank 8 on all linear layers; 720 of 2,560 columns of down; LIFT's budget
-PARAMETERS = 2_422_848
-EVERY = 20  # steps between two choices
 METHODS = {
     "LoRA": ("--method", "lora", "--r", RANK, "--alpha", 2 * RANK),
     "S²FT": ("--method", "s2ft", "--down-ratio", 720 / 2560),
