@@ -1,7 +1,9 @@
 // The LoRA family on CPU; definitions in fastft/ops/lora.py. T tokens, K in, N out, R rank.
 //
-// Every activation is read once per op from memory, by all groups of adapters that share it.
+// Every activation is read once per op from memory, by all groups of adapters that share it. Large ranks in float32 without
+// dropout are the vendor's: gemm.h.
 #include "common/philox.h"
+#include "gemm.h"
 #include "low_rank.h"
 
 #include <torch/csrc/stable/library.h>
@@ -77,10 +79,15 @@ std::tuple<Tensor, Tensor> lora_shrink(const Tensor& x, const Tensor& a, const s
   Tensor mask = p > 0 ? torch::stable::new_empty(x, {G, T, (K + 7) / 8}, ScalarType::Byte)
                       : torch::stable::new_empty(x, {0}, ScalarType::Byte);
   const auto all = groups(op, ranks, R, p, mask, T, K);
+  if (gemm_pays(x, a, p, R)) {
+    gemm(s, x, transposed(a), 0, 1);
+    return {s, mask};
+  }
   const auto* keys = seed ? static_cast<const uint64_t*>(seed->const_data_ptr()) : nullptr;
   const uint32_t threshold = philox::threshold(p);
   const float factor = philox::inverse_keep(p);
   auto* out = static_cast<float*>(s.mutable_data_ptr());
+  const int64_t tall = tile_tokens(R);
 
   dispatch_units(x, a, [&](auto* type, auto* unit) {
     using Unit = std::remove_pointer_t<decltype(unit)>;
@@ -89,30 +96,30 @@ std::tuple<Tensor, Tensor> lora_shrink(const Tensor& x, const Tensor& a, const s
     int64_t total = 0;
     for (const Group& g : all) {
       panels.emplace_back(a, g.first, g.ranks);
-      widths.push_back(round_up(g.ranks, VL)), offsets.push_back(total * block_t);
+      widths.push_back(round_up(g.ranks, VL)), offsets.push_back(total * tall);
       total += widths.back();
     }
     const auto* from = data(x, type);
     const double cost = read_cost(4.0 * T * K) + product_cost(1.0 * T * K * total);
-    parallel_for(blocks(T, block_t), cost, [&](int64_t task) {
-      const int64_t t = task * block_t, rows = std::min(block_t, T - t);
-      alignas(64) Unit tile[block_t * block_c];
-      Scratch sum(block_t * total);
-      std::fill_n(sum.get(), block_t * total, 0.0f);
+    parallel_for(blocks(T, tall), cost, [&](int64_t task) {
+      const int64_t t = task * tall, rows = std::min(tall, T - t);
+      const Scratch<Unit> tile(tall * block_c);
+      Scratch sum(tall * total);
+      std::fill_n(sum.get(), tall * total, 0.0f);
       for (size_t g = 0; p > 0 && g < all.size(); ++g)
         for (int64_t i = 0; i < rows; ++i)
           write_mask_row(keys[g], t + i, K, threshold,
                          const_cast<uint8_t*>(all[g].mask.bits) + (t + i) * all[g].mask.row_bytes);
       for (int64_t c = 0; c < K; c += block_c) {
         const int64_t cols = std::min(block_c, K - c), next = c + block_c < K ? c + block_c : 0;
-        const int64_t next_t = next ? t : t + block_t;
+        const int64_t next_t = next ? t : t + tall;
         for (size_t g = 0; g < all.size(); ++g) {
           Ahead ahead;
           if (g == 0 && next_t < T)
-            ahead =
-                Ahead(from + next_t * K + next, std::min(block_t, T - next_t), std::min(block_c, K - next) * sizeof(*from),
-                      K * sizeof(*from), product_steps(rows, widths[g], units<Unit>(cols)));
-          panel_product(rows, widths[g], units<Unit>(cols), feature_tile<Unit>(from, K, t, rows, c, cols, all[g].mask, tile),
+            ahead = Ahead(from + next_t * K + next, std::min(tall, T - next_t), std::min(block_c, K - next) * sizeof(*from),
+                          K * sizeof(*from), product_steps(rows, widths[g], units<Unit>(cols)));
+          panel_product(rows, widths[g], units<Unit>(cols),
+                        feature_tile<Unit>(from, K, t, rows, c, cols, all[g].mask, tile.get()),
                         panels[g].at(c / terms<Unit>, 0), AddTo{sum.get() + offsets[g], widths[g]}, ahead);
         }
       }
@@ -167,6 +174,7 @@ void lora_expand_(Tensor y, const Tensor& s, const Tensor& b, double scale) {
   check_rows(op, "s", s, Where::cpu, {f32}, {T, R});
   check(op, "b", b, Where::cpu, {y.scalar_type(), f32}, {N, R});
   if (R == 0) return;
+  if (gemm_pays(y, b, 0, R)) return gemm(y, s, transposed(b), 1, scale);
   dispatch_units(y, b, [&](auto* type, auto* unit) {
     using Unit = std::remove_pointer_t<decltype(unit)>;
     const TransposedPanel<Unit> panel(b);  // [R][N]
@@ -215,6 +223,7 @@ void lora_grad_x_(Tensor dx, const Tensor& ds, const Tensor& a, const std::vecto
   check(op, "a", a, Where::cpu, {dx.scalar_type(), f32}, {R, K});
   const auto all = groups(op, ranks, R, p, mask, T, K);
   if (R == 0) return;
+  if (gemm_pays(dx, a, p, R)) return gemm(dx, ds, a, 1, 1);
   const float factor = philox::inverse_keep(p);
   dispatch_units(dx, a, [&](auto* type, auto* unit) {
     using Unit = std::remove_pointer_t<decltype(unit)>;
@@ -239,9 +248,15 @@ std::tuple<Tensor, Tensor> lora_grad_sb(const Tensor& dy, const Tensor& s, const
   check_rows(op, "s", s, Where::cpu, {f32}, {T, R});
   check(op, "b", b, Where::cpu, {dy.scalar_type(), f32}, {N, R});
   Tensor ds = torch::stable::new_empty(dy, {T, R}, f32), db = torch::stable::new_empty(b, {N, R});
+  if (gemm_pays(dy, b, 0, R)) {
+    gemm(ds, dy, b, 0, scale);
+    gemm(db, transposed(dy), s, 0, scale);
+    return {ds, db};
+  }
   const float factor = static_cast<float>(scale);
   const Coefficients coefficients(s);
-  const int64_t slab = round_up(std::max<int64_t>(512, 8 * R), block_c), slabs = blocks(N, slab), row = round_up(R, VL);
+  const int64_t slab = round_up(std::clamp<int64_t>(8 * R, 512, 1024), block_c), slabs = blocks(N, slab);
+  const int64_t row = round_up(R, VL), tall = tile_tokens(R);
   const TokenParts db_parts(T, R, N, slabs);
   const Scratch<float> ds_parts(slabs * T * row);
 
@@ -256,25 +271,25 @@ std::tuple<Tensor, Tensor> lora_grad_sb(const Tensor& dy, const Tensor& s, const
       float* ds_part = ds_parts.get() + task % slabs * T * row;
       float* db_part = db_parts.clear(part, n0, n1 - n0);
       std::fill_n(ds_part + t0 * row, (t1 - t0) * row, 0.0f);
-      alignas(64) Unit tile[block_t * block_c];
-      Scratch<Unit> words(block_t * R);
-      for (int64_t t = t0; t < t1; t += block_t) {
-        const int64_t rows = std::min(block_t, t1 - t);
+      const Scratch<Unit> tile(tall * block_c);
+      Scratch<Unit> words(tall * R);
+      for (int64_t t = t0; t < t1; t += tall) {
+        const int64_t rows = std::min(tall, t1 - t);
         const auto tokens = token_coefficients<Unit>(coefficients, t, rows, words.get());
         for (int64_t n = n0; n < n1; n += block_c) {
           const int64_t cols = std::min(block_c, n1 - n), next = n + block_c < n1 ? n + block_c : n0;
-          const int64_t next_t = next > n ? t : t + block_t;
+          const int64_t next_t = next > n ? t : t + tall;
           Ahead ahead;
           if (next_t < t1)
             ahead =
-                Ahead(from + next_t * N + next, std::min(block_t, t1 - next_t), std::min(block_c, n1 - next) * sizeof(*from),
+                Ahead(from + next_t * N + next, std::min(tall, t1 - next_t), std::min(block_c, n1 - next) * sizeof(*from),
                       N * sizeof(*from), product_steps(rows, row, units<Unit>(cols)));
-          const auto features = feature_tile<Unit>(from, N, t, rows, n, cols, {}, tile);
+          const auto features = feature_tile<Unit>(from, N, t, rows, n, cols, {}, tile.get());
           panel_product(rows, row, units<Unit>(cols), features, panel.at(n / terms<Unit>, 0), AddTo{ds_part + t * row, row},
                         ahead);
-          Rows<Unit> channels{features.p, features.row};  // in float32 the same block, if its rows end with a vector
-          if (!std::is_same_v<Unit, float> || (features.p != tile && cols % VL))
-            channels = token_tile<Unit>(from, N, t, rows, n, cols, {}, tile);
+          Strips<Unit> channels{features.p, features.row};  // in float32 the same block, if its rows end with a vector
+          if (!std::is_same_v<Unit, float> || (features.p != tile.get() && cols % VL))
+            channels = token_tile<Unit>(from, N, t, rows, n, cols, {}, tile.get());
           panel_product(R, round_up(cols, VL), units<Unit>(rows), tokens, channels, AddTo{db_part + (n - n0), db_parts.row},
                         Ahead());
         }
@@ -321,7 +336,12 @@ Tensor lora_grad_a(const Tensor& ds, const Tensor& x, const Tensor& a, const std
   check(op, "a", a, Where::cpu, {x.scalar_type(), f32}, {R, K});
   const auto all = groups(op, ranks, R, p, mask, T, K);
   Tensor da = torch::stable::new_empty(a, {R, K});
+  if (gemm_pays(x, a, p, R)) {
+    gemm(da, transposed(ds), x, 0, 1);
+    return da;
+  }
   const TokenParts parts(T, R, K, blocks(K, block_c));
+  const int64_t tall = tile_tokens(R);
 
   dispatch_units(x, a, [&](auto* type, auto* unit) {
     using Unit = std::remove_pointer_t<decltype(unit)>;
@@ -331,18 +351,18 @@ Tensor lora_grad_a(const Tensor& ds, const Tensor& x, const Tensor& a, const std
       const int64_t k = task % blocks(K, block_c) * block_c, cols = std::min(block_c, K - k), padded = round_up(cols, VL);
       const int64_t part = task / blocks(K, block_c), t0 = part * parts.chunk, t1 = std::min(t0 + parts.chunk, T);
       float* to = parts.clear(part, k, cols);
-      alignas(64) Unit tile[block_t * block_c];
-      Scratch<Unit> words(block_t * R);
-      for (int64_t t = t0; t < t1; t += block_t) {
-        const int64_t rows = std::min(block_t, t1 - t);
+      const Scratch<Unit> tile(tall * block_c);
+      Scratch<Unit> words(tall * R);
+      for (int64_t t = t0; t < t1; t += tall) {
+        const int64_t rows = std::min(tall, t1 - t);
         for (const Group& g : all) {
           Ahead ahead;
-          if (g.first == 0 && t + block_t < t1)
-            ahead = Ahead(from + (t + block_t) * K + k, std::min(block_t, t1 - t - block_t), cols * sizeof(*from),
-                          K * sizeof(*from), product_steps(g.ranks, padded, units<Unit>(rows)));
+          if (g.first == 0 && t + tall < t1)
+            ahead = Ahead(from + (t + tall) * K + k, std::min(tall, t1 - t - tall), cols * sizeof(*from), K * sizeof(*from),
+                          product_steps(g.ranks, padded, units<Unit>(rows)));
           panel_product(g.ranks, padded, units<Unit>(rows),
                         token_coefficients<Unit>(Coefficients(ds, g.first, g.ranks), t, rows, words.get()),
-                        token_tile<Unit>(from, K, t, rows, k, cols, g.mask, tile),
+                        token_tile<Unit>(from, K, t, rows, k, cols, g.mask, tile.get()),
                         AddTo{to + g.first * parts.row, parts.row}, ahead);
         }
       }

@@ -12,10 +12,12 @@ constexpr auto f32 = ScalarType::Float;
 constexpr auto b16 = ScalarType::BFloat16;
 constexpr auto h16 = ScalarType::Half;
 
-constexpr int64_t block_t = 4 * panel_rows, block_c = 256;  // tokens x channels of an activation tile: 24 KiB of float32
-constexpr int64_t update_c = 1024;  // channels of Y and dX that one task sweeps: long rows are what memory likes
+constexpr int64_t block_t = 24, block_c = 256;  // tokens x channels of an activation tile: 24 KiB of float32
+constexpr int64_t update_c = 1024;              // channels of Y and dX that one task sweeps: long rows are what memory likes
 
-inline int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
+// Tokens of a tile where a rank is large: sums over tokens that go to memory once a tile would spend their time there, and
+// panels larger than L2 be read from memory once a tile.
+inline int64_t tile_tokens(int64_t ranks) { return ranks <= 64 ? block_t : ranks <= 128 ? 2 * block_t : 4 * block_t; }
 
 // Fetches what a tile of two vectors a few tiles further along this row will read and write.
 // Always inlined: GCC drops calls of functions that do nothing but prefetch (measured: twice the time on cold memory).
@@ -46,19 +48,20 @@ void add_low_rank(int64_t tokens, int64_t C, Coefficients s, const P& panel, flo
 // Partial sums of a product over tokens, out [R, C] = Σ_t s[t]ᵀ x[t]: one float32 part a chunk of tokens, in order.
 struct TokenParts {
   // As many chunks as it takes for 16 tasks of `slabs` columns each, so that several threads find work; of a length that
-  // keeps the parts under a quarter of the activation's bytes, and below 2016 tokens, so that they stay in a cache.
+  // keeps the parts under a quarter of the activation's bytes where those are what costs time (half of them from rank 64
+  // on), and below 2016 tokens, so that they stay in a cache.
   TokenParts(int64_t tokens, int64_t r, int64_t c, int64_t slabs)
-      : chunk(chunk_length(tokens, std::max<int64_t>(240, 8 * r), slabs)),
+      : chunk(chunk_length(tokens, r, slabs)),
         count(blocks(tokens, chunk)),
         rows(r),
         row(round_up(c, VL)),
         parts(count * r * row) {}
 
-  static int64_t chunk_length(int64_t tokens, int64_t shortest, int64_t slabs) {
-    const int64_t wanted =
-        std::max(blocks(16, std::max<int64_t>(slabs, 1)), blocks(tokens, std::max<int64_t>(2016, shortest)));
+  static int64_t chunk_length(int64_t tokens, int64_t r, int64_t slabs) {
+    const int64_t shortest = std::clamp<int64_t>(8 * r, 240, 480), block = tile_tokens(r);
+    const int64_t wanted = std::max(blocks(16, std::max<int64_t>(slabs, 1)), blocks(tokens, 2016));
     const int64_t count = std::max<int64_t>(1, std::min(wanted, tokens / shortest));
-    return std::max(block_t, round_up(blocks(tokens, count), block_t));
+    return std::max(block, round_up(blocks(tokens, count), block));
   }
 
   float* clear(int64_t part, int64_t c, int64_t cols) const {

@@ -6,6 +6,7 @@
 
 #include "common/check.h"
 #include "panel.h"
+#include "transpose.h"
 
 #include <torch/csrc/stable/ops.h>
 
@@ -15,15 +16,7 @@
 
 namespace fastft {
 
-constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
-template <class Unit>
-constexpr int64_t terms = std::is_same_v<Unit, bf16x2> ? 2 : 1;
-
-template <class Unit>
-constexpr int64_t units(int64_t n) {
-  return (n + terms<Unit> - 1) / terms<Unit>;
-}
+inline int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 // Uninitialised scratch of 4-byte elements, aligned to a cache line.
 template <class Unit = float>
@@ -113,102 +106,109 @@ struct Mask {
   int64_t row_bytes = 0;
 };
 
-// Rows of a panel this many floats apart lie in different sets of an 8-way L1 (64 sets of 64 bytes).
-inline int64_t spread_row(int64_t n) {
-  const int64_t row = round_up(n, VL);
-  return row >= 256 && row / 16 % 2 == 0 ? row + 16 : row;
-}
-
-// Rows [first, first + rows) of a matrix [·, cols] as [units(rows)][cols padded to whole vectors]: its own memory where
-// that already is so.
+// A packed operand of `depth` units: strips of contiguous memory, or rows far apart would each be on a page of their own.
 template <class Unit>
-class Panel {
+class Packed {
  public:
-  explicit Panel(const Tensor& t) : Panel(t, 0, t.size(0)) {}
-  Panel(const Tensor& t, int64_t first, int64_t rows) {
-    const int64_t cols = t.size(1), row = spread_row(cols);
-    if (std::is_same_v<Unit, float> && t.scalar_type() == ScalarType::Float && row == cols) {
-      view = {static_cast<const Unit*>(t.const_data_ptr()) + first * cols, row};
-      return;
-    }
-    copy = std::make_unique<Scratch<Unit>>(units<Unit>(rows) * row);
-    view = {copy->get(), row};
-    dispatch(t, [&](auto* type) {
-      auto* from = data(t, type) + first * cols;
-      torch::stable::parallel_for(0, units<Unit>(rows), 64, [&](int64_t begin, int64_t end) {
-        for (int64_t u = begin; u < end; ++u)
-          for (int64_t j = 0; j < round_up(cols, VL); j += VL) {
-            const int64_t i = u * terms<Unit>;
-            vf second = terms<Unit> == 2 && i + 1 < rows ? load(from + (i + 1) * cols + j, cols - j) : vf{};
-            store_unit_row(copy->get() + u * row + j, load(from + i * cols + j, cols - j), second);
-          }
-      });
-    });
+  Packed(int64_t depth, int64_t cols)
+      : row_(std::min(strip_cols, round_up(cols, unit_step))),
+        strip_(depth * row_),
+        memory(blocks(cols, strip_cols) * strip_) {}
+  Strips<Unit> at(int64_t unit, int64_t col) const { return {to(unit, col), row_, strip_}; }
+  Unit* to(int64_t unit, int64_t col) const {
+    return memory.get() + col / strip_cols * strip_ + unit * row_ + col % strip_cols;
   }
-  Rows<Unit> at(int64_t unit, int64_t col) const { return {view.p + unit * view.row + col, view.row}; }
-  int64_t row() const { return view.row; }
-
- private:
-  Rows<Unit> view;
-  std::unique_ptr<Scratch<Unit>> copy;
-};
-
-// The transpose of rows [first, first + rows) of a matrix [·, cols] as [units(cols)][rows padded to whole vectors].
-template <class Unit>
-class TransposedPanel {
- public:
-  explicit TransposedPanel(const Tensor& t) : TransposedPanel(t, 0, t.size(0)) {}
-  TransposedPanel(const Tensor& t, int64_t first, int64_t rows)
-      : row_(spread_row(rows)), copy(units<Unit>(t.size(1)) * spread_row(rows)) {
-    const int64_t cols = t.size(1), padded = round_up(rows, VL), across = (cols + VL - 1) / VL;
-    dispatch(t, [&](auto* type) {
-      auto* from = data(t, type) + first * cols;
-      constexpr int64_t block = VL / terms<Unit>;  // units that one vector of a row holds
-      torch::stable::parallel_for(0, padded / VL * across, 16, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) {  // a square of VL x VL elements
-          const int64_t j = task % across * VL, n = std::min<int64_t>(block, units<Unit>(cols - j));
-          for (int64_t i = task / across * VL; i < task / across * VL + VL; ++i) {
-            alignas(64) Unit line[VL];
-            vf v = i < rows ? load(from + i * cols + j, cols - j) : vf{};
-            if constexpr (std::is_same_v<Unit, float>)
-              store(line, v);
-            else
-              store(reinterpret_cast<bf16*>(line), v);
-            for (int64_t l = 0; l < n; ++l) copy.get()[(j / terms<Unit> + l) * row_ + i] = line[l];
-          }
-        }
-      });
-    });
-  }
-  Rows<Unit> at(int64_t unit, int64_t col) const { return {copy.get() + unit * row_ + col, row_}; }
   int64_t row() const { return row_; }
 
  private:
-  const int64_t row_;
-  Scratch<Unit> copy;
+  int64_t row_, strip_;
+  Scratch<Unit> memory;
+};
+
+// Rows [first, first + rows) of a matrix [·, cols] as units(rows) units deep.
+template <class Unit>
+class Panel : public Packed<Unit> {
+ public:
+  explicit Panel(const Tensor& t) : Panel(t, 0, t.size(0)) {}
+  Panel(const Tensor& t, int64_t first, int64_t rows) : Packed<Unit>(units<Unit>(rows), t.size(1)) {
+    const int64_t cols = t.size(1);
+    dispatch(t, [&](auto* type) {
+      auto* from = data(t, type) + first * cols;
+      torch::stable::parallel_for(
+          0, units<Unit>(rows), std::max<int64_t>(1, 16384 / std::max<int64_t>(cols, 1)), [&](int64_t begin, int64_t end) {
+            for (int64_t u = begin; u < end; ++u)
+              for (int64_t j = 0; j < cols; j += VL) {
+                const int64_t i = u * terms<Unit>;
+                vf second = terms<Unit> == 2 && i + 1 < rows ? load(from + (i + 1) * cols + j, cols - j) : vf{};
+                store_unit_row(this->to(u, j), load(from + i * cols + j, cols - j), second);
+              }
+          });
+    });
+  }
+};
+
+// Rows [first, first + rows) of a matrix [·, cols], transposed: units(cols) units deep, of `rows` columns.
+template <class Unit>
+class TransposedPanel : public Packed<Unit> {
+ public:
+  explicit TransposedPanel(const Tensor& t) : TransposedPanel(t, 0, t.size(0)) {}
+  TransposedPanel(const Tensor& t, int64_t first, int64_t rows) : Packed<Unit>(units<Unit>(t.size(1)), rows) {
+    const int64_t cols = t.size(1);
+    if constexpr (std::is_same_v<Unit, float>)
+      dispatch(t, [&](auto* type) { fill(data(t, type) + first * cols, cols, rows, cols); });
+    else
+      fill_pairs(static_cast<const uint16_t*>(t.const_data_ptr()) + first * cols, rows, cols);
+  }
+
+ private:
+  // Neighbours in a row are a pair, so rows are words of half as many columns.
+  void fill_pairs(const uint16_t* from, int64_t rows, int64_t cols) {
+    const int64_t words = units<Unit>(cols);
+    if (cols % 2 == 0) return fill(reinterpret_cast<const float*>(from), words, rows, words);
+    const Scratch<float> even(rows * words);
+    auto* to = reinterpret_cast<uint16_t*>(even.get());
+    for (int64_t i = 0; i < rows; ++i, to += cols + 1, from += cols) {
+      std::memcpy(to, from, cols * 2);
+      to[cols] = 0;
+    }
+    fill(even.get(), words, rows, words);
+  }
+
+  template <class T>
+  void fill(const T* from, int64_t ld, int64_t rows, int64_t cols) {
+    constexpr int64_t together = 64;
+    const int64_t across = blocks(cols, together);
+    torch::stable::parallel_for(0, blocks(rows, strip_cols) * across, 8, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t c = task % across * together, r = task / across * strip_cols;
+        transpose<float>(from + r * ld + c, ld, std::min(strip_cols, rows - r), std::min(together, cols - c),
+                         reinterpret_cast<float*>(this->to(c, r)), this->row());
+      }
+    });
+  }
 };
 
 // Tokens [t, t + rows) x features [k, k + cols), k a multiple of VL, as the broadcast operand with features as depth.
 template <class Unit, class T>
-inline Broadcast<Unit> feature_tile(const T* x, int64_t ld, int64_t t, int64_t rows, int64_t k, int64_t cols, Mask mask,
-                                    Unit* tile) {
+inline DepthInRows<Unit> feature_tile(const T* x, int64_t ld, int64_t t, int64_t rows, int64_t k, int64_t cols, Mask mask,
+                                      Unit* tile) {
   constexpr bool own = std::is_same_v<Unit, float> ? std::is_same_v<T, float> : std::is_same_v<T, bf16>;
   if constexpr (own) {
     const bool aligned = reinterpret_cast<uintptr_t>(x + t * ld + k) % alignof(Unit) == 0;  // a view may start between pairs
     if (!mask.bits && aligned && cols % terms<Unit> == 0 && ld % terms<Unit> == 0)
-      return {reinterpret_cast<const Unit*>(x + t * ld + k), ld / terms<Unit>, 1};
+      return {reinterpret_cast<const Unit*>(x + t * ld + k), ld / terms<Unit>};
   }
   const int64_t row = round_up(cols, VL);
   auto* elements = reinterpret_cast<std::conditional_t<std::is_same_v<Unit, float>, float, bf16>*>(tile);
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 0; j < cols; j += VL) store(elements + i * row + j, mask.load_kept(x, ld, t + i, k + j, cols - j));
-  return {tile, row / terms<Unit>, 1};
+  return {tile, row / terms<Unit>};
 }
 
 // The same block as the operand read as vectors, with tokens as depth.
 template <class Unit, class T>
-inline Rows<Unit> token_tile(const T* x, int64_t ld, int64_t t, int64_t rows, int64_t k, int64_t cols, Mask mask,
-                             Unit* tile) {
+inline Strips<Unit> token_tile(const T* x, int64_t ld, int64_t t, int64_t rows, int64_t k, int64_t cols, Mask mask,
+                               Unit* tile) {
   if constexpr (std::is_same_v<Unit, float> && std::is_same_v<T, float>) {
     if (!mask.bits && cols % VL == 0) return {x + t * ld + k, ld};
   }
@@ -241,10 +241,10 @@ struct Coefficients {
 
 // Coefficients of tokens [t, t + rows), transposed: ranks x tokens, tokens as depth.
 template <class Unit>
-inline Broadcast<Unit> token_coefficients(Coefficients s, int64_t t, int64_t rows, Unit* tile) {
+inline DepthInColumns<Unit> token_coefficients(Coefficients s, int64_t t, int64_t rows, Unit* tile) {
   const int64_t r = s.ranks;
   if constexpr (std::is_same_v<Unit, float>) {
-    return {s.p + t * s.ld, 1, s.ld};
+    return {s.p + t * s.ld, s.ld};
   } else {
     for (int64_t i = 0; i < rows; i += 2)
       for (int64_t j = 0; j < r; j += VL) {
@@ -253,18 +253,18 @@ inline Broadcast<Unit> token_coefficients(Coefficients s, int64_t t, int64_t row
         vu words = bf16_bits(load(at, r - j)) | bf16_bits(second) << 16;
         std::memcpy(tile + i / 2 * r + j, &words, std::min<int64_t>(VL, r - j) * 4);
       }
-    return {tile, 1, r};
+    return {tile, r};
   }
 }
 
 // factor · s of tokens [t, t + rows), ranks as depth. `tile` holds rows x round_up(R, VL) floats.
 template <class Unit>
-inline Broadcast<Unit> rank_coefficients(Coefficients s, int64_t t, int64_t rows, float factor, Unit* tile) {
+inline DepthInRows<Unit> rank_coefficients(Coefficients s, int64_t t, int64_t rows, float factor, Unit* tile) {
   const int64_t r = s.ranks, row = round_up(r, VL);
   auto* elements = reinterpret_cast<std::conditional_t<std::is_same_v<Unit, float>, float, bf16>*>(tile);
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 0; j < r; j += VL) store(elements + i * row + j, factor * load(s.p + (t + i) * s.ld + j, r - j));
-  return {tile, row / terms<Unit>, 1};
+  return {tile, row / terms<Unit>};
 }
 
 }  // namespace fastft

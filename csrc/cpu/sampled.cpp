@@ -102,6 +102,12 @@ inline void sample_row(const Unit* left, const Unit* right, int64_t row, int64_t
   }
 }
 
+// Rows this many floats apart lie in different sets of an 8-way L1 (64 sets of 64 bytes).
+inline int64_t spread_row(int64_t n) {
+  const int64_t row = round_up(n, VL);
+  return row >= 256 && row / 16 % 2 == 0 ? row + 16 : row;
+}
+
 // A matrix [T, cols], of which blocks of tokens are held as [cols][row] units each.
 template <class Unit, class T>
 struct TransposedBlocks {

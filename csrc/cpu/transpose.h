@@ -1,7 +1,7 @@
 // Token-contiguous copies of a block of an activation, so that vectors run along tokens whatever columns are asked for.
 #pragma once
 
-#include "operands.h"
+#include "panel.h"
 
 namespace fastft {
 
