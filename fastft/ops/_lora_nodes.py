@@ -77,8 +77,8 @@ def _expand_backward(ctx, dy, dx):
     if dy is None:
         return dx, *(None for _ in range(7))
     dy = dy.contiguous()
-    dx, dw = _base_backward(dy, dx, x, weight, need_x, need_w)
     ds, db = lora_grad_sb(dy, s, b, ctx.scale) if need_s or need_b else (None, None)
+    dx, dw = _base_backward(dy, dx, x, weight, need_x, need_w)
     return dx, ds, dw, dy.sum(0) if need_bias else None, db if need_b else None, None, None, None
 
 
@@ -161,16 +161,18 @@ def _linear_backward(ctx, dy):
     dy = dy.contiguous()
     if len(lead) != 1:
         dy, x = dy.view(-1, dy.shape[-1]), None if x is None else x.view(-1, x.shape[-1])
-    dx, dw = _base_backward(dy, None, x, weight, need_x, need_w)
     da = db = None
+    # dX last: what is added to it, and the layer before, find it in a cache (measured: 1.102 instead of 1.121 of the floor,
+    # float32, 1024 tokens, 768 to 2048 features).
     if need_a or need_b or need_x:
         ds, db = lora_grad_sb(dy, s, b, ctx.scale)
         if need_a:
             da = lora_grad_a(ds, x, a, ranks, mask, ctx.p)
-        if need_x:
-            lora_grad_x_(dx, ds, a, ranks, mask, ctx.p)
-    if need_x and len(lead) != 1:
-        dx = dx.view(*lead, dx.shape[1])
+    dx, dw = _base_backward(dy, None, x, weight, need_x, need_w)
+    if need_x:
+        lora_grad_x_(dx, ds, a, ranks, mask, ctx.p)
+        if len(lead) != 1:
+            dx = dx.view(*lead, dx.shape[1])
     return dx, dw, dy.sum(0) if need_bias else None, da, db if need_b else None, None, None, None
 
 
