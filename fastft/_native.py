@@ -71,12 +71,12 @@ def _cpu_library(isa: str) -> tuple[str | None, str | None]:
     return (None, reason) if reason else (f"fastft_cpu_{isa}", None)
 
 
-_isa = os.environ.get("FASTFT_CPU_ISA") or supported_isas()[0]
+chosen_isa = os.environ.get("FASTFT_CPU_ISA") or supported_isas()[0]
 
 
 def cpu_library() -> tuple[str | None, str | None]:
     """(dispatcher namespace, None) of the loaded CPU library, or (None, reason)."""
-    return _cpu_library(_isa)
+    return _cpu_library(chosen_isa)
 
 
 @functools.cache
@@ -112,12 +112,12 @@ def runtime():
 @contextmanager
 def forced_isa(isa: str):
     """Use the CPU library of `isa` inside, whatever is best on this CPU."""
-    global _isa
+    global chosen_isa
     namespace, reason = _cpu_library(isa)
     if namespace is None:
         raise RuntimeError(reason)
-    before, _isa = _isa, isa
+    before, chosen_isa = chosen_isa, isa
     try:
         yield
     finally:
-        _isa = before
+        chosen_isa = before

@@ -179,6 +179,7 @@ class Op:
         self.unsupported = unsupported or {}
         self.order = {**ORDER, **(order or {})}
         self._available: dict[tuple, str | None] = {}
+        self._functions: dict[tuple, Any] = {}
         # Kernels address memory by the strides they were promised, so Inductor must not re-stride their inputs.
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
         _LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
@@ -194,10 +195,30 @@ class Op:
             and not torch.autograd._profiler_enabled()
             and torch._C._len_torch_dispatch_stack() == 0
             and torch._C._functorch.peek_interpreter_stack() is None
-            and all(type(a) in _PLAIN or (type(a) is list and type(a[0] if a else 0) is int) for a in args)
         ):
-            return self._run(*args)
+            # All that the choice of a backend depends on, so that it is made once.
+            signature = [_forced.get(), _native.chosen_isa]
+            for a in args:
+                kind = type(a)
+                if kind is torch.Tensor or kind is torch.nn.Parameter:
+                    signature += a.dtype, a.device
+                elif a is None:
+                    signature.append(None)
+                elif kind not in _NUMBERS and not (kind is list and type(a[0] if a else 0) is int):
+                    break  # a tensor subclass, say, whose dispatch is its own
+            else:
+                if _calls.get() is not None:
+                    return self._run(*args)
+                function = self._functions.get(signature := tuple(signature)) or self._remember(signature, args)
+                return function(*args)
         return self._overload(*args)
+
+    def _remember(self, signature, args):
+        backend = self._choose(args)
+        if backend == "reference":  # never kept: it may be a fallback, which has to warn
+            return self._run
+        function = self._functions[signature] = BACKENDS[backend].function(self)
+        return function
 
     def missing(self, backend: str, device: str) -> str | None:
         """Why `backend` has no implementation of this op for tensors on `device`, or None if it has one."""
@@ -255,8 +276,7 @@ def forced_backend() -> str | None:
     return _forced.get()
 
 
-# What `Op` takes past the dispatcher, beside lists of integers: no tensor subclass, whose dispatch is its own.
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, float, int, bool, type(None)))
+_NUMBERS = frozenset((float, int, bool))
 
 
 def _device_type(args) -> str:
