@@ -48,8 +48,8 @@ void add_low_rank(int64_t tokens, int64_t C, Coefficients s, const P& panel, flo
 // Partial sums of a product over tokens, out [R, C] = Σ_t s[t]ᵀ x[t]: one float32 part a chunk of tokens, in order.
 struct TokenParts {
   // As many chunks as it takes for 16 tasks of `slabs` columns each, so that several threads find work; of a length that
-  // keeps the parts under a quarter of the activation's bytes where those are what costs time (half of them from rank 64
-  // on), and below 2016 tokens, so that they stay in a cache.
+  // keeps what the parts move under a quarter of the activation's bytes up to rank 60, from where on products cost more than
+  // bytes; and below 2016 tokens, so that they stay in a cache.
   TokenParts(int64_t tokens, int64_t r, int64_t c, int64_t slabs)
       : chunk(chunk_length(tokens, r, slabs)),
         count(blocks(tokens, chunk)),

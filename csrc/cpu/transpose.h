@@ -1,4 +1,5 @@
-// Token-contiguous copies of a block of an activation, so that vectors run along tokens whatever columns are asked for.
+// Transposed copies: of a block of an activation, so that vectors run along tokens whatever columns are asked for, and of
+// adapters.
 #pragma once
 
 #include "panel.h"

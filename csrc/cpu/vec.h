@@ -70,13 +70,11 @@ inline void store(bf16x2* p, vu words) { std::memcpy(p, &words, sizeof words); }
 
 // sum + x · p for one term, or for the two terms of a pair, whose bits p holds, in one instruction.
 inline vf multiply_add(vf sum, float x, vf p) { return sum + x * p; }
-inline vf multiply_add(vf sum, float x, const float* p) { return multiply_add(sum, x, load(p)); }
 #if defined(__AVX512BF16__)
 constexpr bool has_pairs = true;
 inline vf multiply_add(vf sum, bf16x2 x, vf p) {
   return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)p, (__m512bh)_mm512_set1_epi32(x.bits));
 }
-inline vf multiply_add(vf sum, bf16x2 x, const bf16x2* p) { return multiply_add(sum, x, load_bytes<vf>(p)); }
 #else
 constexpr bool has_pairs = false;
 #endif

@@ -215,10 +215,14 @@ class Op:
 
     def _remember(self, signature, args):
         backend = self._choose(args)
-        if backend == "reference":  # never kept: it may be a fallback, which has to warn
-            return self._run
-        function = self._functions[signature] = BACKENDS[backend].function(self)
+        function = self._function(backend)
+        if backend != "reference":  # that may be a fallback, which has to warn
+            self._functions[signature] = function
         return function
+
+    def _function(self, backend: str):
+        backend = BACKENDS[backend]
+        return backend.function(self) if hasattr(backend, "function") else self._run
 
     def missing(self, backend: str, device: str) -> str | None:
         """Why `backend` has no implementation of this op for tensors on `device`, or None if it has one."""
@@ -236,8 +240,7 @@ class Op:
     def direct(self, *args):
         """The function that calls with arguments of these dtypes and devices run, past the registry: for a caller that makes
         many in a row (3 us of the registry's own each). It is that function while `conditions()` is what it was."""
-        backend = BACKENDS[self._choose(args)]
-        return backend.function(self) if hasattr(backend, "function") else self
+        return self._function(self._choose(args))
 
     def _choose(self, args) -> str:
         device, forced = _device_type(args), _forced.get()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastft
-from fastft.ops import registry
+from fastft.ops import lora, registry
 from fastft.ops.lora_linear import lora_linear
 from fastft.testing import BackendError, Call, FallbackWarning, record, use
 
@@ -162,3 +162,18 @@ def test_the_function_behind_an_op():
     assert registry.conditions() == plain
     with use("triton"), pytest.raises(BackendError, match=r"lora_shrink cannot run on .*float64"):
         op.direct(x.double(), a.double(), [2], 0.0, None)
+
+
+def test_a_backend_of_missing_and_run_alone_is_called_without_gradients(monkeypatch):
+    class Doubled:
+        def missing(self, op, device):
+            return None
+
+        def run(self, op, args):
+            return 2 * op.reference(*args)[0], None
+
+    monkeypatch.setitem(registry.BACKENDS, "doubled", Doubled())
+    x, a = torch.ones(3, 5), torch.ones(2, 5)
+    with torch.no_grad(), fastft.testing.use("doubled"):
+        for _ in range(2):
+            assert lora.lora_shrink(x, a, [2], 0.0, None).unique().tolist() == [10.0]
