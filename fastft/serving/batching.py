@@ -16,6 +16,7 @@ from . import attention
 from .requests import EngineStopped, Request
 from .routes import StepBuffers
 from .sampling import choose
+from .teams import disband
 
 _salt = threading.local()
 
@@ -201,6 +202,7 @@ def library():
 
         def start(self):
             self.background_thread_status.clear()
+            disband()  # this thread loaded the model; now the engine's computes
             # A daemon: a program that forgets to stop its engine must be able to end.
             self._generation_thread = threading.Thread(target=self._run_generation_loop, name="fastft-engine", daemon=True)
             self._generation_thread.start()

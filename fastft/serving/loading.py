@@ -8,6 +8,7 @@ from collections.abc import Callable
 from ..checkpoint.files import AdapterFileError
 from .pool import HostCopy
 from .requests import UnknownAdapter
+from .teams import work_alone
 
 _log = logging.getLogger("fastft.serving")
 
@@ -28,6 +29,7 @@ class Loader:
         self._collecting = threading.Lock()
 
     def run(self) -> None:
+        work_alone()
         while self.closed is None:
             try:
                 self.step(60.0)
