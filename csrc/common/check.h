@@ -34,9 +34,9 @@ inline std::string shape_text(const Tensor& t) {
 
 enum class Where { cpu, cuda };
 
-// One argument: on the device the kernel runs on, of one of `dtypes`, of shape `sizes`. Errors name the op.
-inline void check_kind(const char* op, const char* name, const Tensor& t, Where where,
-                       std::initializer_list<ScalarType> dtypes, std::initializer_list<int64_t> sizes) {
+// One argument: on the device the kernel runs on, of one of `dtypes`. Errors name the op.
+inline void check_dtype(const char* op, const char* name, const Tensor& t, Where where,
+                        std::initializer_list<ScalarType> dtypes) {
   STD_TORCH_CHECK(where == Where::cuda ? t.is_cuda() : t.is_cpu(), op, ": ", name, " must be on the ",
                   where == Where::cuda ? "CUDA device" : "CPU");
   // Texts are made where they are needed: as streams and strings they were a good part of what a call costs the host.
@@ -46,6 +46,12 @@ inline void check_kind(const char* op, const char* name, const Tensor& t, Where 
     for (ScalarType one : dtypes) wanted += (wanted.empty() ? "" : " or ") + std::string(dtype_name(one));
     STD_TORCH_CHECK(false, op, ": ", name, " is ", dtype_name(dtype), ", must be ", wanted);
   }
+}
+
+// The same, of shape `sizes`.
+inline void check_kind(const char* op, const char* name, const Tensor& t, Where where,
+                       std::initializer_list<ScalarType> dtypes, std::initializer_list<int64_t> sizes) {
+  check_dtype(op, name, t, where, dtypes);
   bool fits = t.dim() == static_cast<int64_t>(sizes.size());
   for (size_t axis = 0; fits && axis < sizes.size(); ++axis)
     fits = t.size(static_cast<int64_t>(axis)) == sizes.begin()[axis];
@@ -75,6 +81,27 @@ inline void check_rows(const char* op, const char* name, const Tensor& t, Where 
 
 inline void check_matrix(const char* op, const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.dim() == 2, op, ": ", name, " has shape ", shape_text(t), ", must be a matrix");
+}
+
+// The rows of a tensor's last dimension.
+struct Rows {
+  int64_t count, width, stride;
+};
+
+// A matrix as check_rows takes it, or a contiguous tensor of more dimensions, as its rows.
+inline Rows checked_rows(const char* op, const char* name, const Tensor& t, Where where,
+                         std::initializer_list<ScalarType> dtypes) {
+  const int64_t dims = t.dim(), width = dims ? t.size(dims - 1) : 0;
+  if (dims == 2) {
+    check_rows(op, name, t, where, dtypes, {t.size(0), width});
+    return {t.size(0), width, t.stride(0)};
+  }
+  STD_TORCH_CHECK(dims > 2 && t.is_contiguous(), op, ": ", name, " has shape ", shape_text(t),
+                  ", must be a matrix, or contiguous with more dimensions");
+  int64_t count = 1;
+  for (int64_t axis = 0; axis + 1 < dims; ++axis) count *= t.size(axis);
+  check_dtype(op, name, t, where, dtypes);
+  return {count, width, width};
 }
 
 inline void check_probability(const char* op, double p) {

@@ -14,19 +14,15 @@ namespace fastft {
 namespace {
 
 template <class Op>
-void run_task(const Op& op, const Task& task, Workspace& space) {
-  if constexpr (requires { op.run(task); })
-    op.run(task);
-  else
-    op.run(task, space);
-}
-
-template <class Op>
 void run_all(const Batch& batch, const Op& op) {
   if (batch.segments.empty()) return;
-  const int64_t threads = torch::stable::get_num_threads();
-  const Plan plan = op.plan(threads);
-  run_tasks(plan.tasks.size(), plan.cost, threads, [&](int64_t i, Workspace& space) { run_task(op, plan.tasks[i], space); });
+  const Plan plan = op.plan(torch::stable::get_num_threads());
+  const int64_t threads = threads_for(plan.cost);
+  Shares shares(plan.tasks, threads);
+  run_threads(threads, [&](int64_t thread) {
+    Workspace space;
+    shares.work(thread, [&](int64_t i) { op.run(plan.tasks[i], space); });
+  });
   batch.fault.raise(batch.op);
 }
 
@@ -35,21 +31,25 @@ void run_all(const Batch& batch, const Op& op) {
 template <class First, class Second>
 void run_both(const Batch& batch, const First& first, const Second& second) {
   if (batch.segments.empty()) return;
-  const int64_t threads = torch::stable::get_num_threads();
-  const Plan before = first.plan(threads), after = second.plan(threads);
+  const int64_t most = torch::stable::get_num_threads();
+  const Plan before = first.plan(most), after = second.plan(most);
   std::vector<std::atomic<int32_t>> open(batch.segments.size());
   for (const Task& task : before.tasks) open[task.first].fetch_add(1, std::memory_order_relaxed);
-  const auto count = static_cast<int64_t>(before.tasks.size());
-  run_tasks(count + after.tasks.size(), before.cost + after.cost, threads, [&](int64_t i, Workspace& space) {
-    if (i < count) {
-      run_task(first, before.tasks[i], space);
+  const int64_t threads = threads_for(before.cost + after.cost);
+  Shares first_shares(before.tasks, threads), second_shares(after.tasks, threads);
+  run_threads(threads, [&](int64_t thread) {
+    Workspace space;
+    first_shares.work(thread, [&](int64_t i) {
+      first.run(before.tasks[i], space);
       open[before.tasks[i].first].fetch_sub(1, std::memory_order_release);
-      return;
-    }
-    const Task& task = after.tasks[i - count];
-    for (int32_t d = task.first; d < task.last; ++d)
-      while (open[d].load(std::memory_order_acquire) > 0) std::this_thread::yield();
-    run_task(second, task, space);
+    });
+    second_shares.work(thread, [&](int64_t i) {
+      const Task& task = after.tasks[i];
+      for (int32_t d = task.first; d < task.last; ++d)
+        for (int spins = 0; open[d].load(std::memory_order_acquire) > 0; ++spins)
+          if (spins > 1000) std::this_thread::yield();
+      second.run(task, space);
+    });
   });
   batch.fault.raise(batch.op);
 }
@@ -59,6 +59,8 @@ template <class F>
 void dispatch_pair(const Tensor& x, const Tensor& store, const F& f) {
   dispatch(x, [&](auto* type) { store.scalar_type() == f32 ? f(type, static_cast<float*>(nullptr)) : f(type, type); });
 }
+
+Sums<const float> in_rows(const Tensor& s) { return {static_cast<const float*>(s.const_data_ptr()), s.stride(0), 1}; }
 
 void check_activations(const char* op, const char* name, const Tensor& t) {
   check_matrix(op, name, t);
@@ -76,8 +78,9 @@ Tensor grouped_shrink(const Tensor& x, const Tensor& store, const Tensor& offset
   dispatch_pair(x, store, [&](auto* type, auto* own) {
     using T = std::remove_pointer_t<decltype(type)>;
     using W = std::remove_pointer_t<decltype(own)>;
-    run_all(batch, Shrink<T, W>{batch, data(x, type), x.stride(0), data(store, own),
-                                static_cast<float*>(s.mutable_data_ptr()), width});
+    run_all(batch,
+            Shrink<T, W>{
+                batch, data(x, type), x.stride(0), data(store, own), {static_cast<float*>(s.mutable_data_ptr()), width, 1}});
   });
   return s;
 }
@@ -98,32 +101,40 @@ void grouped_expand_(Tensor y, const Tensor& x, const Tensor& s, const Tensor& s
   dispatch_pair(y, store, [&](auto* type, auto* own) {
     using T = std::remove_pointer_t<decltype(type)>;
     using W = std::remove_pointer_t<decltype(own)>;
-    run_all(batch, Expand<T, W>{batch, mutable_data(y, type), y.stride(0), data(x, type), x.stride(0),
-                                static_cast<const float*>(s.const_data_ptr()), s.stride(0), data(store, own),
-                                static_cast<const uint16_t*>(columns.const_data_ptr()), columns.numel()});
+    run_all(batch, Expand<T, W>{batch, mutable_data(y, type), y.stride(0), data(x, type), x.stride(0), in_rows(s),
+                                data(store, own), static_cast<const uint16_t*>(columns.const_data_ptr()), columns.numel()});
   });
 }
 
-// Both in one: what a call costs its caller is paid once, and S stays here.
+// Both in one: what a call costs its caller is paid once, and S stays here. x and y may have leading dimensions, or their
+// caller would pay for views.
 void grouped_add_(Tensor y, const Tensor& x, const Tensor& store, const Tensor& offsets, const Tensor& columns,
                   const Tensor& pieces, const Tensor& segments, const Tensor& assignments,
                   const std::optional<Tensor>& weights, int64_t k, int64_t width) {
   const char* op = "grouped_add_";
-  check_activations(op, "y", y);
-  check_matrix(op, "x", x);
-  check_rows(op, "x", x, Where::cpu, {y.scalar_type()}, {y.size(0), x.size(1)});
+  const Rows to = checked_rows(op, "y", y, Where::cpu, {f32, b16, h16});
+  const Rows from = checked_rows(op, "x", x, Where::cpu, {y.scalar_type()});
+  STD_TORCH_CHECK(to.count == from.count, op, ": y has ", to.count, " rows, x ", from.count);
   STD_TORCH_CHECK(width >= 0, op, ": width is ", width, ", must not be negative");
   check(op, "store", store, Where::cpu, {y.scalar_type(), f32}, {store.numel()});
   check(op, "columns", columns, Where::cpu, {ScalarType::Short}, {columns.numel()});
   const Batch batch(op, store, offsets, pieces, segments, assignments, weights ? &*weights : nullptr, k,
-                    {y.size(0), x.size(1), y.size(1), width});
-  const Scratch<float> s(assignments.numel() * width);
+                    {to.count, from.width, to.width, width});
+  const int64_t column = round_up(assignments.numel(), 16);  // whole cache lines
+  const Scratch<float> s(column * width);
   dispatch_pair(y, store, [&](auto* type, auto* own) {
     using T = std::remove_pointer_t<decltype(type)>;
     using W = std::remove_pointer_t<decltype(own)>;
-    run_both(batch, Shrink<T, W>{batch, data(x, type), x.stride(0), data(store, own), s.get(), width},
-             Expand<T, W>{batch, mutable_data(y, type), y.stride(0), data(x, type), x.stride(0), s.get(), width,
-                          data(store, own), static_cast<const uint16_t*>(columns.const_data_ptr()), columns.numel()});
+    run_both(batch, Shrink<T, W>{batch, data(x, type), from.stride, data(store, own), {s.get(), 1, column}},
+             Expand<T, W>{batch,
+                          mutable_data(y, type),
+                          to.stride,
+                          data(x, type),
+                          from.stride,
+                          {s.get(), 1, column},
+                          data(store, own),
+                          static_cast<const uint16_t*>(columns.const_data_ptr()),
+                          columns.numel()});
   });
 }
 
@@ -143,7 +154,7 @@ void grouped_outer_(Tensor grad, const Tensor& values, const Tensor& other, cons
     using T = std::remove_pointer_t<decltype(type)>;
     using W = std::remove_pointer_t<decltype(own)>;
     run_all(batch, Outer<T, W>{batch, mutable_data(grad, own), data(values, type), values.stride(0), data(other, type),
-                               other.stride(0), static_cast<const float*>(s.const_data_ptr()), s.stride(0)});
+                               other.stride(0), in_rows(s)});
   });
 }
 

@@ -162,17 +162,53 @@ inline int64_t parts_of(double cost, double total, int64_t threads) {
   return static_cast<int64_t>(cost / std::max(task_cost, total / (4.0 * threads))) + 1;
 }
 
-// body(i, workspace) for i in [0, n), each taken by whichever thread is free.
-template <class F>
-void run_tasks(int64_t n, double cost, int64_t threads, const F& body) {
-  std::atomic<int64_t> next = 0;
-  const auto work = [&] {
-    Workspace space;
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) body(i, space);
+// Tasks one after the other that cost about so much each, in as many contiguous shares as there are threads. A thread takes
+// the tasks of its own share in order, then what others have not begun.
+class Shares {
+ public:
+  template <class Tasks>
+  Shares(const Tasks& tasks, int64_t threads) : all(threads) {
+    double total = 0, sum = 0;
+    for (const auto& task : tasks) total += task.cost;
+    int64_t i = 0;
+    const auto n = static_cast<int64_t>(tasks.size());
+    for (int64_t t = 0; t < threads; ++t) {
+      all[t].next = i;
+      for (const double most = total * (t + 1) / threads; i < n && (t + 1 == threads || sum + tasks[i].cost / 2 <= most);
+           ++i)
+        sum += tasks[i].cost;
+      all[t].end = i;
+    }
+  }
+
+  template <class F>
+  void work(int64_t thread, const F& body) {
+    for (size_t t = 0; t < all.size(); ++t) {
+      Share& share = all[(thread + t) % all.size()];
+      for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) body(i);
+    }
+  }
+
+ private:
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
   };
-  threads = std::min(threads, n);
-  if (threads < 2 || cost < serial_cost) return work();
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { work(); });
+  std::vector<Share> all;
+};
+
+// body(thread) for each thread.
+template <class F>
+void run_threads(int64_t threads, const F& body) {
+  if (threads < 2) return body(0);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) body(t);
+  });
+}
+
+// One where the work costs less than sharing it.
+inline int64_t threads_for(double cost) {
+  return cost < serial_cost ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
 }
 
 }  // namespace fastft

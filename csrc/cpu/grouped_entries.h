@@ -10,7 +10,6 @@
 
 namespace fastft {
 
-constexpr int64_t token_block = 48;      // that share what is made of an adapter: whole vectors of any width
 constexpr int64_t gathering_tokens = 3;  // at most
 
 inline vi gather_indices(const uint16_t* at) { return __builtin_convertvector(load_bytes<vu16>(at), vi); }

@@ -6,12 +6,11 @@
 
 namespace fastft {
 
-constexpr int64_t columns_step = 128, most_columns = 1024;  // of y or a gradient that one task sweeps
-
 // What a task does: of segments [first, last) positions [p0, p1), of pieces [piece, ...) ranks or columns [begin, end).
 struct Task {
   int32_t first, last, piece;
   int64_t p0, p1, begin, end;
+  double cost;
 };
 
 struct Plan {
@@ -23,6 +22,15 @@ inline float to_float(float v) { return v; }
 inline float to_float(bf16 v) { return std::bit_cast<float>(static_cast<uint32_t>(v.bits) << 16); }
 inline float to_float(fp16 v) { return static_cast<float>(std::bit_cast<_Float16>(v.bits)); }
 
+// S, element (p, r) of position p: rows as the public ops have them, or columns inside of one op, where threads that share a
+// segment's ranks then write no cache line together.
+template <class Float>
+struct Sums {
+  Float* p;
+  int64_t row, column;
+  Float& at(int64_t position, int64_t r) const { return p[position * row + r * column]; }
+};
+
 // Asks for `width` elements of each row: rows are too short for prefetchers, and lie where those don't look.
 template <class T>
 [[gnu::always_inline]] inline void fetch_rows(const T* const* rows, int64_t n, int64_t width) {
@@ -30,9 +38,9 @@ template <class T>
     for (int64_t v = 0; v < width; v += 64 / sizeof(T)) __builtin_prefetch(rows[i] + v, 0, 3);
 }
 
-// Row i of `to` (m <= token_block) gets Σ_j c[i, j] row j of a table: coefficients(j, n, c) writes c[i * depth_step + 0 ...
-// n) and table(j, n, rows) the rows of terms j to j + n, and either may say that something isn't there. `replace`: instead
-// of what stood in `to`.
+// Row i of `to` (m <= token_block) gets Σ_j c[i, j] row j of a table: coefficients(j, n, c) writes c[l * token_block + i]
+// for l < n, and table(j, n, rows) the rows of terms j to j + n, and either may say that something isn't there. `replace`:
+// instead of what stood in `to`.
 template <bool replace, class W, class T, class Coefficients, class Table>
 bool sum_products(int64_t m, int64_t depth, int64_t cols, const Coefficients& coefficients, const Table& table, T* const* to,
                   bool distinct, Workspace& space) {
@@ -46,7 +54,7 @@ bool sum_products(int64_t m, int64_t depth, int64_t cols, const Coefficients& co
   for (int64_t j = 0; j < depth; j += depth_step) {
     const int64_t n = std::min(depth_step, depth - j);
     if (!table(j, n, rows)) return false;
-    fetch_rows(rows, n, cols);
+    if (m > 1) fetch_rows(rows, n, cols);
     if (!coefficients(j, n, c)) return false;
     const auto add = [&](auto* const* from) {
       if constexpr (may)
@@ -82,8 +90,7 @@ struct Shrink {
   const T* x;
   int64_t ld;
   const W* store;
-  float* s;
-  int64_t width;
+  Sums<float> s;
 
   Plan plan(int64_t threads) const {
     Plan plan;
@@ -102,51 +109,69 @@ struct Shrink {
         const int64_t step = round_up(blocks(piece.count, parts), s.end - s.begin == 1 ? 8 : 4);
         for (int64_t p = s.begin; p < s.end; p += token_block)
           for (int64_t r = 0; r < piece.count; r += step)
-            plan.tasks.push_back(
-                {d, d + 1, i, p, std::min<int64_t>(s.end, p + token_block), r, std::min(piece.count, r + step)});
+            plan.tasks.push_back({d, d + 1, i, p, std::min<int64_t>(s.end, p + token_block), r,
+                                  std::min(piece.count, r + step),
+                                  cost(s, piece) / token_parts * std::min(piece.count - r, step) / piece.count});
       }
     }
     return plan;
   }
 
-  void run(const Task& task) const {
+  void run(const Task& task, Workspace&) const {
     const Segment& segment = batch.segments[task.first];
     const int64_t m = task.p1 - task.p0;
-    const bool fits = VL == 4            ? (m == 1 ? ranks<4>(segment, task) : ranks<2>(segment, task))
-                      : m == 1           ? ranks<VL>(segment, task)
-                      : m < 4 || VL == 8 ? ranks<VL / 2>(segment, task)
-                                         : ranks<std::max(VL / 4, 2)>(segment, task);
+    const bool fits = VL == 4            ? (m == 1 ? ranks<1, 4>(segment, task) : ranks<2, 2>(segment, task))
+                      : m == 1           ? ranks<1, VL>(segment, task)
+                      : m < 4 || VL == 8 ? ranks<2, VL / 2>(segment, task)
+                                         : ranks<std::min(VL / 2, 4), std::max(VL / 4, 2)>(segment, task);
     if (!fits) batch.fault.found("rows that are not in the store", segment.slot, task.piece);
   }
 
-  // In groups of R, each for all tokens.
-  template <int R>
+  // In tiles of M tokens and R ranks; of as many ranks and columns at a time as L1 holds for all tokens.
+  template <int M, int R>
   bool ranks(const Segment& segment, const Task& task) const {
+    constexpr int64_t block = dot_block<T, W>, held = 16;
     const Piece& piece = batch.piece(segment, task.piece);
     const T* tokens[token_block];
     for (int64_t p = task.p0; p < task.p1; ++p) tokens[p - task.p0] = x + batch.token(p) * ld + piece.x_first;
-    for (int64_t r = task.begin; r < task.end; r += R) {
-      const W* rows[R];
-      const int64_t n = std::min<int64_t>(R, task.end - r), m = task.p1 - task.p0;
-      if (!batch.row_table(store, piece.left + r, n, piece.x_width, 0, rows)) return false;
-      fetch_rows(rows, n, piece.x_width);
-      std::fill(rows + n, rows + R, rows[n - 1]);  // whose products nobody wants
-      float* to = s + task.p0 * width + piece.s_first + r;
-      int64_t t = 0;
-      if constexpr (VL / R >= 4)
-        for (; t + 4 <= m; t += 4) dots<4, R>(tokens + t, rows, piece.x_width, n, to + t * width);
-      if constexpr (VL / R >= 2)
-        for (; t + 2 <= m; t += 2) dots<2, R>(tokens + t, rows, piece.x_width, n, to + t * width);
-      for (; t < m; ++t) dots<1, R>(tokens + t, rows, piece.x_width, n, to + t * width);
+    const int64_t m = task.p1 - task.p0;
+    for (int64_t r = task.begin; r < task.end; r += held) {
+      const W* rows[held + rows_at_once];
+      const int64_t n = std::min(held, task.end - r), known = std::min(held + rows_at_once, task.end - r);
+      if (!batch.row_table(store, piece.left + r, known, piece.x_width, 0, rows)) return false;
+      std::fill(rows + known, rows + held + rows_at_once, rows[known - 1]);  // whose products nobody wants
+      for (int64_t k = 0; k < piece.x_width; k += block) {
+        const int64_t depth = std::min(block, piece.x_width - k);
+        int64_t t = 0;
+        const auto tiles = [&](auto size) {
+          for (int64_t i = 0; i < n; i += R)
+            dots<decltype(size)::value, R>(tokens + t, rows + i, k, depth, std::min<int64_t>(R, n - i), task.p0 + t,
+                                           piece.s_first + r + i);
+          t += size;
+        };
+        while (t + M <= m) tiles(std::integral_constant<int, M>());
+        if constexpr (M > 2)
+          if (t + 2 <= m) tiles(std::integral_constant<int, 2>());
+        if constexpr (M > 1)
+          if (t < m) tiles(std::integral_constant<int, 1>());
+      }
+      if (piece.x_width == 0)
+        for (int64_t t = 0; t < m; ++t)
+          for (int64_t i = 0; i < n; ++i) s.at(task.p0 + t, piece.s_first + r + i) = 0;
     }
     return true;
   }
 
   template <int M, int R>
-  void dots(const T* const* tokens, const W* const* rows, int64_t depth, int64_t n, float* to) const {
+  void dots(const T* const* tokens, const W* const* rows, int64_t k, int64_t depth, int64_t n, int64_t position,
+            int64_t rank) const {
     alignas(64) float out[VL];
-    fastft::store(out, dot_tile<M, R>(tokens, rows, depth));
-    for (int i = 0; i < M; ++i) std::memcpy(to + i * width, out + i * R, n * sizeof(float));
+    fastft::store(out, dot_tile<M, R>(tokens, rows, k, depth));
+    for (int64_t r = 0; r < n; ++r)
+      for (int i = 0; i < M; ++i) {
+        float& to = s.at(position + i, rank + r);
+        to = k ? to + out[i * R + r] : out[i * R + r];
+      }
   }
 };
 
@@ -158,8 +183,7 @@ struct Expand {
   int64_t y_ld;
   const T* x;
   int64_t x_ld;
-  const float* s;
-  int64_t s_ld;
+  Sums<const float> s;
   const W* store;
   const uint16_t* columns;
   int64_t column_count;
@@ -208,7 +232,8 @@ struct Expand {
     lo = lo / columns_step * columns_step;
     const int64_t parts = parts_of(cost, plan.cost, threads);
     const int64_t step = std::min(most_columns, round_up(blocks(hi - lo, parts), columns_step));
-    for (int64_t c = lo; c < hi; c += step) plan.tasks.push_back({first, last, 0, p0, p1, c, std::min(hi, c + step)});
+    for (int64_t c = lo; c < hi; c += step)
+      plan.tasks.push_back({first, last, 0, p0, p1, c, std::min(hi, c + step), cost * std::min(hi - c, step) / (hi - lo)});
   }
 
   void run(const Task& task, Workspace& space) const {
@@ -255,8 +280,8 @@ struct Expand {
         const int64_t* at = batch.offsets + piece.left + j;
         for (int64_t l = 0; l < n; ++l)
           if (at[l] < 0 || at[l] >= piece.x_width) return false;
-        for (int64_t i = 0; i < m; ++i)
-          for (int64_t l = 0; l < n; ++l) c[i * depth_step + l] = factors[i] * to_float(from[i][at[l]]);
+        for (int64_t l = 0; l < n; ++l)
+          for (int64_t i = 0; i < m; ++i) c[l * token_block + i] = factors[i] * to_float(from[i][at[l]]);
         return true;
       };
       return sum_products<false, W>(m, piece.count, hi - lo, gathered, table, to, distinct, space)
@@ -264,8 +289,8 @@ struct Expand {
                  : "rows that are not in the store, or channels outside of its window in x";
     }
     const auto scaled = [&](int64_t j, int64_t n, float* c) {
-      for (int64_t i = 0; i < m; ++i)
-        for (int64_t l = 0; l < n; ++l) c[i * depth_step + l] = factors[i] * s[(p + i) * s_ld + piece.s_first + j + l];
+      for (int64_t l = 0; l < n; ++l)
+        for (int64_t i = 0; i < m; ++i) c[l * token_block + i] = factors[i] * s.at(p + i, piece.s_first + j + l);
       return true;
     };
     return sum_products<false, W>(m, piece.count, hi - lo, scaled, table, to, distinct, space)
@@ -286,12 +311,12 @@ struct Expand {
         n += table[j] >= lo && table[j] < hi;
       }
       for (int64_t i = 0; i < m; ++i) {
-        const float* row = s + (p + i) * s_ld + piece.s_first;
         for (int64_t l = 0; l < n; l += VL) {
           const int64_t some = std::min<int64_t>(VL, n - l);
           T held[VL] = {};
           float added[VL] = {};
-          for (int64_t v = 0; v < some; ++v) held[v] = to[i][channels[l + v]], added[v] = row[own[l + v]];
+          for (int64_t v = 0; v < some; ++v)
+            held[v] = to[i][channels[l + v]], added[v] = s.at(p + i, piece.s_first + own[l + v]);
           fastft::store(held, load(held) + factors[i] * load(added));
           for (int64_t v = 0; v < some; ++v) to[i][channels[l + v]] = held[v];
         }
@@ -310,8 +335,7 @@ struct Outer {
   int64_t ld;
   const T* other;
   int64_t other_ld;
-  const float* s;
-  int64_t s_ld;
+  Sums<const float> s;
 
   Plan plan(int64_t threads) const {
     Plan plan;
@@ -330,8 +354,9 @@ struct Outer {
         const int64_t parts = parts_of(cost(batch.segments[d], piece), plan.cost, threads);
         const int64_t step = std::min(most_columns, round_up(blocks(piece.x_width, parts), columns_step));
         for (int64_t c = 0; c < piece.x_width; c += step)
-          plan.tasks.push_back(
-              {d, d + 1, i, batch.segments[d].begin, batch.segments[d].end, c, std::min(piece.x_width, c + step)});
+          plan.tasks.push_back({d, d + 1, i, batch.segments[d].begin, batch.segments[d].end, c,
+                                std::min(piece.x_width, c + step),
+                                cost(batch.segments[d], piece) * std::min(piece.x_width - c, step) / piece.x_width});
       }
     return plan;
   }
@@ -359,9 +384,9 @@ struct Outer {
         const int64_t p = task.p0 + j + l;
         const float factor = batch.factor(piece, p);
         const T* gathered = other + batch.token(p) * other_ld + piece.y_first;
-        const float* own = s + p * s_ld + piece.s_first + r;
         for (int64_t i = 0; i < n; ++i)
-          c[i * depth_step + l] = factor * (piece.kind == Piece::rows ? to_float(gathered[channels[i]]) : own[i]);
+          c[l * token_block + i] =
+              factor * (piece.kind == Piece::rows ? to_float(gathered[channels[i]]) : s.at(p, piece.s_first + r + i));
       }
       return true;
     };

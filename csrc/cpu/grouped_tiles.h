@@ -101,28 +101,45 @@ struct RowEnds {
   const T* at[N];
 };
 
-// Element i * R + r: the product of the n elements of x[i] and of a[r].
+// Rows that are read side by side: memory likes few streams of long rows. Each is asked for while the row that lies so many
+// before it is read.
+constexpr int rows_at_once = 4;
+
+// Elements that are multiplied before their products join a total.
+template <class X, class W>
+constexpr int64_t dot_step = in_pairs<X, W> ? 2 * VL : VL;
+template <class X, class W>
+constexpr int64_t dot_block = chain * dot_step<X, W>;
+
+// Element i * R + r: the product of n <= dot_block elements of x[i] and of a[r], from k on. After the R rows lie pointers to
+// those that come next.
 template <int M, int R, class X, class W>
-inline vf dot_tile(const X* const* x, const W* const* a, int64_t n) {
+inline vf dot_tile(const X* const* x, const W* const* a, int64_t k, int64_t n) {
   static_assert(M * R <= VL);
-  constexpr int64_t step = in_pairs<X, W> ? 2 * VL : VL;
-  const int64_t whole = n / step * step;
-  vf total[VL] = {};
-  for (int64_t k = 0; k < n;) {
-    vf sum[M][R] = {};
-    for (const int64_t stop = std::min(whole, k + chain * step); k < stop; k += step) add_products(sum, x, a, k);
-    if (k == whole && k < n) {
-      const RowEnds<M, step, X> x_ends(x, k, n);
-      const RowEnds<R, step, W> a_ends(a, k, n);
+  constexpr int G = std::min(R, rows_at_once);
+  constexpr int64_t step = dot_step<X, W>;
+  const int64_t whole = k + n / step * step, end = k + n;
+  vf sums[VL] = {};
+#pragma GCC unroll 16
+  for (int g = 0; g < R; g += G) {
+    const W* const* rows = a + g;
+    vf sum[M][G] = {};
+    for (int64_t j = k; j < whole; j += step) {
+#pragma GCC unroll 16
+      for (int r = 0; r < G; ++r) __builtin_prefetch(rows[G + r] + j, 0, 3);
+      add_products(sum, x, rows, j);
+    }
+    if (whole < end) {
+      const RowEnds<M, step, X> x_ends(x, whole, end);
+      const RowEnds<G, step, W> a_ends(rows, whole, end);
       add_products(sum, x_ends.at, a_ends.at, 0);
-      k = n;
     }
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) total[i * R + r] += sum[i][r];
+      for (int r = 0; r < G; ++r) sums[i * R + g + r] = sum[i][r];
   }
-  return lane_totals(total);
+  return lane_totals(sums);
 }
 
 // Where sums go: columns v, v + 1, ... of row i get `sum`, of which n exist.
@@ -131,6 +148,7 @@ struct AddToRows {
   T* const* rows;
   bool distinct;  // or a row can be there twice, and waits for what came before
   AddToRows from(int64_t i) const { return {rows + i, distinct}; }
+  [[gnu::always_inline]] void fetch(int64_t i, int64_t v) const { __builtin_prefetch(rows[i] + v, 1, 3); }
   vf added(int64_t i, int64_t v, vf sum) const { return load(rows[i] + v) + sum; }
   vf added(int64_t i, int64_t v, vf sum, int64_t n) const { return load(rows[i] + v, n) + sum; }
   void put(int64_t i, int64_t v, vf total) const { store(rows[i] + v, total); }
@@ -143,18 +161,25 @@ struct AddToSums {
   int64_t ld;
   static constexpr bool distinct = true;
   AddToSums from(int64_t i) const { return {p + i * ld, ld}; }
+  void fetch(int64_t, int64_t) const {}
   vf added(int64_t i, int64_t v, vf sum, int64_t = VL) const { return load(p + i * ld + v) + sum; }
   void put(int64_t i, int64_t v, vf total, int64_t = VL) const { store(p + i * ld + v, total); }
 };
 
+constexpr int64_t token_block = 48;    // tokens that share what is made of an adapter: whole vectors of any width
 constexpr int64_t depth_step = chain;  // rows that are added one by one before they join the total
+constexpr int64_t columns_step = 128, most_columns = 1024;  // of y or a gradient that one task sweeps
 constexpr int tile_vectors = VL == 16 ? 4 : 2, tile_rows = 6;
 
 template <int M, int V, bool part, class W, class To>
 [[gnu::always_inline]] inline void sum_tile(const float* c, const W* const* rows, int64_t depth, int64_t col, int64_t n,
                                             To to) {
   vf sum[M][V] = {};
-  for (int64_t j = 0; j < depth; ++j) {
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) to.fetch(i, col + v * VL);
+  for (int64_t j = 0; j < depth; ++j, c += token_block) {
     const W* p = rows[j] + col;
     vf b[V];
 #pragma GCC unroll 8
@@ -162,7 +187,7 @@ template <int M, int V, bool part, class W, class To>
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sum[i][v] += c[i * depth_step + j] * b[v];
+      for (int v = 0; v < V; ++v) sum[i][v] += c[i] * b[v];
   }
   const auto added = [&](int i, int v) __attribute__((always_inline)) {
     return part ? to.added(i, col, sum[i][v], n) : to.added(i, col + v * VL, sum[i][v]);
@@ -186,29 +211,72 @@ template <int M, int V, bool part, class W, class To>
   }
 }
 
-template <int M, class W, class To>
-void sum_row_group(const float* c, const W* const* rows, int64_t depth, int64_t cols, To to) {
-  constexpr int wide = M == 1 ? 8 : M == 2 ? 2 * tile_vectors : tile_vectors;
-  int64_t col = 0;
-  for (; col + wide * VL <= cols; col += wide * VL) sum_tile<M, wide, false>(c, rows, depth, col, VL, to);
-  for (int64_t i = 0; col < cols && i < M; ++i) {  // what few widths have
-    int64_t v = col;
-    for (; v + VL <= cols; v += VL) sum_tile<1, 1, false>(c + i * depth_step, rows, depth, v, VL, to.from(i));
-    if (v < cols) sum_tile<1, 1, true>(c + i * depth_step, rows, depth, v, cols - v, to.from(i));
-  }
+// One row of sums: rows are swept one after the other, a few side by side, and the sums wait in L1.
+template <class W, class To>
+void sum_one_row(const float* c, const W* const* rows, int64_t depth, int64_t cols, To to) {
+  alignas(64) float sums[most_columns];
+  const auto sweep = [&](auto count, int64_t j) {
+    constexpr int n = decltype(count)::value;
+    const bool first = j == 0, last = j + n >= depth;
+    const W *own[n], *next[n];
+    vf factor[n];
+    for (int l = 0; l < n; ++l)
+      own[l] = rows[j + l], next[l] = rows[std::min(depth - 1, j + l + n)], factor[l] = vf{} + c[(j + l) * token_block];
+    int64_t v = 0;
+    for (; v + VL <= cols; v += VL) {
+      vf sum = first ? vf{} : load(sums + v);
+#pragma GCC unroll 8
+      for (int l = 0; l < n; ++l) {
+        __builtin_prefetch(next[l] + v, 0, 3);
+        sum += factor[l] * load(own[l] + v);
+      }
+      if (last)
+        to.put(0, v, to.added(0, v, sum));
+      else
+        store(sums + v, sum);
+    }
+    if (v < cols) {
+      vf sum = first ? vf{} : load(sums + v);
+      for (int l = 0; l < n; ++l) sum += factor[l] * load(own[l] + v, cols - v);
+      if (last)
+        to.put(0, v, to.added(0, v, sum, cols - v), cols - v);
+      else
+        store(sums + v, sum);
+    }
+  };
+  int64_t j = 0;
+  for (; j + rows_at_once <= depth; j += rows_at_once) sweep(std::integral_constant<int, rows_at_once>(), j);
+  for (; j < depth; ++j) sweep(std::integral_constant<int, 1>(), j);
 }
 
-// Row i of `to` gets Σ_j c[i * depth_step + j] rows[j], m rows of `cols` columns each, depth <= depth_step.
+// Row i of `to` gets Σ_j c[j * token_block + i] rows[j], m rows of `cols` columns each, depth <= depth_step.
 template <class W, class To>
 void sum_rows(int64_t m, const float* c, const W* const* rows, int64_t depth, int64_t cols, To to) {
-  const auto group = [&](auto size) {
-    sum_row_group<decltype(size)::value>(c, rows, depth, cols, to);
-    m -= size, c += size * depth_step, to = to.from(size);
+  if (m == 1) return sum_one_row(c, rows, depth, cols, to);
+  // Groups of tokens as equal as can be, two or more each; a block of columns stays in L1 for all of them.
+  const int64_t groups = (m + tile_rows - 1) / tile_rows, larger = m % groups, smaller = m / groups;
+  const auto sweep = [&](auto vectors, auto part, int64_t col) {
+    int64_t i = 0;
+    for (int64_t g = 0; g < groups; ++g) {
+      const auto tile = [&](auto size) {
+        sum_tile<decltype(size)::value, decltype(vectors)::value, decltype(part)::value>(
+            c + i, rows, depth, col, std::min<int64_t>(VL, cols - col), to.from(i));
+        i += size;
+      };
+      switch (smaller + (g < larger)) {
+        case 2: tile(std::integral_constant<int, 2>()); break;
+        case 3: tile(std::integral_constant<int, 3>()); break;
+        case 4: tile(std::integral_constant<int, 4>()); break;
+        case 5: tile(std::integral_constant<int, 5>()); break;
+        case 6: tile(std::integral_constant<int, 6>()); break;
+      }
+    }
   };
-  while (m >= tile_rows) group(std::integral_constant<int, tile_rows>());
-  if (m >= 4) group(std::integral_constant<int, 4>());
-  if (m >= 2) group(std::integral_constant<int, 2>());
-  if (m) group(std::integral_constant<int, 1>());
+  int64_t col = 0;
+  for (; col + tile_vectors * VL <= cols; col += tile_vectors * VL)
+    sweep(std::integral_constant<int, tile_vectors>(), std::false_type(), col);
+  for (; col + VL <= cols; col += VL) sweep(std::integral_constant<int, 1>(), std::false_type(), col);
+  if (col < cols) sweep(std::integral_constant<int, 1>(), std::true_type(), col);
 }
 
 }  // namespace fastft

@@ -42,10 +42,10 @@ inline void parallel_for(int64_t n, const F& body) {  // body(task) for task in 
 // About what work costs one thread, in nanoseconds: memory that is read once, products of it with tokens.
 inline double read_cost(double bytes) { return 0.07 * bytes; }
 inline double product_cost(double products) { return products / (4 * VL); }
-// Not worth waking anybody: two threads share 30 us of work in as much time as one takes for it when both are awake, and
-// between two GEMMs of a decode step they rarely are (one adapter in a batch: 1.13 instead of 1.20 of the base's step). A
-// layer of 24 tokens x 40 x 56, a few us an op, took 20 times as long where other processes kept the cores busy.
-constexpr double serial_cost = 30000;
+// Not worth sharing: two threads that are awake take 3 us to begin and to end, more after a GEMM that emptied their caches
+// (of a decode step with one adapter, 1.36 ms instead of 1.47 with twice this). A layer of 24 tokens x 40 x 56, a few us an
+// op, took 20 times as long where other processes kept the cores busy.
+constexpr double serial_cost = 16000;
 
 template <class F>
 inline void parallel_for(int64_t n, double cost, const F& body) {  // the same, where all of it costs about so much

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..modules import huge_pages
 from ..ops.grouped import FIELDS, LOW_RANK, grouped_add_, grouped_expand_, grouped_shrink, in_one_call, scale_bits
 from .peft_eligible import DTYPES, PLAIN, autocasting, bare, unfit
 
@@ -126,7 +127,7 @@ def _lay_out(made: LayerBank, present, slots, dtype, device) -> None:
             at += rows * padded
         pieces[slots[name], 0] = torch.tensor([LOW_RANK, r, left, left + r, 0, k, 0, n, 0, scale_bits(scale)])
         made.width = max(made.width, r)
-    made.store, made.offsets = torch.cat(parts), torch.tensor(offsets, dtype=torch.int64, device=device)
+    made.store, made.offsets = huge_pages.cat(parts), torch.tensor(offsets, dtype=torch.int64, device=device)
     made.columns, made.pieces = torch.zeros(0, dtype=torch.int16, device=device), pieces.to(device)
 
 
@@ -214,12 +215,12 @@ def add(bank: LayerBank, layer, x, index):
         length = shape[1:-1].numel()
         segments, assignments = index.routing(x.device, length)
         index.last = (length if x.is_cpu else None), segments, assignments
-    rows, out = x.reshape(-1, shape[-1]), y.view(-1, y.shape[-1])
     plan = bank.pieces, segments, assignments
-    op = chosen.op if known else _choose(bank, index, out, rows, *plan)
+    op = chosen.op if known else _choose(bank, index, y, x, *plan)
     if op is not None:
-        op(out, rows, bank.store, bank.offsets, bank.columns, *plan, None, 1, bank.width)
+        op(y, x.contiguous(), bank.store, bank.offsets, bank.columns, *plan, None, 1, bank.width)
     else:
+        rows, out = x.reshape(-1, shape[-1]), y.view(-1, y.shape[-1])
         s = grouped_shrink(rows, bank.store, bank.offsets, *plan, 1, bank.width)
         grouped_expand_(out, rows, s, bank.store, bank.offsets, bank.columns, *plan, None, 1)
     return y
@@ -246,12 +247,12 @@ def _base(base, x):
     return F.linear(x, weight, bias) if type(weight) is nn.Parameter and type(bias) in _PLAIN_BIAS else base(x)
 
 
-def _choose(bank, index, out, rows, *plan):
+def _choose(bank, index, y, x, *plan):
     """What adds in one call, or None where there are its halves alone; the same from batch to batch, as a rule."""
-    if not in_one_call(rows.device):
+    if not in_one_call(x.device):
         return None
     if index.conditions is None:  # somebody records the launches
         return grouped_add_
-    op = grouped_add_.direct(out, rows, bank.store, bank.offsets, bank.columns, *plan, None, 1, bank.width)
-    bank.chosen = _Chosen(op, index.conditions, rows.dtype)
+    op = grouped_add_.direct(y, x, bank.store, bank.offsets, bank.columns, *plan, None, 1, bank.width)
+    bank.chosen = _Chosen(op, index.conditions, x.dtype)
     return op

@@ -10,6 +10,7 @@ import threading
 import torch
 from torch import nn
 
+from . import huge_pages
 from .sharding import weights_come_and_go
 
 # Devices on which one GEMM over all the weights is taken for faster than one for each layer. Not CPUs, where it was slower
@@ -98,7 +99,7 @@ def into_one(parameters):
     """A new buffer with the rows of these Parameters one after the other, of which they become slices."""
     # In inference mode Parameters would become inference tensors, which can't be trained through ever after.
     with torch.inference_mode(False), torch.no_grad():
-        packed = torch.cat([parameter.detach() for parameter in parameters])
+        packed = huge_pages.cat([parameter.detach() for parameter in parameters])
         for parameter, part in zip(parameters, packed.split([p.shape[0] for p in parameters])):
             parameter.data = part
     return packed

@@ -3,7 +3,8 @@
 A *site* is one linear, or several that read one input (q, k and v; gate and up) whose weights then lie in one buffer: one
 GEMM, one shrink and one expand (`ops.grouped`) compute all of them. The member that is called first computes, the others
 take their columns if they are called with the same tensor, unchanged, in the same batch; else the whole site is computed
-again. So a wrong guess of which linears belong together costs time, never a wrong result.
+again. So a wrong guess of which linears belong together costs time, never a wrong result. (On a CPU the GEMM alone is no
+faster so, and a batch without adapters 2 % slower; one with adapters is 2 % faster than with GEMMs apart.)
 
 What tokens have which adapters stands in a `BatchRoute`, which the engine sets before each forward; where adapters lie, in
 what `RoutedModel.bind` was given. A batch without adapters runs the same GEMM and nothing else, and rows without an adapter
@@ -32,7 +33,7 @@ class RoutedSite:
     __slots__ = (
         *("site", "modules", "route", "weight", "bias", "sizes", "waiting", "warned", "in_features", "out_features", "name"),
         *("store", "offsets", "columns", "pieces", "widths", "side", "fork", "join", "overlap_rows"),
-        *("conditions", "dtype", "ops"),
+        *("conditions", "dtype", "add", "halves"),
     )
 
     def __init__(self, site: Site, modules: list[nn.Module], route: BatchRoute):
@@ -42,7 +43,7 @@ class RoutedSite:
         self.weight = self.bias = self.waiting = self.side = None
         self.store = self.offsets = self.columns = self.pieces = None
         self.widths: dict[str, int | None] = {}
-        self.conditions = self.dtype = self.ops = None
+        self.conditions = self.dtype = self.add = self.halves = None
         self.warned, self.overlap_rows = False, 0
         if len(modules) > 1:
             self.pack()
@@ -78,7 +79,8 @@ class RoutedSite:
 
     def open(self, at: int, x):
         """The columns of member `at`; those of the others wait for them."""
-        _inference_only()
+        if torch.is_grad_enabled():
+            _refuse_gradients()
         if self.weight is None:  # the model was moved since
             self.pack()
         route, waiting = self.route, self.waiting
@@ -100,53 +102,58 @@ class RoutedSite:
         route, width = self.route, self.widths.get(self.name)
         if width is None:  # nothing in memory adds anything here
             return self._base(member, x)
-        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
-        if rows.stride(1) != 1:
-            rows = rows.contiguous()
-        count = rows.shape[0]
+        # As few steps as can be: a GEMM has emptied the caches of all that they need.
+        count = x.numel() // self.in_features
         if count != route.rows:
             raise RuntimeError(
                 f"{self.name} got {count} rows, but the batch's route has {route.rows}, so nobody knows whose they are: "
                 "adapters on layers that see other rows than the batch's tokens (experts, encoders) can't be served"
             )
-        where = self.store, self.offsets
-        batch = self.pieces, route.segments, route.assignments
-        if route.conditions is None or route.conditions != self.conditions or rows.dtype is not self.dtype:
-            self._choose_ops(rows, width)
-        s = None
-        if count <= self.overlap_rows and width:
-            y, s = self._beside(member, x, (rows, *where, *batch, 1, width))
-        else:
+        if route.conditions is None or route.conditions != self.conditions or x.dtype is not self.dtype:
+            self._choose_ops(x, width)
+        y, add = None, self.add
+        if add is not None:
+            y = F.linear(x, self.weight, self.bias) if member is None else self._base(member, x)
+            if y.dtype is x.dtype and y.is_contiguous() and x.is_contiguous():
+                store, offsets, columns, pieces = self.store, self.offsets, self.columns, self.pieces
+                add(y, x, store, offsets, columns, pieces, route.segments, route.assignments, None, 1, width)
+                return y
+        return self._in_two(member, x, y, width)
+
+    def _in_two(self, member, x, y, width):
+        """The same with a shrink and an expand, on matrices; y: the base's output, or None."""
+        where, plan = (self.store, self.offsets), (self.pieces, self.route.segments, self.route.assignments)
+        rows, s = x.reshape(-1, self.in_features), None
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
+        if y is None and len(rows) <= self.overlap_rows and width:
+            y, s = self._beside(member, x, (rows, *where, *plan, 1, width))
+        elif y is None:
             y = self._base(member, x)
         if y.dtype is not rows.dtype:  # under autocast, or of a quantised layer
             rows, s = rows.to(y.dtype), None
             self._choose_ops(rows, width)
         if not y.is_contiguous():  # of some libraries' quantised layers
             y = y.contiguous()
-        out = y if y.dim() == 2 else y.view(-1, self.out_features)
-        shrink, expand, add = self.ops
-        if add is not None:
-            add(out, rows, *where, self.columns, *batch, None, 1, width)
-            return y
+        shrink, expand = self.halves
         if s is None:
-            s = shrink(rows, *where, *batch, 1, width) if width else self._no_sums(rows)
-        expand(out, rows, s, *where, self.columns, *batch, None, 1)
+            s = shrink(rows, *where, *plan, 1, width) if width else self._no_sums(rows)
+        expand(y.view(-1, self.out_features), rows, s, *where, self.columns, *plan, None, 1)
         return y
 
-    def _choose_ops(self, rows, width) -> None:
+    def _choose_ops(self, x, width) -> None:
         """What runs the ops; the same in every step, until the dtype changes or somebody forces or records backends."""
-        route, whole = self.route, in_one_call(rows.device)
-        self.conditions, self.dtype = route.conditions, rows.dtype
+        route, whole = self.route, in_one_call(x.device)
+        self.conditions, self.dtype = route.conditions, x.dtype
         if route.conditions is None:
-            self.ops = grouped_shrink, grouped_expand_, grouped_add_ if whole else None
+            self.add, self.halves = grouped_add_ if whole else None, (grouped_shrink, grouped_expand_)
             return
-        where, batch = (self.store, self.offsets), (self.pieces, route.segments, route.assignments)
-        if whole:
-            self.ops = None, None, grouped_add_.direct(rows, rows, *where, self.columns, *batch, None, 1, width)
-            return
+        where, plan = (self.store, self.offsets), (self.pieces, route.segments, route.assignments)
+        rows = x.new_empty((0, 1))
+        self.add = grouped_add_.direct(rows, rows, *where, self.columns, *plan, None, 1, width) if whole else None
         s = rows.new_empty((0, width), dtype=torch.promote_types(rows.dtype, torch.float32))
-        expand = grouped_expand_.direct(rows, rows, s, *where, self.columns, *batch, None, 1)
-        self.ops = grouped_shrink.direct(rows, *where, *batch, 1, width), expand, None
+        expand = grouped_expand_.direct(rows, rows, s, *where, self.columns, *plan, None, 1)
+        self.halves = grouped_shrink.direct(rows, *where, *plan, 1, width), expand
 
     def _no_sums(self, rows):
         """S where no adapter in memory has low-rank factors or rows."""
@@ -156,6 +163,10 @@ class RoutedSite:
     def _base(self, member, x):
         if member is None:
             return F.linear(x, self.weight, self.bias)
+        if member.plain is nn.Linear:  # past its forward and the look-up of its parameters
+            own = member._parameters
+            if (weight := own.get("weight")) is not None:
+                return F.linear(x, weight, own["bias"])
         return member.plain.forward(member, x)
 
     def _beside(self, member, x, plan):
@@ -166,7 +177,7 @@ class RoutedSite:
         self.fork.record(now)
         side.wait_event(self.fork)
         with torch.cuda.stream(side):
-            s = self.ops[0](*plan)
+            s = self.halves[0](*plan)
             self.join.record(side)
         y = self._base(member, x)
         now.wait_event(self.join)
@@ -183,7 +194,8 @@ class Routed:
     plain: type
 
     def forward(self, input):
-        _inference_only()
+        if torch.is_grad_enabled():
+            _refuse_gradients()
         site = self._site
         if site.route.active:
             return site.adapted(self, input)
@@ -218,12 +230,11 @@ class RoutedMember(Routed):
         return site.open(at, input)
 
 
-def _inference_only():
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "this model's linears are routed to many adapters, which is for inference: run it under torch.no_grad(), or "
-            "uninstall the routing"
-        )
+def _refuse_gradients():
+    raise RuntimeError(
+        "this model's linears are routed to many adapters, which is for inference: run it under torch.no_grad(), or "
+        "uninstall the routing"
+    )
 
 
 @functools.cache

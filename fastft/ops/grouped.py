@@ -150,6 +150,7 @@ def _expand_reference(y, x, s, store, offsets, columns, pieces, segments, assign
 
 
 def _add_reference(y, x, store, offsets, columns, pieces, segments, assignments, weights, k, width):
+    y, x = y.view(-1, y.shape[-1]) if y.dim() > 2 else y, x.flatten(0, -2)
     s = _shrink_reference(x, store, offsets, pieces, segments, assignments, k, width)
     _expand_reference(y, x, s, store, offsets, columns, pieces, segments, assignments, weights, k)
 
@@ -195,7 +196,8 @@ grouped_expand_ = Op(
     nothing_fake,
     _refuse(act=0, store=3),
 )
-# Both in one, where no gradient needs S. On CPUs alone: decoding has so little to do that a second call's own cost shows.
+# Both in one, where no gradient needs S; y and x may have leading dimensions if they are contiguous. On CPUs alone: decoding
+# has so little to do that what a second call and views cost shows.
 grouped_add_ = Op(
     "grouped_add_(Tensor(a!) y, Tensor x, Tensor store, Tensor offsets, Tensor columns, Tensor pieces, Tensor segments, "
     "Tensor assignments, Tensor? weights, int k, int width) -> ()",

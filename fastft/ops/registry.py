@@ -100,7 +100,8 @@ class NativeBackend:
     def _overload(self, namespace, name):
         overload = self._overloads.get((namespace, name))
         if overload is None:
-            overload = self._overloads[namespace, name] = getattr(getattr(torch.ops, namespace), name).default
+            # The operator itself: an OpOverload's __call__ is a Python frame around it.
+            overload = self._overloads[namespace, name] = getattr(getattr(torch.ops, namespace), name).default._op
         return overload
 
 

@@ -9,6 +9,7 @@ import numpy
 import torch
 
 from .. import _native
+from ..modules import huge_pages
 from ..ops.grouped import FIELDS
 from .packed import PackedAdapter
 
@@ -43,7 +44,7 @@ class AdapterPool:
         if self.runtime is None:
             raise RuntimeError(f"adapters can't be held in memory: {reason}")
         self.device, self.page_bytes = torch.device(device), page_bytes
-        self.bytes = torch.zeros(pages * page_bytes, dtype=torch.uint8, device=self.device)
+        self.bytes = huge_pages.zeros(pages * page_bytes, dtype=torch.uint8, device=self.device)
         self.store, self.offsets, self.columns = map(self.bytes.view, (dtype, torch.int64, torch.int16))
         self.per_site = dict(pieces)
         counts = numpy.array([*pieces.values()], dtype=numpy.int64)

@@ -128,6 +128,29 @@ def test_both_in_one_are_the_two(dtypes):
             torch.set_num_threads(before)
 
 
+@pytest.mark.sanitize
+@pytest.mark.parametrize("which", ["cpu", "reference"])
+def test_both_in_one_with_leading_dimensions(which):
+    """grouped_add_ takes x and y as a model has them, and says what it does not take."""
+    adapters, k, outputs, slots = SMALL[0]
+    slots = (list(slots) * 6)[:6]
+    case, (segments, assignments, _) = make(adapters, k, outputs, torch.float32, seed=1), routed(slots, "cpu")
+    x, y = drawn(6, k, torch.float32, "cpu", 1)[0], drawn(6, sum(outputs), torch.float32, "cpu", 2)[0]
+    where = case.store, case.offsets, case.columns, case.pieces, segments, assignments, None, 1, case.width
+    with run_on(f"cpu_{_native.supported_isas()[0]}" if which == "cpu" else which):
+        want, got = y.clone(), y.clone()
+        grouped.grouped_add_(want, x, *where)
+        for shape in (2, 3), (6, 1), (1, 2, 3):
+            grouped.grouped_add_(got.copy_(y).view(*shape, -1), x.view(*shape, -1), *where)
+            assert torch.equal(bits(got), bits(want)), shape
+        assert not torch.equal(got, y)
+        if which == "cpu":
+            apart = torch.zeros(2, 3, 2 * k)[..., ::2]
+            for wrong in (apart, x[0], x[:5].view(5, 1, k)):
+                with pytest.raises(RuntimeError, match="contiguous with more dimensions|y has 6 rows, x 5"):
+                    grouped.grouped_add_(got.view(2, 3, -1), wrong, *where)
+
+
 @pytest.mark.parametrize("dtypes", DTYPES[:3], ids=str)
 def test_several_weighted_assignments(backend, dtypes):
     """Two adapters a token, of them one twice, or none; on any backend without a race: twice the same bits."""
