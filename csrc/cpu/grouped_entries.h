@@ -162,6 +162,7 @@ bool add_entries(const Batch& batch, const Piece& piece, const W* store, const u
   for (int64_t b = 0; b < piece.count; ++b) {
     EntryBlock<W> block;
     if (!entry_block(batch, piece, b, store, columns, column_count, lo, hi, block)) return false;
+    if (block.begin >= block.end) continue;  // none of its rows is asked for, and `starts` has no such places
     if (gathers) {
       for (int64_t i = block.begin; i < block.end; i += VL) {
         const int64_t n = std::min<int64_t>(VL, block.end - i);
