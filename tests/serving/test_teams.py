@@ -14,7 +14,7 @@ from fastft.serving import teams
 pytestmark = pytest.mark.skipif(teams._gnu_openmp() is None, reason="PyTorch is not on GNU's OpenMP here")
 
 START = """
-    import os, threading
+    import os, threading, time
     import torch
     from fastft.serving import teams
 
@@ -33,6 +33,12 @@ START = """
 
     def threads():
         return len(os.listdir("/proc/self/task"))
+
+    def become(most):  # threads that are told to end take a while
+        deadline = time.monotonic() + 20
+        while threads() > most:
+            assert time.monotonic() < deadline, (threads(), most)
+            time.sleep(0.01)
 """
 
 
@@ -62,7 +68,7 @@ def test_a_team_is_disbanded_and_made_again():
         work()
         assert threads() == alone + 1
         teams.disband()
-        assert threads() == alone
+        become(alone)
         work()
         assert threads() == alone + 1
     """)
@@ -99,8 +105,7 @@ def test_who_starts_an_engine_leaves_it_the_cores(tmp_path):
         before = threads()
         with engine.start():
             engine.generate([prompt(3, 1)], max_tokens=2)
-            # The engine's thread and its team have come, this thread's has gone.
-            assert threads() <= before + 1, (before, threads())
+            become(before + 1)  # the engine's thread and its team have come, this thread's has gone
         """,
         tmp_path,
     )
