@@ -33,7 +33,7 @@ class RoutedSite:
     __slots__ = (
         *("site", "modules", "route", "weight", "bias", "sizes", "waiting", "warned", "in_features", "out_features", "name"),
         *("store", "offsets", "columns", "pieces", "widths", "side", "fork", "join", "overlap_rows"),
-        *("conditions", "dtype", "add", "halves"),
+        *("conditions", "dtype", "ops"),
     )
 
     def __init__(self, site: Site, modules: list[nn.Module], route: BatchRoute):
@@ -43,7 +43,7 @@ class RoutedSite:
         self.weight = self.bias = self.waiting = self.side = None
         self.store = self.offsets = self.columns = self.pieces = None
         self.widths: dict[str, int | None] = {}
-        self.conditions = self.dtype = self.add = self.halves = None
+        self.conditions = self.dtype = self.ops = None
         self.warned, self.overlap_rows = False, 0
         if len(modules) > 1:
             self.pack()
@@ -111,17 +111,18 @@ class RoutedSite:
             )
         if route.conditions is None or route.conditions != self.conditions or x.dtype is not self.dtype:
             self._choose_ops(x, width)
-        y, add = None, self.add
+        y, add = None, self.ops[2]
         if add is not None:
-            y = F.linear(x, self.weight, self.bias) if member is None else self._base(member, x)
+            y = self._base(member, x)
             if y.dtype is x.dtype and y.is_contiguous() and x.is_contiguous():
                 store, offsets, columns, pieces = self.store, self.offsets, self.columns, self.pieces
                 add(y, x, store, offsets, columns, pieces, route.segments, route.assignments, None, 1, width)
                 return y
-        return self._in_two(member, x, y, width)
+        return self._on_matrices(member, x, y, width)
 
-    def _in_two(self, member, x, y, width):
-        """The same with a shrink and an expand, on matrices; y: the base's output, or None."""
+    def _on_matrices(self, member, x, y, width):
+        """The same for any strides and dtypes, and in two ops where there is no one for both; y: the base's output, or
+        None."""
         where, plan = (self.store, self.offsets), (self.pieces, self.route.segments, self.route.assignments)
         rows, s = x.reshape(-1, self.in_features), None
         if rows.stride(1) != 1:
@@ -135,25 +136,29 @@ class RoutedSite:
             self._choose_ops(rows, width)
         if not y.is_contiguous():  # of some libraries' quantised layers
             y = y.contiguous()
-        shrink, expand = self.halves
+        out, (shrink, expand, add) = y.view(-1, self.out_features), self.ops
+        if add is not None:
+            add(out, rows, *where, self.columns, *plan, None, 1, width)
+            return y
         if s is None:
             s = shrink(rows, *where, *plan, 1, width) if width else self._no_sums(rows)
-        expand(y.view(-1, self.out_features), rows, s, *where, self.columns, *plan, None, 1)
+        expand(out, rows, s, *where, self.columns, *plan, None, 1)
         return y
 
-    def _choose_ops(self, x, width) -> None:
+    def _choose_ops(self, rows, width) -> None:
         """What runs the ops; the same in every step, until the dtype changes or somebody forces or records backends."""
-        route, whole = self.route, in_one_call(x.device)
-        self.conditions, self.dtype = route.conditions, x.dtype
+        route, whole = self.route, in_one_call(rows.device)
+        self.conditions, self.dtype = route.conditions, rows.dtype
         if route.conditions is None:
-            self.add, self.halves = grouped_add_ if whole else None, (grouped_shrink, grouped_expand_)
+            self.ops = grouped_shrink, grouped_expand_, grouped_add_ if whole else None
             return
-        where, plan = (self.store, self.offsets), (self.pieces, route.segments, route.assignments)
-        rows = x.new_empty((0, 1))
-        self.add = grouped_add_.direct(rows, rows, *where, self.columns, *plan, None, 1, width) if whole else None
+        where, batch = (self.store, self.offsets), (self.pieces, route.segments, route.assignments)
+        if whole:
+            self.ops = None, None, grouped_add_.direct(rows, rows, *where, self.columns, *batch, None, 1, width)
+            return
         s = rows.new_empty((0, width), dtype=torch.promote_types(rows.dtype, torch.float32))
-        expand = grouped_expand_.direct(rows, rows, s, *where, self.columns, *plan, None, 1)
-        self.halves = grouped_shrink.direct(rows, *where, *plan, 1, width), expand
+        expand = grouped_expand_.direct(rows, rows, s, *where, self.columns, *batch, None, 1)
+        self.ops = grouped_shrink.direct(rows, *where, *batch, 1, width), expand, None
 
     def _no_sums(self, rows):
         """S where no adapter in memory has low-rank factors or rows."""
@@ -163,10 +168,9 @@ class RoutedSite:
     def _base(self, member, x):
         if member is None:
             return F.linear(x, self.weight, self.bias)
-        if member.plain is nn.Linear:  # past its forward and the look-up of its parameters
-            own = member._parameters
-            if (weight := own.get("weight")) is not None:
-                return F.linear(x, weight, own["bias"])
+        own = member._parameters
+        if member.plain is nn.Linear and "weight" in own and "bias" in own:  # past its look-up of parameters
+            return F.linear(x, own["weight"], own["bias"])
         return member.plain.forward(member, x)
 
     def _beside(self, member, x, plan):
@@ -177,7 +181,7 @@ class RoutedSite:
         self.fork.record(now)
         side.wait_event(self.fork)
         with torch.cuda.stream(side):
-            s = self.halves[0](*plan)
+            s = self.ops[0](*plan)
             self.join.record(side)
         y = self._base(member, x)
         now.wait_event(self.join)

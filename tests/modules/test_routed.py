@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import fastft
 from fastft.modules.packed import into_one
@@ -249,6 +250,17 @@ def test_inference_only(block):
         x = X.clone()
         for mine, other in zip(members(model), members(twin)):
             same(mine(x), other(x))
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_linear_whose_weight_or_bias_is_no_parameter(block, name):
+    """Pruning keeps what is left of them as plain attributes."""
+    model, routed, twin, _ = block
+    route(routed.tokens, [0] * 3)
+    for layer in (model.o_proj, twin.o_proj):
+        prune.l1_unstructured(layer, name, amount=3)
+    x = torch.randn(3, 6)
+    assert torch.equal(model.o_proj(x), twin.o_proj(x))
 
 
 def test_moving_and_loading_packs_again(block):
