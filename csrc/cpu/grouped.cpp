@@ -19,7 +19,7 @@ void run_all(const Batch& batch, const Op& op) {
   const Plan plan = op.plan(torch::stable::get_num_threads());
   const int64_t threads = threads_for(plan.cost);
   Shares shares(plan.tasks, threads);
-  run_threads(threads, [&](int64_t thread) {
+  parallel_for(threads, plan.cost, [&](int64_t thread) {
     Workspace space;
     shares.work(thread, [&](int64_t i) { op.run(plan.tasks[i], space); });
   });
@@ -35,9 +35,10 @@ void run_both(const Batch& batch, const First& first, const Second& second) {
   const Plan before = first.plan(most), after = second.plan(most);
   std::vector<std::atomic<int32_t>> open(batch.segments.size());
   for (const Task& task : before.tasks) open[task.first].fetch_add(1, std::memory_order_relaxed);
-  const int64_t threads = threads_for(before.cost + after.cost);
+  const double cost = before.cost + after.cost;
+  const int64_t threads = threads_for(cost);
   Shares first_shares(before.tasks, threads), second_shares(after.tasks, threads);
-  run_threads(threads, [&](int64_t thread) {
+  parallel_for(threads, cost, [&](int64_t thread) {
     Workspace space;
     first_shares.work(thread, [&](int64_t i) {
       first.run(before.tasks[i], space);
@@ -126,15 +127,9 @@ void grouped_add_(Tensor y, const Tensor& x, const Tensor& store, const Tensor& 
     using T = std::remove_pointer_t<decltype(type)>;
     using W = std::remove_pointer_t<decltype(own)>;
     run_both(batch, Shrink<T, W>{batch, data(x, type), from.stride, data(store, own), {s.get(), 1, column}},
-             Expand<T, W>{batch,
-                          mutable_data(y, type),
-                          to.stride,
-                          data(x, type),
-                          from.stride,
-                          {s.get(), 1, column},
-                          data(store, own),
-                          static_cast<const uint16_t*>(columns.const_data_ptr()),
-                          columns.numel()});
+             Expand<T, W>{batch, mutable_data(y, type), to.stride, data(x, type), from.stride,
+                          Sums<const float>{s.get(), 1, column}, data(store, own),
+                          static_cast<const uint16_t*>(columns.const_data_ptr()), columns.numel()});
   });
 }
 

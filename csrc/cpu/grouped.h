@@ -197,16 +197,7 @@ class Shares {
   std::vector<Share> all;
 };
 
-// body(thread) for each thread.
-template <class F>
-void run_threads(int64_t threads, const F& body) {
-  if (threads < 2) return body(0);
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) body(t);
-  });
-}
-
-// One where the work costs less than sharing it.
+// How many to share work of this cost among.
 inline int64_t threads_for(double cost) {
   return cost < serial_cost ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
 }

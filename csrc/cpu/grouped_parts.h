@@ -54,7 +54,7 @@ bool sum_products(int64_t m, int64_t depth, int64_t cols, const Coefficients& co
   for (int64_t j = 0; j < depth; j += depth_step) {
     const int64_t n = std::min(depth_step, depth - j);
     if (!table(j, n, rows)) return false;
-    if (m > 1) fetch_rows(rows, n, cols);
+    if (m > 1) fetch_rows(rows, n, cols);  // for one token they are asked for in turn
     if (!coefficients(j, n, c)) return false;
     const auto add = [&](auto* const* from) {
       if constexpr (may)
@@ -104,14 +104,14 @@ struct Shrink {
       for (int32_t i = 0; i < batch.per_slot; ++i) {
         const Piece& piece = batch.piece(s, i);
         if (piece.empty() || !piece.has_s()) continue;
-        const int64_t token_parts = blocks(s.end - s.begin, token_block);
-        const int64_t parts = parts_of(cost(s, piece) / token_parts, plan.cost, threads);
+        const double block_cost = cost(s, piece) / blocks(s.end - s.begin, token_block);
+        const int64_t parts = parts_of(block_cost, plan.cost, threads);
         const int64_t step = round_up(blocks(piece.count, parts), s.end - s.begin == 1 ? 8 : 4);
         for (int64_t p = s.begin; p < s.end; p += token_block)
           for (int64_t r = 0; r < piece.count; r += step)
             plan.tasks.push_back({d, d + 1, i, p, std::min<int64_t>(s.end, p + token_block), r,
                                   std::min(piece.count, r + step),
-                                  cost(s, piece) / token_parts * std::min(piece.count - r, step) / piece.count});
+                                  block_cost * std::min(piece.count - r, step) / piece.count});
       }
     }
     return plan;
@@ -140,7 +140,8 @@ struct Shrink {
       const int64_t n = std::min(held, task.end - r), known = std::min(held + rows_at_once, task.end - r);
       if (!batch.row_table(store, piece.left + r, known, piece.x_width, 0, rows)) return false;
       std::fill(rows + known, rows + held + rows_at_once, rows[known - 1]);  // whose products nobody wants
-      for (int64_t k = 0; k < piece.x_width; k += block) {
+      int64_t k = 0;
+      do {  // also where x has no columns, for S of 0
         const int64_t depth = std::min(block, piece.x_width - k);
         int64_t t = 0;
         const auto tiles = [&](auto size) {
@@ -154,10 +155,7 @@ struct Shrink {
           if (t + 2 <= m) tiles(std::integral_constant<int, 2>());
         if constexpr (M > 1)
           if (t < m) tiles(std::integral_constant<int, 1>());
-      }
-      if (piece.x_width == 0)
-        for (int64_t t = 0; t < m; ++t)
-          for (int64_t i = 0; i < n; ++i) s.at(task.p0 + t, piece.s_first + r + i) = 0;
+      } while ((k += block) < piece.x_width);
     }
     return true;
   }
@@ -351,12 +349,13 @@ struct Outer {
       for (int32_t i = 0; i < batch.per_slot; ++i) {
         const Piece& piece = batch.piece(batch.segments[d], i);
         if (piece.empty() || !piece.has_s()) continue;
-        const int64_t parts = parts_of(cost(batch.segments[d], piece), plan.cost, threads);
+        const double own_cost = cost(batch.segments[d], piece);
+        const int64_t parts = parts_of(own_cost, plan.cost, threads);
         const int64_t step = std::min(most_columns, round_up(blocks(piece.x_width, parts), columns_step));
         for (int64_t c = 0; c < piece.x_width; c += step)
           plan.tasks.push_back({d, d + 1, i, batch.segments[d].begin, batch.segments[d].end, c,
                                 std::min(piece.x_width, c + step),
-                                cost(batch.segments[d], piece) * std::min(piece.x_width - c, step) / piece.x_width});
+                                own_cost * std::min(piece.x_width - c, step) / piece.x_width});
       }
     return plan;
   }
