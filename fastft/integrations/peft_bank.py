@@ -1,8 +1,8 @@
 """The adapters of PEFT's mixed batches, laid out for the grouped ops: a layer's in one store, made when first named.
 
 B lies transposed there, so an adapter that was named takes its memory twice until `fastft.restore`. Before each batch every
-adapter in it is compared with the parameters it was made of (identity, address, version, scale) and made again if one
-changed. What no version counts, a write through ``.data``, is seen only if it exchanges the memory.
+adapter in it is compared with the parameters it was made of (`peft_watch`) and made again where one changed. What no version
+counts, a write through ``.data``, is seen only if it exchanges the memory.
 """
 
 import threading
@@ -17,33 +17,10 @@ from torch import nn
 from ..modules import huge_pages
 from ..ops.grouped import FIELDS, LOW_RANK, grouped_add_, grouped_expand_, grouped_shrink, in_one_call, scale_bits
 from .peft_eligible import DTYPES, PLAIN, autocasting, bare, unfit
+from .peft_watch import Factors, Layers
 
 _ALIGNED = 64  # bytes
 _PLAIN_BIAS = (nn.Parameter, type(None))
-
-
-@dataclass(frozen=True, slots=True)
-class _MadeOf:
-    """The parameters that an adapter's copy was made of, as they were then."""
-
-    a: torch.Tensor
-    a_version: int
-    a_place: int
-    b: torch.Tensor
-    b_version: int
-    b_place: int
-    scale: float | None
-
-
-@dataclass(slots=True)
-class _Entry:
-    """An adapter of a layer: the modules and parameters it was made of (None: the layer has no such adapter), and why it is
-    not in the layer's store."""
-
-    a: nn.Module | None = None
-    b: nn.Module | None = None
-    made_of: _MadeOf | None = None
-    reason: str | None = None
 
 
 class _Chosen(NamedTuple):
@@ -58,7 +35,8 @@ class _Chosen(NamedTuple):
 class LayerBank:
     """One layer's adapters in one store; none of them if `store` is None."""
 
-    entries: dict[str, _Entry]
+    names: set[str]
+    unfit: dict[str, str]  # adapters that are not in the store -> why
     store: torch.Tensor | None = None
     offsets: torch.Tensor | None = None
     columns: torch.Tensor | None = None
@@ -72,37 +50,51 @@ class Bank:
 
     def __init__(self):
         self._slots: dict[str, int] = {}
-        self._layers: dict[nn.Module, LayerBank] = {}
+        self._banks: dict[nn.Module, LayerBank] = {}
+        self._layers = Layers(())
+        self._made_of: dict[str, Factors] = {}
         self._lock = threading.Lock()
 
-    def prepare(self, layers, names) -> tuple[dict[nn.Module, LayerBank], dict[str, int]]:
+    def prepare(self, layers: list, names) -> tuple[dict[nn.Module, LayerBank], dict[str, int]]:
         """Which layers can take all these adapters, and the adapters' slots."""
         with self._lock:
             for name in names:
                 self._slots.setdefault(name, len(self._slots))
-            found = {}
-            for layer in layers:
-                bank = self._layers.get(layer)
-                if bank is None or not _intact(layer, names, bank.entries):
-                    # A new one: other threads may be using the old.
-                    bank = self._layers[layer] = self._make(layer, {*names, *(bank.entries if bank else ())})
-                if bank.store is not None and all(bank.entries[name].reason is None for name in names):
-                    found[layer] = bank
-            return found, self._slots
+            for position in self._changed(layers, names):
+                layer = layers[position]
+                before = self._banks.get(layer)
+                # A new one: other threads may be using the old.
+                self._banks[layer] = self._make(layer, before.names.union(names) if before else set(names))
+            banks = zip(layers, map(self._banks.__getitem__, layers), strict=True)
+            usable = {layer: bank for layer, bank in banks if bank.store is not None and bank.unfit.keys().isdisjoint(names)}
+            return usable, self._slots
 
-    def _make(self, layer, names) -> LayerBank:
-        made = LayerBank({name: _entry(layer, name) for name in names})
+    def _changed(self, layers, names) -> set[int]:
+        """The positions of the layers whose banks are not of what these adapters are now."""
+        if not self._layers.are(layers):
+            self._layers, self._banks, self._made_of = Layers(layers), {}, {}
+        found = set()
+        for name in names:
+            before = self._made_of.get(name)
+            if before is not None and before.unchanged():
+                continue
+            now = self._made_of[name] = Factors(self._layers, name)
+            found.update(range(len(layers)) if before is None else now.changed_in(before))
+        return found
+
+    def _make(self, layer, names: set[str]) -> LayerBank:
+        made = LayerBank(names, {})
         present, kind = {}, None
-        for name, entry in made.entries.items():
-            if entry.a is None:
+        for name in names:
+            if name not in layer.lora_A or name not in layer.lora_B:
                 continue
             factors = _factors(layer, name)
             if isinstance(factors, str):
-                entry.reason = factors
+                made.unfit[name] = factors
                 continue
             kind = kind or (factors[0].dtype, factors[0].device)
             if kind != (factors[0].dtype, factors[0].device):
-                entry.reason = "its dtype or device is not that of the layer's other adapters"
+                made.unfit[name] = "its dtype or device is not that of the layer's other adapters"
                 continue
             present[name] = factors
         if present:
@@ -129,47 +121,6 @@ def _lay_out(made: LayerBank, present, slots, dtype, device) -> None:
         made.width = max(made.width, r)
     made.store, made.offsets = huge_pages.cat(parts), torch.tensor(offsets, dtype=torch.int64, device=device)
     made.columns, made.pieces = torch.zeros(0, dtype=torch.int16, device=device), pieces.to(device)
-
-
-def _entry(layer, name) -> _Entry:
-    a, b = layer.lora_A._modules.get(name), layer.lora_B._modules.get(name)
-    if a is None or b is None:
-        return _Entry()
-    return _Entry(a, b, _made_of(layer, name, a, b))
-
-
-def _made_of(layer, name, a, b) -> _MadeOf | None:
-    a, b = a._parameters.get("weight"), b._parameters.get("weight")
-    if a is None or b is None:
-        return None
-    return _MadeOf(a, a._version, a.data_ptr(), b, b._version, b.data_ptr(), layer.scaling.get(name))
-
-
-def _intact(layer, names, entries) -> bool:
-    """Are these adapters of a layer what the entries were made of? Written out, since a batch asks for all that it names in
-    every layer: 1,800 times for 32 adapters in 8 decoder layers."""
-    own = layer.__dict__
-    modules, scaling = own["_modules"], own["scaling"]
-    of_a, of_b = modules["lora_A"]._modules, modules["lora_B"]._modules
-    for name in names:
-        entry, a, b = entries.get(name), of_a.get(name), of_b.get(name)
-        if entry is None or a is not entry.a or b is not entry.b:
-            return False
-        if a is None:
-            continue
-        a, b, made_of = a._parameters.get("weight"), b._parameters.get("weight"), entry.made_of
-        if (
-            made_of is None
-            or a is not made_of.a
-            or b is not made_of.b
-            or a._version != made_of.a_version
-            or b._version != made_of.b_version
-            or a.data_ptr() != made_of.a_place
-            or b.data_ptr() != made_of.b_place
-            or ((scale := scaling.get(name)) is not made_of.scale and scale != made_of.scale)
-        ):
-            return False
-    return True
 
 
 def _factors(layer, name):

@@ -43,7 +43,10 @@ def test_all_layers_take_them(length):
     assert grouped(fast)[1] == layers > 4
 
 
-@pytest.mark.parametrize("change", ["in place", "replaced", "data", "scale", "deleted and added", "reloaded"])
+CHANGES = ["in place", "replaced", "data", "scale", "modules", "lists", "deleted and added", "reloaded"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_nothing_stale_is_used(change):
     plain = model()
     fast = accelerated(plain)
@@ -67,6 +70,12 @@ def test_nothing_stale_is_used(change):
                     x.lora_B["b"].weight = torch.nn.Parameter(weight * 2)
                 elif change == "data":
                     weight.data = weight.data * 2
+                elif change == "modules":
+                    x.lora_B["b"] = copy.deepcopy(x.lora_B["b"])
+                    x.lora_B["b"].weight.mul_(2)
+                elif change == "lists":
+                    x.lora_B = copy.deepcopy(x.lora_B)
+                    x.lora_B["b"].weight.mul_(2)
                 elif change == "scale":
                     x.scaling["b"] *= 2.0
         if change == "reloaded":
@@ -75,6 +84,19 @@ def test_nothing_stale_is_used(change):
     got = logits(fast)
     torch.testing.assert_close(got, logits(plain))
     assert not torch.allclose(got[1], before[1])
+
+
+def test_only_layers_that_changed_are_laid_out_again():
+    fast = accelerated(model())
+    logits(fast)
+    bank = peft_tuner._banks[fast.base_model]
+    before, changed = dict(bank._banks), list(bank._banks)[3]
+    with torch.no_grad():
+        changed.lora_A["default"].weight.mul_(2)
+    logits(fast)
+    assert [layer for layer, made in bank._banks.items() if made is not before[layer]] == [changed]
+    logits(fast, ["b", "__base__"])  # fewer adapters than are laid out
+    assert all(bank._banks[layer] is before[layer] for layer in before if layer is not changed)
 
 
 def test_adapters_that_come_later_and_orders_of_names():

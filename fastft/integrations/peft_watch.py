@@ -1,0 +1,86 @@
+"""Are the LoRA factors of a PEFT model still what the copies of `peft_bank` were made of?
+
+Asked before each mixed batch of every adapter that it names, in every layer: of 3,600 tensors for 32 adapters in 8 decoder
+layers, which no cache holds any more. So builtins compare whole lists of them, at a microsecond a tensor half of what a loop
+takes. Most of it is waiting for memory: the same comparison in C++, which asked for it ahead, took as long.
+"""
+
+from itertools import compress, repeat
+from operator import attrgetter, is_, is_not, ne
+
+import torch
+
+_version, _place, _get = attrgetter("_version"), torch.Tensor.data_ptr, dict.get
+
+
+class Layers:
+    """Layers, and where PEFT keeps their adapters: dictionaries from an adapter's name."""
+
+    def __init__(self, layers):
+        self.layers = list(layers)
+        self._modules = [layer._modules for layer in self.layers]
+        self._a, self._b = [m["lora_A"] for m in self._modules], [m["lora_B"] for m in self._modules]
+        self.a, self.b = [m._modules for m in self._a], [m._modules for m in self._b]
+        self.scaling = [layer.scaling for layer in self.layers]
+
+    def are(self, layers) -> bool:
+        """Are these the same, their adapters in the same place?"""
+        return (
+            self.layers == layers
+            and all(map(is_, map(_get, self._modules, repeat("lora_A")), self._a))
+            and all(map(is_, map(_get, self._modules, repeat("lora_B")), self._b))
+            and all(map(is_, (layer.__dict__["scaling"] for layer in layers), self.scaling))
+        )
+
+
+class Factors:
+    """One adapter's A and B in all layers as they are now; of a layer without it, nothing."""
+
+    def __init__(self, layers: Layers, name: str):
+        self._in, self._name = layers, name
+        self._a, self._b = _Side(layers.a, name), _Side(layers.b, name)
+        self._scales = list(map(_get, layers.scaling, repeat(name)))
+
+    def unchanged(self) -> bool:
+        """Are modules, parameters (identity, version, address) and scales still the same?"""
+        layers, name = self._in, self._name
+        return (
+            self._a.unchanged(layers.a, name)
+            and self._b.unchanged(layers.b, name)
+            and list(map(_get, layers.scaling, repeat(name))) == self._scales
+        )
+
+    def changed_in(self, before: "Factors") -> set[int]:
+        """The positions of the layers in which this is not what it was `before`."""
+        scales = compress(range(len(self._scales)), map(ne, self._scales, before._scales))
+        return {*self._a.changed_in(before._a), *self._b.changed_in(before._b), *scales}
+
+
+class _Side:
+    """All layers' A, or all B."""
+
+    def __init__(self, lists, name):
+        self.modules = list(map(_get, lists, repeat(name)))
+        self.at = [i for i, module in enumerate(self.modules) if module is not None]
+        self.parameters = [self.modules[i]._parameters for i in self.at]
+        self.weights = [own.get("weight") for own in self.parameters]
+        # A weight that is no parameter of its module, as in DataParallel's replicas, can't be watched: it always changed.
+        self.unknown = [i for i, weight in zip(self.at, self.weights, strict=True) if weight is None]
+        known = [weight for weight in self.weights if weight is not None]
+        self.versions, self.places = list(map(_version, known)), list(map(_place, known))
+
+    def unchanged(self, lists, name) -> bool:
+        return (
+            not self.unknown
+            and all(map(is_, map(_get, lists, repeat(name)), self.modules))
+            and all(map(is_, map(_get, self.parameters, repeat("weight")), self.weights))
+            and list(map(_version, self.weights)) == self.versions
+            and list(map(_place, self.weights)) == self.places
+        )
+
+    def changed_in(self, before: "_Side"):
+        if any(map(is_not, self.modules, before.modules)) or self.unknown or before.unknown:
+            return range(len(self.modules))
+        now = zip(map(id, self.weights), self.versions, self.places, strict=True)
+        then = zip(map(id, before.weights), before.versions, before.places, strict=True)
+        return compress(self.at, map(ne, now, then))
