@@ -23,7 +23,8 @@ def accelerate(peft_model: nn.Module, *, strict: bool = False, check=None) -> nn
 
     Parameters, names, state dict, files, adapters' switching, merging, disabling and hot-swapping stay as they are: only the
     class of each `lora.Linear` changes (to a subclass of the same name), and that of the tuner, so that adapters which are
-    added later are accelerated too and batches with `adapter_names` are safe to run from several threads. What can't be
+    added later are accelerated too and batches with `adapter_names` are safe to run from several threads. Layers that read
+    one input (q, k and v; gate and up) share the read, while each computes in its own call. What can't be
     accelerated runs PEFT's own forward; `fastft.report` says what and why. Calling it again is fine.
 
     Args:

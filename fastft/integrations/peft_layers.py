@@ -4,8 +4,11 @@
 * ``low-rank part``: any other base layer (quantised, hooked, wrapped) computes itself, `lora_update` adds to it.
 * ``peft``: PEFT's own forward, with the reason in `fastft.report`.
 
-Nothing of an adapter is kept between calls, since PEFT replaces parameters, scales and whole layers as it likes.
+Nothing of an adapter is kept between calls, since PEFT replaces parameters, scales and whole layers as it likes; but for what
+q, k and v, or gate and up, leave for each other in one forward (`peft_groups`).
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -26,6 +29,7 @@ from .peft_eligible import (
     unfit_factors,
     unfit_weight,
 )
+from .peft_groups import PeftGroup, group_layers
 from .peft_mixed import Index, compiled_around, index_of
 from .swapping import Swapped, swap
 
@@ -45,6 +49,7 @@ class Record:
     def __init__(self, name: str, strict: bool):
         self.name, self.strict = name, strict
         self.norms = RowNorms()  # of the frozen base weight, for DoRA
+        self.group: PeftGroup | None = None
         self.fused = self.beside = self.peft = 0
         self.reason: str | None = None  # of the last call that took PEFT's path
 
@@ -54,11 +59,27 @@ def accelerate_layers(model: nn.Module, strict: bool) -> None:
     from peft.tuners.lora.layer import Linear
 
     kinds_of_peft()  # now, so that a compiled forward finds it cached
+    found = {}
     for name, module in model.named_modules():
         if type(module) is Linear:
             swap(module, FastLinear, Record(name, strict))
         elif isinstance(module, FastLinear):
             module._fastft.strict = strict
+        else:
+            continue
+        found[name] = module
+    group_layers(found)
+
+
+class Arguments(NamedTuple):
+    """Of `lora_linear`, after x."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    scale: float
+    p: float
 
 
 class FastLinear(Swapped):
@@ -71,10 +92,14 @@ class FastLinear(Swapped):
                 if y is not None:
                     return y
             return _with_names(self, x, index, args, kwargs)
-        if not (args or kwargs) and (simple := self._simple(x)) is not None:
+        if not (args or kwargs) and (plain := self.plain_arguments(x)) is not None:
             if not torch.compiler.is_compiling():  # counts would be baked into the graph, and guarded
-                self.__dict__["_fastft"].fused += 1
-            return lora_linear(x, *simple)
+                record = self.__dict__["_fastft"]
+                record.fused += 1
+                # A graph can't find what another call left.
+                if record.group is not None and (y := record.group.linear(self, x, *plain)) is not None:
+                    return y
+            return lora_linear(x, *plain)
         if kwargs.get("adapter_names") is not None:  # PEFT checks them, and calls `_mixed_batch_forward` below
             return self.plain.forward(self, x, *args, **kwargs)
         given = Input.of(x)
@@ -96,7 +121,7 @@ class FastLinear(Swapped):
         weight = base.weight
         return project(x, weight if type(base) is nn.Linear else weight.t(), base.bias, plan)
 
-    def _simple(self, x) -> tuple | None:
+    def plain_arguments(self, x) -> Arguments | None:
         """The arguments of `lora_linear` after x in the commonest case, that of one adapter without options; None otherwise.
 
         What `plan` and `base_obstacle` find out in general, at 11 instead of 24 us a call (PEFT's own Python takes 22):
@@ -131,7 +156,7 @@ class FastLinear(Swapped):
         if not a.dim() == b.dim() == weight.dim() == 2 or a.shape[1] != x.shape[-1] or weight.layout is not torch.strided:
             return None
         p = drop.p if drop.training and type(drop) is nn.Dropout else 0.0
-        return weight, base["bias"], a, b, scale, p
+        return Arguments(weight, base["bias"], a, b, scale, p)
 
     def _mixed_batch_forward(self, x, *args, adapter_names, **kwargs):
         names = adapter_names if isinstance(adapter_names, Index) else Index(adapter_names)

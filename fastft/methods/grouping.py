@@ -3,7 +3,7 @@
 import re
 
 from ..modules.adapted_linear import features
-from ..modules.groups import ProjectionGroup
+from ..modules.adapter_group import AdapterGroup
 from ..modules.packed import PackedWeights
 from .targets import tied_names
 
@@ -42,12 +42,12 @@ def siblings(modules) -> list[list[str]]:
     return [names for names in found.values() if len(names) > 1]
 
 
-def make_groups(method, adapter, targets) -> list[ProjectionGroup]:
+def make_groups(method, adapter, targets) -> list[AdapterGroup]:
     """Group what `adapter` adds low-rank factors to, and pack base weights if the method's options ask for it."""
     lowrank = {name: module for name, module in targets.items() if adapter.name in module._settings}
     groups = []
     for names in siblings(lowrank) if method.group_projections else ():
-        group = ProjectionGroup(adapter, names, [lowrank[name] for name in names])
+        group = AdapterGroup(adapter, names, [lowrank[name] for name in names])
         if method.pack_weights:
             _pack(group)
         for member in group.members:

@@ -21,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..modules.adapted_linear import Adapted
 from ..modules.adapter import Adapter
-from ..modules.groups import GroupState
+from ..modules.adapter_group import GroupState
 from ..modules.merging import PART
 from ..modules.sharding import is_sharded
 from ..modules.sparse import BUFFERS

@@ -80,7 +80,7 @@ def adapt(module: nn.Module, adapter: Adapter) -> None:
         module._parts = {}  # of the adapters whose delta is a part of the weight, by name
         module._written = {}  # the version of each slice's delta that was written into the weight
         module._norms = RowNorms()
-        module._groups = {}  # the ProjectionGroup of each adapter that has one here, by name
+        module._groups = {}  # the AdapterGroup of each adapter that has one here, by name
     module._adapters[adapter.name] = adapter
 
 

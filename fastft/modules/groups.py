@@ -19,14 +19,12 @@ run differ from those of the first.
 
 import threading
 import weakref
-from dataclasses import dataclass
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..ops.lora_linear import SharedInput
 from ..ops.registry import Scope
-from .packed import PackedWeights
 
 _slot = threading.local()  # .round: weak reference to the round that waits in this thread; .thread: a `_Thread`
 _steps = 0  # of any optimizer, without those that are made within a backward
@@ -38,17 +36,6 @@ def _count_step(optimizer, args, kwargs) -> None:
 
 
 register_optimizer_step_post_hook(_count_step)
-
-
-@dataclass(frozen=True)
-class GroupState:
-    """What a group does: `reason` says why it is not grouped any more, `unpacked` why its weights are not packed."""
-
-    members: tuple[str, ...]
-    grouped: bool
-    reason: str | None
-    packed: bool
-    unpacked: str | None
 
 
 class _Round:
@@ -97,19 +84,28 @@ def _leave(waiting) -> None:
 
 
 class ProjectionGroup:
-    """The members' side of one adapter; every member's `_groups` holds it under the adapter's name.
+    """What the members share; a subclass knows where their factors are.
 
     Args:
-        adapter: the `Adapter`. names, members: the adapted linear layers, of equal in-features, in any order.
+        names, members: the adapted linear layers, of equal in-features, in any order.
     """
 
-    def __init__(self, adapter, names, members):
-        self.adapter, self.names, self.members = adapter, tuple(names), list(members)
+    def __init__(self, names, members):
+        self.names, self.members = tuple(names), list(members)
         self.reason: str | None = None  # why it dissolved
-        self.packed: PackedWeights | None = None
-        self.unpacked: str | None = None  # why `packed` is None though it was asked for
         self._waiting: weakref.WeakKeyDictionary[_Thread, _Round] = weakref.WeakKeyDictionary()
         self._checkpointed = -1  # optimizer steps before the last round that checkpointing may run again
+
+    def _factors(self, x, p) -> list[torch.Tensor] | None:
+        """Every member's A, or None if they can't share x now, with dropout p."""
+        raise NotImplementedError
+
+    def _opened(self, opened, projection) -> None:
+        """A round began, by the member with this `Projection`."""
+
+    def _base(self, opened, i, weight, bias, projection) -> torch.Tensor | None:
+        """The member's x Wᵀ + bias, if it is known already."""
+        return None
 
     def __getstate__(self):  # no forward runs in a copy
         return {name: value for name, value in self.__dict__.items() if name != "_waiting"}
@@ -117,17 +113,11 @@ class ProjectionGroup:
     def __setstate__(self, state):
         self.__dict__.update(state, _waiting=weakref.WeakKeyDictionary())
 
-    def state(self) -> GroupState:
-        packed, unpacked = self.packed is not None and self.packed.intact(), self.unpacked
-        if self.packed is not None and not packed:
-            unpacked = self.packed.reason or "the weights left their buffer; the next forward packs them again"
-        return GroupState(self.names, self.reason is None, self.reason, packed, unpacked)
-
     def project(self, member, x, weight, bias, projection):
         """`member`'s output on x with this `Projection` on its base tensors, or None if the member is to run alone."""
 
         def compute(opened, i):
-            base = self._column(opened, i, weight, bias, projection)
+            base = self._base(opened, i, weight, bias, projection)
             options = {"base": base, **projection.options()}
             return opened.shared.project(i, weight, bias, projection.lora_B, projection.scale, **options)
 
@@ -162,13 +152,6 @@ class ProjectionGroup:
             _leave(waiting)
         return y
 
-    def release(self) -> None:
-        """The adapter is taken off: weights get their own memory back, unless another group still packs them."""
-        self._waiting.clear()
-        packed, self.packed = self.packed, None
-        if packed is not None and not any(g.packed is packed for m in self.members for g in m._groups.values()):
-            packed.unpack()
-
     def _running(self) -> bool:
         return self.reason is None or self._checkpointed == _steps
 
@@ -179,40 +162,8 @@ class ProjectionGroup:
         if _may_run_again(circumstances, p):
             self._checkpointed = _steps
         opened = _Round(self, x, circumstances, factors, p)
-        if self.packed is not None and self._own_weights_on():
-            opened.columns_have_bias = projection.magnitude is None  # DoRA multiplies before the bias is added
-            opened.columns = self.packed.columns(opened.shared.x, opened.columns_have_bias)
+        self._opened(opened, projection)
         return opened
-
-    def _factors(self, x, p):
-        """Every member's A, or None if they can't share x now."""
-        factors = []
-        for member in self.members:
-            adapters = [a for a in member._adapters.values() if a.name in member._settings and a.on()]
-            if adapters != [self.adapter] or member._merged:
-                return None
-            if (member._settings[self.adapter.name].dropout if member.training else 0.0) != p:
-                return None
-            a = member.lora_A[self.adapter.name]
-            # Not DTensors, nor what sharding leaves of a parameter between forwards.
-            if type(a) not in (torch.Tensor, torch.nn.Parameter) or a.dim() != 2 or a.shape[1] != x.shape[-1]:
-                return None
-            if a.device != x.device or a.dtype != (factors[0] if factors else a).dtype:
-                return None
-            factors.append(a)
-        return factors
-
-    def _column(self, opened, i, weight, bias, projection):
-        """The member's part of the packed GEMM, if that is what the member would compute."""
-        if opened.columns is None or self.packed is None:
-            return None
-        column, opened.columns[i] = opened.columns[i], None
-        fits = opened.columns_have_bias == (projection.magnitude is None) and self.packed.holds(i, weight, bias)
-        return column if fits else None
-
-    def _own_weights_on(self) -> bool:
-        """Do all members use their own weight and bias, no trained copies?"""
-        return not any(m._copies([a for a in m._adapters.values() if a.on()]) for m in self.members)
 
     def _dissolve(self, left_over) -> None:
         if self.reason is None:
