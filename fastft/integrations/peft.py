@@ -22,15 +22,16 @@ def accelerate(peft_model: nn.Module, *, strict: bool = False, check=None) -> nn
     """Run the LoRA, SHiRA and Super-Tuning layers of a PEFT model on fastft's ops, in place.
 
     Parameters, names, state dict, files, adapters' switching, merging, disabling and hot-swapping stay as they are: only the
-    class of each `lora.Linear` changes (to a subclass of the same name), and that of the tuner, so that adapters which are
+    class of each LoRA linear changes (to a subclass of the same name), and that of the tuner, so that adapters which are
     added later are accelerated too and batches with `adapter_names` are safe to run from several threads. Layers that read
-    one input (q, k and v; gate and up) share the read, while each computes in its own call. What can't be
-    accelerated runs PEFT's own forward; `fastft.report` says what and why. Calling it again is fine.
+    one input (q, k and v; gate and up) share the read, while each computes in its own call. A quantised base layer
+    (bitsandbytes' NF4 and int8, torchao's, GPTQ's) computes itself, and our ops add to it. What can't be accelerated runs
+    PEFT's own forward; `fastft.report` says what and why. Calling it again is fine.
 
     Args:
         peft_model: PeftModel, PeftMixedModel, or a module with injected adapters (after adding some, accelerate that again).
-        strict: a layer that would run PEFT's own forward raises instead. Layers of other classes than the `Linear` of these
-            methods and forwards without adapters (disabled, merged) don't.
+        strict: a layer that would run PEFT's own forward raises instead. Layers of other classes (embeddings, convolutions)
+            and forwards without adapters (disabled, merged) don't.
         check: a batch, as a dict of the model's arguments with labels or as a function of the model that returns the loss.
             Loss and gradients are computed on it by PEFT and by fastft, without dropout, and compared (`peft_check`).
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,23 @@ def kinds_of_peft() -> Kinds:
         same = tuple(v for v in (getattr(variants, "MiCALinearVariant", None),) if v is not None)
         _kinds = Kinds(Conv1D, variants.DoraLinearVariant, dora.DoraLinearLayer, same)
     return _kinds
+
+
+# PEFT's classes of LoRA linears on quantised weights, by its module: there is no such layer before that is imported.
+_QUANTIZED = {
+    "bnb": ("Linear4bit", "Linear8bitLt"),
+    "gptq": ("GPTQLoraLinear",),
+    "torchao": ("TorchaoLoraLinear",),
+}
+
+
+def linear_classes() -> tuple[type, ...]:
+    """The classes of PEFT's layers that are accelerated."""
+    from peft.tuners.lora.layer import Linear
+
+    modules = {name: sys.modules.get(f"peft.tuners.lora.{name}") for name in _QUANTIZED}
+    found = (getattr(modules[name], cls, None) for name, classes in _QUANTIZED.items() for cls in classes)
+    return Linear, *(cls for cls in found if cls is not None)
 
 
 class Input(NamedTuple):

@@ -1,14 +1,12 @@
-"""PEFT's `lora.Linear` on our ops: its class is swapped in place, and each call decides which path it takes.
+"""PEFT's LoRA linears on our ops: their class is swapped in place, and each call decides which path it takes.
 
 * ``fused``: base and low-rank part by `lora_linear`, where the base is a bare `nn.Linear` or Conv1D.
 * ``low-rank part``: any other base layer (quantised, hooked, wrapped) computes itself, `lora_update` adds to it.
 * ``peft``: PEFT's own forward, with the reason in `fastft.report`.
 
-Nothing of an adapter is kept between calls, since PEFT replaces parameters, scales and whole layers as it likes; but for what
-q, k and v, or gate and up, leave for each other in one forward (`peft_groups`).
+Nothing of an adapter is kept between calls, since PEFT replaces parameters, scales and whole layers as it likes; but within
+a forward layers may share their input (`peft_groups`).
 """
-
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -25,6 +23,7 @@ from .peft_eligible import (
     bare,
     base_obstacle,
     kinds_of_peft,
+    linear_classes,
     unfit,
     unfit_factors,
     unfit_weight,
@@ -55,13 +54,11 @@ class Record:
 
 
 def accelerate_layers(model: nn.Module, strict: bool) -> None:
-    """Swap every layer that is exactly PEFT's `lora.Linear`; those swapped before take over `strict`."""
-    from peft.tuners.lora.layer import Linear
-
+    """Swap every layer that is exactly one of PEFT's LoRA linears; those swapped before take over `strict`."""
     kinds_of_peft()  # now, so that a compiled forward finds it cached
-    found = {}
+    classes, found = linear_classes(), {}
     for name, module in model.named_modules():
-        if type(module) is Linear:
+        if type(module) in classes:
             swap(module, FastLinear, Record(name, strict))
         elif isinstance(module, FastLinear):
             module._fastft.strict = strict
@@ -71,19 +68,9 @@ def accelerate_layers(model: nn.Module, strict: bool) -> None:
     group_layers(found)
 
 
-class Arguments(NamedTuple):
-    """Of `lora_linear`, after x."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    lora_A: torch.Tensor
-    lora_B: torch.Tensor
-    scale: float
-    p: float
-
-
 class FastLinear(Swapped):
-    """Mixed into `peft.tuners.lora.layer.Linear`."""
+    """Mixed into `peft.tuners.lora.layer.Linear`, and into the classes that PEFT has for linears of quantised weights
+    (`peft_eligible.linear_classes`), whose forwards differ from its only in what they do with the base layer."""
 
     def forward(self, x, *args, **kwargs):
         if (index := index_of(self)) is not None:
@@ -92,14 +79,15 @@ class FastLinear(Swapped):
                 if y is not None:
                     return y
             return _with_names(self, x, index, args, kwargs)
-        if not (args or kwargs) and (plain := self.plain_arguments(x)) is not None:
+        if not (args or kwargs) and (plain := self._commonest(x)) is not None:
+            weight, bias, one = plain
             if not torch.compiler.is_compiling():  # counts would be baked into the graph, and guarded
                 record = self.__dict__["_fastft"]
                 record.fused += 1
                 # A graph can't find what another call left.
-                if record.group is not None and (y := record.group.linear(self, x, *plain)) is not None:
+                if record.group is not None and (y := record.group.project(self, x, weight, bias, one)) is not None:
                     return y
-            return lora_linear(x, *plain)
+            return lora_linear(x, weight, bias, one.lora_A, one.lora_B, one.scale, one.dropout)
         if kwargs.get("adapter_names") is not None:  # PEFT checks them, and calls `_mixed_batch_forward` below
             return self.plain.forward(self, x, *args, **kwargs)
         given = Input.of(x)
@@ -108,21 +96,40 @@ class FastLinear(Swapped):
             self._count_peft(plan)
             return self.plain.forward(self, x, *args, **kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in _ROUTED}
-        base = self.base_layer
-        beside = args or kwargs or base_obstacle(base, given) is not None
+        base, record = self.base_layer, self._fastft
+        beside, group = args or kwargs or base_obstacle(base, given) is not None, None
         if not torch.compiler.is_compiling():
             if beside:
-                self._fastft.beside += 1
+                record.beside += 1
             else:
-                self._fastft.fused += 1
+                record.fused += 1
+            group = record.group if self._shareable(plan) else None
         plan = self._with_norms(base, plan)
         if beside:
-            return self._beside(base(x, *args, **kwargs), x, plan)
-        weight = base.weight
-        return project(x, weight if type(base) is nn.Linear else weight.t(), base.bias, plan)
+            y = base(x, *args, **kwargs)
+            if group is not None and type(y) is torch.Tensor and y.dtype is given.dtype and plan[0].magnitude is None:
+                total = group.add(self, x, y, plan[0])
+                if total is not None:
+                    return total
+            return self._beside(y, x, plan)
+        weight = base.weight if type(base) is nn.Linear else base.weight.t()
+        y = None if group is None else group.project(self, x, weight, base.bias, plan[0])
+        return project(x, weight, base.bias, plan) if y is None else y
 
-    def plain_arguments(self, x) -> Arguments | None:
-        """The arguments of `lora_linear` after x in the commonest case, that of one adapter without options; None otherwise.
+    def projection(self, x) -> Projection | None:
+        """What a forward on x adds, where it is shareable: that of one adapter, whose A is a parameter."""
+        plain = self._commonest(x)
+        if plain is not None:
+            return plain[2]
+        plan = self.plan(Input.of(x))
+        return plan[0] if not isinstance(plan, str) and self._shareable(plan) else None
+
+    def _shareable(self, plan) -> bool:
+        """(What was cast is another tensor in each call.)"""
+        return len(plan) == 1 and plan[0].lora_A is self.lora_A[plan[0].name].weight
+
+    def _commonest(self, x) -> tuple[torch.Tensor, torch.Tensor | None, Projection] | None:
+        """Base weight, bias and what is added in the commonest case, that of one adapter without options; None otherwise.
 
         What `plan` and `base_obstacle` find out in general, at 11 instead of 24 us a call (PEFT's own Python takes 22):
         modules and tensors are taken from the dictionaries that hold them, past `nn.Module.__getattr__`.
@@ -156,7 +163,7 @@ class FastLinear(Swapped):
         if not a.dim() == b.dim() == weight.dim() == 2 or a.shape[1] != x.shape[-1] or weight.layout is not torch.strided:
             return None
         p = drop.p if drop.training and type(drop) is nn.Dropout else 0.0
-        return Arguments(weight, base["bias"], a, b, scale, p)
+        return weight, base["bias"], Projection(active, a, b, scale, p)
 
     def _mixed_batch_forward(self, x, *args, adapter_names, **kwargs):
         names = adapter_names if isinstance(adapter_names, Index) else Index(adapter_names)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..modules.adapted_linear import Adapted, AdaptedLinear
-from .peft_eligible import DTYPES, Input, base_obstacle
+from .peft_eligible import DTYPES, Input, base_obstacle, linear_classes
 from .peft_layers import FastLinear
 from .peft_sparse import FastSparse, sparse_kinds
 
@@ -95,7 +95,7 @@ def report(model: nn.Module) -> Report:
         elif isinstance(module, Adapted):
             rows.append(_attached(name, module))
         elif peft is not None and isinstance(module, (peft.LoraLayer, *sparse_kinds())):
-            linear = type(module) in (peft.Linear, *sparse_kinds())
+            linear = type(module) in (*linear_classes(), *sparse_kinds())
             reason = "not accelerated: call fastft.accelerate" if linear else "layers of this class are left to PEFT"
             rows.append(Row(name, _kind(type(module)), PEFT, reason))
     return Report(rows)

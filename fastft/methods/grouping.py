@@ -28,17 +28,17 @@ _OTHER = (
 _CROSS = re.compile(r"cross|encoder_attn|EncDec", re.IGNORECASE)
 
 
-def siblings(modules) -> list[list[str]]:
+def siblings(modules, in_features=lambda module: features(module)[1]) -> list[list[str]]:
     """Names of the modules that probably read one input, in groups of at least two with equal in-features."""
     found: dict[tuple, list[str]] = {}
     for name, module in modules.items():
         parent, _, own = name.rpartition(".")
         for family, (query, rest) in enumerate(_ATTENTION):
             if own in rest or (own in query and not _CROSS.search(parent.rpartition(".")[2])):
-                found.setdefault((parent, "attention", family, features(module)[1]), []).append(name)
+                found.setdefault((parent, "attention", family, in_features(module)), []).append(name)
         for family, names in enumerate(_OTHER):
             if own in names:
-                found.setdefault((parent, "other", family, features(module)[1]), []).append(name)
+                found.setdefault((parent, "other", family, in_features(module)), []).append(name)
     return [names for names in found.values() if len(names) > 1]
 
 
