@@ -1,6 +1,7 @@
 """PEFT models before and after `fastft.accelerate`.
 
-step    a whole training step of a small Llama, over the same model frozen (as `step`, whose floor and peers these are)
+step    a whole training step of a small Llama, over the same model frozen (as `step`, whose floor and peers these are);
+        with weights in NF4 as `qlora` says
 call    forward and backward of a layer too small to compute anything, vs PEFT's layer: what Python costs; and the
         row "accelerate" says how long it takes to accelerate a model of 500 layers
 """
@@ -18,7 +19,7 @@ from fastft.ops.lora_linear import lora_linear
 from .. import peers, shapes
 from ..ops import lora
 from ..runner import Case, Fact, check_close
-from . import step
+from . import qlora, step
 
 TARGETS = {  # dtype, p -> ratio to the floor at r=16
     ("fp32", 0.0): 1.095,
@@ -129,7 +130,7 @@ def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK,
     """
     for kind, given, known in (
         ("shape", names, (TINY, *shapes.MODELS)),
-        ("dtype", dtypes, step.DTYPES),
+        ("dtype", dtypes, (*step.DTYPES, qlora.DTYPE)),
         ("peer", peer_names, ARMS),
     ):
         if unknown := [n for n in given or () if n not in known]:
@@ -142,9 +143,13 @@ def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK,
             yield _call(shapes.LINEARS[TINY])
             continue
         shape = shapes.MODELS[name]
-        for dtype in dtypes or ("fp32", "bf16+fp32"):
+        for dtype in dtypes or ("fp32", "bf16+fp32", qlora.DTYPE):
             for p in step.DROPOUTS if dropouts is None else dropouts:
                 known_target = (name, rank) == (step.TARGET_SHAPE, shapes.RANK)
+                target = TARGETS.get((dtype, p)) if known_target else None
+                if dtype == qlora.DTYPE:
+                    yield qlora.case(name, shape, rank, p, wanted, target)
+                    continue
                 yield Case(
                     "peft",
                     f"accelerated step r={rank} p={p:g}",
@@ -156,7 +161,7 @@ def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK,
                     floor=step.training(step.frozen),
                     arms={n: step.training(arm) for n, arm in ARMS.items() if n == "fastft" or n in wanted},
                     checker=step.checker,
-                    target=TARGETS.get((dtype, p)) if known_target else None,
+                    target=target,
                     **step.work(shape, rank, dtype, p),
                 )
 

@@ -60,26 +60,28 @@ class Bank:
         with self._lock:
             for name in names:
                 self._slots.setdefault(name, len(self._slots))
-            for position in self._changed(layers, names):
+            now = self._changed(layers, names)
+            for position in sorted(set().union(*now.values())):
                 layer = layers[position]
                 before = self._banks.get(layer)
                 # A new one: other threads may be using the old.
                 self._banks[layer] = self._make(layer, before.names.union(names) if before else set(names))
+            self._made_of.update((factors.name, factors) for factors in now)  # not if memory ran out above
             banks = zip(layers, map(self._banks.__getitem__, layers), strict=True)
             usable = {layer: bank for layer, bank in banks if bank.store is not None and bank.unfit.keys().isdisjoint(names)}
             return usable, self._slots
 
-    def _changed(self, layers, names) -> set[int]:
-        """The positions of the layers whose banks are not of what these adapters are now."""
+    def _changed(self, layers, names) -> dict[Factors, set[int]]:
+        """What those of these adapters are now that are not what the banks were made of, and the positions of the layers in
+        which they differ."""
         if not self._layers.are(layers):
             self._layers, self._banks, self._made_of = Layers(layers), {}, {}
-        found = set()
+        found = {}
         for name in names:
             before = self._made_of.get(name)
-            if before is not None and before.unchanged():
-                continue
-            now = self._made_of[name] = Factors(self._layers, name)
-            found.update(range(len(layers)) if before is None else now.changed_in(before))
+            if before is None or not before.unchanged():
+                now = Factors(self._layers, name)
+                found[now] = set(range(len(layers))) if before is None else now.changed_in(before)
         return found
 
     def _make(self, layer, names: set[str]) -> LayerBank:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastft
-from fastft.integrations import peft_tuner
+from fastft.integrations import peft_bank, peft_tuner
 from tests.integrations.peft_models import accelerated, peft, peft_llama, randomize
 from tests.methods.models import tokens
 
@@ -146,3 +146,26 @@ def test_gradients_take_the_other_way_and_restore_frees_the_memory():
     assert fast.base_model in peft_tuner._banks
     fastft.restore(fast)
     assert fast.base_model not in peft_tuner._banks
+
+
+def test_a_failure_while_adapters_are_laid_out_leaves_nothing_stale(monkeypatch):
+    plain = model()
+    fast = accelerated(plain)
+    logits(fast)
+    for m in (plain, fast):
+        for name, parameter in m.named_parameters():
+            if "lora_B.b" in name:
+                with torch.no_grad():
+                    parameter.mul_(3)
+    calls, lay_out = [], peft_bank._lay_out
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise MemoryError
+        lay_out(*args)
+
+    monkeypatch.setattr(peft_bank, "_lay_out", failing)
+    with pytest.raises(MemoryError):
+        logits(fast)
+    torch.testing.assert_close(logits(fast), logits(plain))
