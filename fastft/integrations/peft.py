@@ -9,29 +9,30 @@ from __future__ import annotations
 
 from torch import nn
 
-from .peft_layers import FallbackError, Record, accelerate_layers
+from .peft_layers import FallbackError, accelerate_layers
 from .peft_report import report
 from .peft_sparse import accelerate_sparse_layers, sparse_kinds
-from .peft_tuner import FastLoraModel, FastTuner, forget_banks
+from .peft_tuner import FastLoraModel, FastTuner, TunerRecord, follow_hotswapping, forget_banks
 from .swapping import Swapped, swap, unswap
 
 __all__ = ["FallbackError", "accelerate", "report", "restore"]
 
 
-def accelerate(peft_model: nn.Module, *, strict: bool = False, check=None) -> nn.Module:
+def accelerate(peft_model: nn.Module, *, strict: bool = False, group_projections: bool = True, check=None) -> nn.Module:
     """Run the LoRA, SHiRA and Super-Tuning layers of a PEFT model on fastft's ops, in place.
 
     Parameters, names, state dict, files, adapters' switching, merging, disabling and hot-swapping stay as they are: only the
     class of each LoRA linear changes (to a subclass of the same name), and that of the tuner, so that adapters which are
-    added later are accelerated too and batches with `adapter_names` are safe to run from several threads. Layers that read
-    one input (q, k and v; gate and up) share the read, while each computes in its own call. A quantised base layer
-    (bitsandbytes' NF4 and int8, torchao's, GPTQ's) computes itself, and our ops add to it. What can't be accelerated runs
-    PEFT's own forward; `fastft.report` says what and why. Calling it again is fine.
+    added later are accelerated too and batches with `adapter_names` are safe to run from several threads. A quantised base
+    layer (bitsandbytes' NF4 and int8, torchao's, GPTQ's) computes itself, and our ops add to it. What can't be accelerated
+    runs PEFT's own forward; `fastft.report` says what and why. Calling it again is fine.
 
     Args:
         peft_model: PeftModel, PeftMixedModel, or a module with injected adapters (after adding some, accelerate that again).
         strict: a layer that would run PEFT's own forward raises instead. Layers of other classes (embeddings, convolutions)
             and forwards without adapters (disabled, merged) don't.
+        group_projections: layers that read one input (q, k and v; gate and up) share the read of it and its dX, though each
+            computes in its own call. Switch it off if backward runs through them one by one.
         check: a batch, as a dict of the model's arguments with labels or as a function of the model that returns the loss.
             Loss and gradients are computed on it by PEFT and by fastft, without dropout, and compared (`peft_check`).
 
@@ -51,29 +52,30 @@ def accelerate(peft_model: nn.Module, *, strict: bool = False, check=None) -> nn
             "get_peft_model or load_adapter"
         )
     if check is None:
-        return _accelerate(peft_model, strict)
+        return _accelerate(peft_model, strict, group_projections)
     from .peft_check import compare
 
     restore(peft_model)
     try:
-        compare(peft_model, check, lambda: _accelerate(peft_model, strict))
+        compare(peft_model, check, lambda: _accelerate(peft_model, strict, group_projections))
     except BaseException:
         restore(peft_model)
         raise
     return peft_model
 
 
-def _accelerate(model, strict):
+def _accelerate(model, strict, share):
     from peft.tuners.lora.model import LoraModel
     from peft.tuners.mixed.model import MixedModel
 
-    accelerate_layers(model, strict)
+    follow_hotswapping()
+    accelerate_layers(model, strict, share)
     accelerate_sparse_layers(model, strict)
     for module in model.modules():
         if type(module) in (LoraModel, MixedModel):
-            swap(module, FastLoraModel if type(module) is LoraModel else FastTuner, Record("", strict))
+            swap(module, FastLoraModel if type(module) is LoraModel else FastTuner, TunerRecord(strict, share))
         elif isinstance(module, FastTuner):
-            module._fastft.strict = strict
+            module._fastft.strict, module._fastft.share = strict, share
     return model
 
 

@@ -1,8 +1,9 @@
 """The adapters of PEFT's mixed batches, laid out for the grouped ops: a layer's in one store, made when first named.
 
 B lies transposed there, so an adapter that was named takes its memory twice until `fastft.restore`. Before each batch every
-adapter in it is compared with the parameters it was made of (`peft_watch`) and made again where one changed. What no version
-counts, a write through ``.data``, is seen only if it exchanges the memory.
+adapter in it is compared with the parameters it was made of (`peft_watch`) and made again where one changed. Not seen are
+writes through ``.data`` that keep the memory, which no version counts (after PEFT's hot-swapping all is made again), and what
+only later makes an adapter unfit, as a hook on its lora_A.
 """
 
 import threading
@@ -35,7 +36,6 @@ class _Chosen(NamedTuple):
 class LayerBank:
     """One layer's adapters in one store; none of them if `store` is None."""
 
-    names: set[str]
     unfit: dict[str, str]  # adapters that are not in the store -> why
     store: torch.Tensor | None = None
     offsets: torch.Tensor | None = None
@@ -60,32 +60,31 @@ class Bank:
         with self._lock:
             for name in names:
                 self._slots.setdefault(name, len(self._slots))
-            now = self._changed(layers, names)
-            for position in sorted(set().union(*now.values())):
-                layer = layers[position]
-                before = self._banks.get(layer)
-                # A new one: other threads may be using the old.
-                self._banks[layer] = self._make(layer, before.names.union(names) if before else set(names))
-            self._made_of.update((factors.name, factors) for factors in now)  # not if memory ran out above
+            self._update(layers, names)
             banks = zip(layers, map(self._banks.__getitem__, layers), strict=True)
             usable = {layer: bank for layer, bank in banks if bank.store is not None and bank.unfit.keys().isdisjoint(names)}
             return usable, self._slots
 
-    def _changed(self, layers, names) -> dict[Factors, set[int]]:
-        """What those of these adapters are now that are not what the banks were made of, and the positions of the layers in
-        which they differ."""
+    def _update(self, layers, names) -> None:
+        """Lay these adapters out again where they changed. A failure on the way leaves everything as it was."""
         if not self._layers.are(layers):
             self._layers, self._banks, self._made_of = Layers(layers), {}, {}
-        found = {}
+        found, changed = {}, set()
         for name in names:
             before = self._made_of.get(name)
             if before is None or not before.unchanged():
-                now = Factors(self._layers, name)
-                found[now] = set(range(len(layers))) if before is None else now.changed_in(before)
-        return found
+                now = found[name] = Factors(self._layers, name)
+                changed.update(range(len(layers)) if before is None else now.changed_in(before))
+        if not found:
+            return
+        # The others in these layers are laid out with them, as they are now: forget those that are not what they were.
+        kept = {name: own for name, own in self._made_of.items() if name in found or own.unchanged()} | found
+        # New ones: other threads may be using the old.
+        self._banks.update({layers[i]: self._make(layers[i], kept) for i in sorted(changed)})
+        self._made_of = kept
 
-    def _make(self, layer, names: set[str]) -> LayerBank:
-        made = LayerBank(names, {})
+    def _make(self, layer, names) -> LayerBank:
+        made = LayerBank({})
         present, kind = {}, None
         for name in names:
             if name not in layer.lora_A or name not in layer.lora_B:

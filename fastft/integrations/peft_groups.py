@@ -2,6 +2,8 @@
 one dX.
 """
 
+import weakref
+
 from torch import nn
 
 from ..methods.grouping import siblings
@@ -9,21 +11,61 @@ from ..modules.groups import ProjectionGroup
 
 
 class PeftGroup(ProjectionGroup):
-    """Accelerated layers; what they share is found out anew by each round, as all of PEFT's."""
+    """Accelerated layers, each of which knows the group and its place in it (`Record`).
+
+    The group does not hold them, or they would keep each other alive until Python looks for cycles, and a copy of one would
+    take the others along. In a copy of a group the members are who call it from their places.
+    """
+
+    def __init__(self, names):
+        super().__init__(names, [None] * len(names))  # weak references
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "members": [None] * len(self.names)}
+
+    def join(self, member) -> None:
+        self.members[member._fastft.place] = weakref.ref(member)
+
+    def consists_of(self, members) -> bool:
+        return len(self.members) == len(members) and all(
+            known is not None and known() is member and member._fastft.group is self
+            for known, member in zip(self.members, members)
+        )
+
+    def _place(self, member):
+        place = member._fastft.place
+        known = self.members[place]
+        if known is not None and known() is member:
+            return place
+        if known is None or known() is None:
+            self.join(member)  # for the forwards to come: in this one, others may have run already
+        return None  # also of a replica of DataParallel's
 
     def _factors(self, x, p):
-        found = [member.projection(x) for member in self.members]
-        if any(one is None or one.dropout != p or one.lora_A.dtype is not found[0].lora_A.dtype for one in found):
-            return None
-        return [one.lora_A for one in found]
+        """What PEFT's layers add is found out anew by each round."""
+        found = []
+        for known in self.members:
+            member = None if known is None else known()
+            record = None if member is None else member.__dict__.get("_fastft")  # not of layers that were restored
+            one = member.projection(x) if record is not None and record.group is self else None
+            if one is None or one.dropout != p or (found and one.lora_A.dtype is not found[0].dtype):
+                return None
+            found.append(one.lora_A)
+        return found
 
 
-def group_layers(layers: dict[str, nn.Module]) -> None:
-    """Group the accelerated layers that probably read one input, by their names in a model."""
-    for names in siblings(layers, in_features=lambda layer: layer.in_features):
+def group_layers(layers: dict[str, nn.Module], share: bool) -> None:
+    """Group the accelerated layers that probably read one input, by their names in a model; or none."""
+    wanted = siblings(layers, in_features=lambda layer: layer.in_features) if share else []
+    found = {}
+    for names in wanted:
         members = [layers[name] for name in names]
         before = members[0]._fastft.group
-        if before is None or before.members != members:
-            group = PeftGroup(names, members)
-            for member in members:
-                member._fastft.group = group
+        usable = before is not None and before.reason is None and before.consists_of(members)
+        group = before if usable else PeftGroup(names)
+        found.update({member: (group, place) for place, member in enumerate(members)})
+    for layer in layers.values():
+        record = layer._fastft
+        record.group, record.place = found.get(layer, (None, 0))
+        if record.group is not None:
+            record.group.join(layer)

@@ -45,15 +45,17 @@ class FallbackError(RuntimeError):
 class Record:
     """What an accelerated layer holds besides PEFT's own: its name, and what its calls were."""
 
+    group: PeftGroup | None = None  # and the layer's place in it
+    place = 0
+
     def __init__(self, name: str, strict: bool):
         self.name, self.strict = name, strict
         self.norms = RowNorms()  # of the frozen base weight, for DoRA
-        self.group: PeftGroup | None = None
         self.fused = self.beside = self.peft = 0
         self.reason: str | None = None  # of the last call that took PEFT's path
 
 
-def accelerate_layers(model: nn.Module, strict: bool) -> None:
+def accelerate_layers(model: nn.Module, strict: bool, share: bool) -> None:
     """Swap every layer that is exactly one of PEFT's LoRA linears; those swapped before take over `strict`."""
     kinds_of_peft()  # now, so that a compiled forward finds it cached
     classes, found = linear_classes(), {}
@@ -65,7 +67,7 @@ def accelerate_layers(model: nn.Module, strict: bool) -> None:
         else:
             continue
         found[name] = module
-    group_layers(found)
+    group_layers(found, share)
 
 
 class FastLinear(Swapped):
@@ -96,8 +98,8 @@ class FastLinear(Swapped):
             self._count_peft(plan)
             return self.plain.forward(self, x, *args, **kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in _ROUTED}
-        base, record = self.base_layer, self._fastft
-        beside, group = args or kwargs or base_obstacle(base, given) is not None, None
+        base, record, group = self.base_layer, self._fastft, None
+        beside = args or kwargs or base_obstacle(base, given) is not None
         if not torch.compiler.is_compiling():
             if beside:
                 record.beside += 1
@@ -107,11 +109,9 @@ class FastLinear(Swapped):
         plan = self._with_norms(base, plan)
         if beside:
             y = base(x, *args, **kwargs)
-            if group is not None and type(y) is torch.Tensor and y.dtype is given.dtype and plan[0].magnitude is None:
-                total = group.add(self, x, y, plan[0])
-                if total is not None:
-                    return total
-            return self._beside(y, x, plan)
+            together = group is not None and plan[0].magnitude is None and type(y) is torch.Tensor and y.dtype is given.dtype
+            total = group.add(self, x, y, plan[0]) if together else None
+            return self._beside(y, x, plan) if total is None else total
         weight = base.weight if type(base) is nn.Linear else base.weight.t()
         y = None if group is None else group.project(self, x, weight, base.bias, plan[0])
         return project(x, weight, base.bias, plan) if y is None else y
@@ -125,7 +125,7 @@ class FastLinear(Swapped):
         return plan[0] if not isinstance(plan, str) and self._shareable(plan) else None
 
     def _shareable(self, plan) -> bool:
-        """(What was cast is another tensor in each call.)"""
+        """Is it of one adapter whose A is the parameter itself? (What was cast is another tensor in each call.)"""
         return len(plan) == 1 and plan[0].lora_A is self.lora_A[plan[0].name].weight
 
     def _commonest(self, x) -> tuple[torch.Tensor, torch.Tensor | None, Projection] | None:

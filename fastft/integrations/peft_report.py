@@ -88,14 +88,15 @@ def report(model: nn.Module) -> Report:
     """Every layer of LoRA, SHiRA and Super-Tuning in a PEFT model (accelerated or not), or every adapted layer of an
     attached one, with its path."""
     peft = sys.modules.get("peft.tuners.lora.layer")  # a model can't hold its layers if it was never imported
-    rows = []
+    rows, sparse = [], sparse_kinds()
+    linears = linear_classes() if peft is not None else ()
     for name, module in model.named_modules():
         if isinstance(module, (FastLinear, FastSparse)):
             rows.append(_accelerated(name, module))
         elif isinstance(module, Adapted):
             rows.append(_attached(name, module))
-        elif peft is not None and isinstance(module, (peft.LoraLayer, *sparse_kinds())):
-            linear = type(module) in (*linear_classes(), *sparse_kinds())
+        elif peft is not None and isinstance(module, (peft.LoraLayer, *sparse)):
+            linear = type(module) in (*linears, *sparse)
             reason = "not accelerated: call fastft.accelerate" if linear else "layers of this class are left to PEFT"
             rows.append(Row(name, _kind(type(module)), PEFT, reason))
     return Report(rows)
@@ -114,6 +115,9 @@ def _accelerated(name, module) -> Row:
     path, reason = (PEFT, plan) if isinstance(plan, str) else (FUSED, "")
     if path == FUSED and isinstance(module, FastLinear) and (obstacle := base_obstacle(module.base_layer, given)):
         path, reason = LOW_RANK, obstacle
+    group = record.group if isinstance(module, FastLinear) else None
+    if path != PEFT and group is not None and group.reason is not None:  # sharing is what layers do by themselves
+        reason = "; ".join(filter(None, (reason, group.note(record.place))))
     if path != PEFT and record.reason:
         reason = "; ".join(filter(None, (reason, f"last call on PEFT's path: {record.reason}")))
     return Row(name, _kind(type(module)), path, reason, calls)
@@ -132,8 +136,5 @@ def _attached(name, module) -> Row:
     if not isinstance(module, AdaptedLinear) or not (module._settings or module._parts):
         return Row(name, kind, PLAIN, "trained copies of its own tensors")
     notes = [f"merged: {', '.join(module._merged)}"] if module._merged else []
-    for group in module._groups.values():
-        state = group.state()
-        notes.append(f"shares its input with {', '.join(n for n in state.members if n != name)}" if state.grouped
-                     else f"alone: {state.reason}")  # fmt: skip
+    notes += [group.note(group.names.index(name)) for group in module._groups.values()]
     return Row(name, kind, FUSED, "; ".join(notes))

@@ -3,6 +3,7 @@
 import functools
 import weakref
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -15,12 +16,20 @@ from .swapping import Swapped, swap
 _banks: "weakref.WeakKeyDictionary[nn.Module, Bank]" = weakref.WeakKeyDictionary()
 
 
+@dataclass
+class TunerRecord:
+    """How layers that are added later are to be accelerated."""
+
+    strict: bool
+    share: bool
+
+
 class FastTuner(Swapped):
     """Mixed into the class of any PEFT tuner whose layers were accelerated."""
 
     def inject_adapter(self, *args, **kwargs):
         result = super().inject_adapter(*args, **kwargs)
-        accelerate_layers(self.model, self._fastft.strict)
+        accelerate_layers(self.model, self._fastft.strict, self._fastft.share)
         return result
 
 
@@ -109,3 +118,21 @@ def _kind(cls: type) -> str | None:
 def forget_banks(tuner) -> None:
     """Free what mixed batches laid out."""
     _banks.pop(tuner, None)
+
+
+@functools.cache
+def follow_hotswapping() -> None:
+    """PEFT's hot-swapping writes through ``.data``, which no version counts: after it, what was laid out is forgotten."""
+    from peft.utils import hotswap
+
+    original = hotswap.hotswap_adapter_from_state_dict
+
+    @functools.wraps(original)
+    def swapped(model, *args, **kwargs):
+        try:
+            return original(model, *args, **kwargs)
+        finally:
+            for module in model.modules():
+                forget_banks(module)
+
+    hotswap.hotswap_adapter_from_state_dict = swapped

@@ -5,12 +5,12 @@ layers, which no cache holds any more. So builtins compare whole lists of them, 
 takes. Most of it is waiting for memory: the same comparison in C++, which asked for it ahead, took as long.
 """
 
-from itertools import compress, repeat
-from operator import attrgetter, is_, is_not, ne
+from itertools import repeat
+from operator import attrgetter, is_
 
 import torch
 
-_version, _place, _get = attrgetter("_version"), torch.Tensor.data_ptr, dict.get
+_version, _place, _get, _modules = attrgetter("_version"), torch.Tensor.data_ptr, dict.get, attrgetter("_modules")
 
 
 class Layers:
@@ -29,6 +29,8 @@ class Layers:
             self.layers == layers
             and all(map(is_, map(_get, self._modules, repeat("lora_A")), self._a))
             and all(map(is_, map(_get, self._modules, repeat("lora_B")), self._b))
+            and all(map(is_, map(_modules, self._a), self.a))
+            and all(map(is_, map(_modules, self._b), self.b))
             and all(map(is_, (layer.__dict__["scaling"] for layer in layers), self.scaling))
         )
 
@@ -52,8 +54,9 @@ class Factors:
 
     def changed_in(self, before: "Factors") -> set[int]:
         """The positions of the layers in which this is not what it was `before`."""
-        scales = compress(range(len(self._scales)), map(ne, self._scales, before._scales))
-        return {*self._a.changed_in(before._a), *self._b.changed_in(before._b), *scales}
+        scales = zip(self._scales, before._scales, strict=True)
+        rescaled = {i for i, (now, then) in enumerate(scales) if now is not then and now != then}
+        return rescaled | self._a.changed_in(before._a) | self._b.changed_in(before._b)
 
 
 class _Side:
@@ -61,13 +64,14 @@ class _Side:
 
     def __init__(self, lists, name):
         self.modules = list(map(_get, lists, repeat(name)))
-        self.at = [i for i, module in enumerate(self.modules) if module is not None]
-        self.parameters = [self.modules[i]._parameters for i in self.at]
-        self.weights = [own.get("weight") for own in self.parameters]
+        there = [i for i, module in enumerate(self.modules) if module is not None]
+        self.parameters = [self.modules[i]._parameters for i in there]
+        weights = [own.get("weight") for own in self.parameters]
         # A weight that is no parameter of its module, as in DataParallel's replicas, can't be watched: it always changed.
-        self.unknown = [i for i, weight in zip(self.at, self.weights, strict=True) if weight is None]
-        known = [weight for weight in self.weights if weight is not None]
-        self.versions, self.places = list(map(_version, known)), list(map(_place, known))
+        self.unknown = {i for i, weight in zip(there, weights, strict=True) if weight is None}
+        self.at = [i for i in there if i not in self.unknown]
+        self.weights = [weight for weight in weights if weight is not None]
+        self.versions, self.places = list(map(_version, self.weights)), list(map(_place, self.weights))
 
     def unchanged(self, lists, name) -> bool:
         return (
@@ -78,9 +82,12 @@ class _Side:
             and list(map(_place, self.weights)) == self.places
         )
 
-    def changed_in(self, before: "_Side"):
-        if any(map(is_not, self.modules, before.modules)) or self.unknown or before.unknown:
-            return range(len(self.modules))
-        now = zip(map(id, self.weights), self.versions, self.places, strict=True)
-        then = zip(map(id, before.weights), before.versions, before.places, strict=True)
-        return compress(self.at, map(ne, now, then))
+    def changed_in(self, before: "_Side") -> set[int]:
+        now, then = self._by_layer(), before._by_layer()
+        return {i for i, own in enumerate(now) if own != then[i]} | self.unknown | before.unknown
+
+    def _by_layer(self) -> list[list]:
+        found = [[id(module)] for module in self.modules]
+        for i, *facts in zip(self.at, map(id, self.weights), self.versions, self.places, strict=True):
+            found[i] += facts
+        return found

@@ -6,6 +6,7 @@ The options mean what they mean in PEFT, so that a config written for one works 
 import difflib
 import math
 import re
+import reprlib
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass
@@ -221,28 +222,36 @@ def _saved_modules(modules, entries) -> list[str]:
     return [name for name in modules if name and any(name.endswith(entry) for entry in entries)]
 
 
+def _quoted(value) -> str:
+    """As an error quotes what a file may hold: not megabytes of it."""
+    quoting = reprlib.Repr()
+    quoting.maxstring = quoting.maxother = 200
+    quoting.maxlist = quoting.maxset = 20
+    return quoting.repr(value)
+
+
 def _check_entries(modules, targets, names, saved, options, lenient):
     known = [name for name in modules if name]
     if not lenient:
         ends = {suffix for name in known for suffix in _suffixes(name)}
         for entry in sorted(targets - ends)[:1] if isinstance(targets, set) else ():
-            raise ValueError(f"target_modules: no module is named {entry!r}{_near(entry, known)}")
+            raise ValueError(f"target_modules: no module is named {_quoted(entry)}{_near(entry, known)}")
         for entry in options.modules_to_save or []:
             if not _saved_modules(known, [entry]):
-                raise ValueError(f"modules_to_save: no module's name ends with {entry!r}{_near(entry, known)}")
+                raise ValueError(f"modules_to_save: no module's name ends with {_quoted(entry)}{_near(entry, known)}")
     if not names:
         choosing = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
-        given = {key: value for key in choosing if (value := getattr(options, key)) is not None}
+        given = ", ".join(f"{key}={_quoted(value)}" for key in choosing if (value := getattr(options, key)) is not None)
         near = _near(targets, known) if isinstance(targets, str) else ""
         hint = ""
         if isinstance(options.target_modules, str) and _suffix_matches(options.target_modules, known):
-            hint = (
-                f"; a string is a regular expression for the whole name: write target_modules=[{options.target_modules!r}]"
-            )
+            listed = f"target_modules=[{_quoted(options.target_modules)}]"
+            hint = f"; a string is a regular expression for the whole name: write {listed}"
+        given = given or "what the method adapts"
         raise ValueError(f"no module matches {given}{hint or near}; the model's modules are named like {_some(known)}")
     excluded = options.exclude_modules
     if excluded and not any(_excluded(name, excluded) for name in known):
-        warnings.warn(f"exclude_modules={excluded!r} excludes nothing", stacklevel=4)
+        warnings.warn(f"exclude_modules={_quoted(excluded)} excludes nothing", stacklevel=4)
     both = [name for name in names if any(name == s or name.startswith(s + ".") for s in saved)]
     if both:
         raise ValueError(f"both target_modules and modules_to_save match {both[:5]}; write longer names to tell them apart")

@@ -14,7 +14,8 @@ masks. Then the group dissolves with the next step of an optimizer, when no forw
 
 Two things are not seen. An A that is changed between the calls of a round. And where one region of reentrant checkpointing
 ends: where single members are regions, or a wrong guess is called twice with one tensor, the dropout masks of the second
-run differ from those of the first.
+run differ from those of the first. And one thing differs: what shares a node of autograd's is one graph, so members of which
+each runs a backward of its own need ``retain_graph=True`` in all but the last, or no group.
 """
 
 import threading
@@ -96,6 +97,10 @@ class ProjectionGroup:
         self._waiting: weakref.WeakKeyDictionary[_Thread, _Round] = weakref.WeakKeyDictionary()
         self._checkpointed = -1  # optimizer steps before the last round that checkpointing may run again
 
+    def _place(self, member) -> int | None:
+        """None: of DataParallel's replicas."""
+        return next((i for i, own in enumerate(self.members) if own is member), None)
+
     def _factors(self, x, p) -> list[torch.Tensor] | None:
         """Every member's A, or None if they can't share x now, with dropout p."""
         raise NotImplementedError
@@ -106,6 +111,12 @@ class ProjectionGroup:
     def _base(self, opened, i, weight, bias, projection) -> torch.Tensor | None:
         """The member's x Wᵀ + bias, if it is known already."""
         return None
+
+    def note(self, place: int) -> str:
+        """What a report says of a member."""
+        if self.reason is not None:
+            return f"alone: {self.reason}"
+        return f"shares its input with {', '.join(name for i, name in enumerate(self.names) if i != place)}"
 
     def __getstate__(self):  # no forward runs in a copy
         return {name: value for name, value in self.__dict__.items() if name != "_waiting"}
@@ -133,7 +144,7 @@ class ProjectionGroup:
 
     def _in_round(self, member, x, projection, compute):
         p = projection.dropout
-        i = next((i for i, own in enumerate(self.members) if own is member), None)  # None for DataParallel's replicas
+        i = self._place(member)
         circumstances = None if i is None or not self._running() else _circumstances(x, p)
         if circumstances is None:
             return None

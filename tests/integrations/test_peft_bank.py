@@ -1,6 +1,8 @@
 """Mixed batches of accelerated PEFT models on the grouped ops: which calls take them, and that nothing stale is used."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -97,6 +99,9 @@ def test_only_layers_that_changed_are_laid_out_again():
     assert [layer for layer, made in bank._banks.items() if made is not before[layer]] == [changed]
     logits(fast, ["b", "__base__"])  # fewer adapters than are laid out
     assert all(bank._banks[layer] is before[layer] for layer in before if layer is not changed)
+    changed.lora_B["default"] = copy.deepcopy(changed.lora_B["default"])
+    logits(fast)
+    assert [layer for layer, made in bank._banks.items() if made is not before[layer]] == [changed]
 
 
 def test_adapters_that_come_later_and_orders_of_names():
@@ -148,15 +153,78 @@ def test_gradients_take_the_other_way_and_restore_frees_the_memory():
     assert fast.base_model not in peft_tuner._banks
 
 
-def test_a_failure_while_adapters_are_laid_out_leaves_nothing_stale(monkeypatch):
+def scaled(m, **scales):
+    for x in m.modules():
+        for name, scale in scales.items():
+            if hasattr(x, "lora_A") and name in x.lora_A:
+                x.set_scale(name, scale)
+
+
+def test_what_changed_while_others_were_laid_out_and_then_changed_back():
     plain = model()
     fast = accelerated(plain)
     logits(fast)
     for m in (plain, fast):
-        for name, parameter in m.named_parameters():
-            if "lora_B.b" in name:
-                with torch.no_grad():
-                    parameter.mul_(3)
+        scaled(m, default=2.0, b=0.0)
+    logits(fast, ["default"] * 2)  # b, which this batch does not name, lies beside it
+    for m in (plain, fast):
+        scaled(m, default=1.0, b=1.0)
+    torch.testing.assert_close(logits(fast, ["b"] * 2), logits(plain, ["b"] * 2))
+
+
+def test_exchanged_memory_that_comes_back():
+    plain = model()
+    fast = accelerated(plain)
+    averages = {}
+    for steps, names in ((1, ["default"]), (2, ["b"])):
+        for m in (plain, fast):
+            for name, parameter in m.named_parameters():
+                if "lora_B" in name:
+                    other = averages.setdefault((m, name), torch.full_like(parameter, 0.1))
+                    averages[m, name], parameter.data = parameter.data, other
+        for each in (names, NAMES):
+            torch.testing.assert_close(logits(fast, each * (5 - steps)), logits(plain, each * (5 - steps)))
+
+
+def test_deleted_adapters_are_freed():
+    fast = accelerated(model())
+    freed = []
+    for i in range(3):
+        fast.add_adapter(f"user{i}", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+        fast.eval()
+        logits(fast, ["b", f"user{i}"])
+        freed.append(weakref.ref(next(p for n, p in fast.named_parameters() if f"lora_A.user{i}" in n)))
+        fast.delete_adapter(f"user{i}")
+    logits(fast, ["default"])
+    gc.collect()
+    assert not any(reference() is not None for reference in freed)
+
+
+@pytest.mark.parametrize("again", ["other factors", "the same scale"])
+def test_hot_swapping(again, tmp_path):
+    from peft.utils.hotswap import hotswap_adapter
+
+    plain = peft_llama(("default",))
+    other = randomize(peft_llama(("default",), lora_alpha=8 if again == "the same scale" else 16), seed=9)
+    other.save_pretrained(tmp_path)
+    fast = accelerated(plain)
+    names = ["default", "__base__"]
+    before = logits(fast.eval(), names)
+    for m in (plain, fast):
+        hotswap_adapter(m, tmp_path, adapter_name="default", torch_device="cpu")
+        m.eval()
+    got = logits(fast, names)
+    torch.testing.assert_close(got, logits(plain, names))
+    assert not torch.allclose(got[0], before[0])
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_a_failure_while_adapters_are_laid_out_leaves_nothing_stale(back, monkeypatch):
+    plain = model()
+    fast = accelerated(plain)
+    logits(fast)
+    for m in (plain, fast):
+        scaled(m, b=3.0)
     calls, lay_out = [], peft_bank._lay_out
 
     def failing(*args):
@@ -168,4 +236,7 @@ def test_a_failure_while_adapters_are_laid_out_leaves_nothing_stale(monkeypatch)
     monkeypatch.setattr(peft_bank, "_lay_out", failing)
     with pytest.raises(MemoryError):
         logits(fast)
+    if back:
+        for m in (plain, fast):
+            scaled(m, b=1.0)
     torch.testing.assert_close(logits(fast), logits(plain))

@@ -1,7 +1,9 @@
 """Accelerated layers of PEFT that read one input share the read of it: the numbers stay PEFT's, whatever the model does."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -25,6 +27,10 @@ def counts(model, **options):
 def groups(model):
     found = {id(m._fastft.group): m._fastft.group for m in model.modules() if hasattr(m, "lora_A") and m._fastft.group}
     return list(found.values())
+
+
+def members(group):
+    return [known and known() for known in group.members]
 
 
 def test_q_k_and_v_and_gate_and_up_share():
@@ -149,8 +155,9 @@ def test_adapters_that_come_later_copies_and_undoing():
     for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
         own = groups(other)
         assert [group.names for group in own] == [group.names for group in kept] and own[0] is not first
-        assert all(member in list(other.modules()) for member in own[0].members)
-        assert_same_step(step(other), step(plain))
+        assert_same_step(step(other), step(plain))  # in which the copies' members join
+        assert all(member in list(other.modules()) for member in members(own[0]))
+        assert counts(other)["shrink"] == LAYERS  # of q and v; this adapter is on nothing else
     fastft.accelerate(fast)
     assert [id(group) for group in groups(fast)] == [id(group) for group in kept]
     fastft.restore(fast)
@@ -167,3 +174,55 @@ def test_without_gradients():
     assert sum(call.op == "lora_shrink" for call in calls) == 4 * LAYERS
     with torch.inference_mode():
         torch.testing.assert_close(fast(input_ids=tokens()).logits, got)
+
+
+def test_parts_of_a_model_that_are_restored_and_accelerated_again():
+    plain = peft_llama()
+    fast = accelerated(plain)
+    attention = fast.base_model.model.model.layers[0].self_attn
+    fastft.restore(attention.v_proj)
+    assert_same_step(step(fast), step(plain))
+    fastft.accelerate(fast)
+    assert_same_step(step(fast), step(plain))
+    assert counts(fast)["shrink"] == 4 * LAYERS
+    with torch.no_grad():
+        attention.q_proj(torch.randn(3, attention.q_proj.in_features))  # and no others
+    step(fast)
+    assert counts(fast)["shrink"] > 4 * LAYERS
+    assert "alone: " in fastft.report(fast)[attention.q_proj._fastft.name].reason
+    fastft.accelerate(fast)
+    assert counts(fast)["shrink"] == 4 * LAYERS
+    assert not fastft.report(fast)[attention.q_proj._fastft.name].reason
+    attention.k_proj = attention.k_proj.base_layer
+    attention.v_proj = attention.v_proj.base_layer
+    fastft.accelerate(fast)
+    assert attention.q_proj._fastft.group is None
+
+
+def test_without_groups():
+    plain = peft_llama()
+    fast = fastft.accelerate(copy.deepcopy(plain), group_projections=False)
+    fast.add_adapter("later", peft.LoraConfig(r=3, target_modules=["q_proj", "k_proj"]))
+    assert not groups(fast)
+    assert_same_step(step(fast), step(plain))
+    attention = fast.base_model.model.model.layers[0].self_attn
+    x = torch.randn(3, attention.q_proj.in_features)
+    q, k = attention.q_proj(x), attention.k_proj(x)
+    q.sum().backward(), k.sum().backward()  # one by one
+
+
+def test_layers_do_not_keep_each_other_alive():
+    fast = accelerated(peft_llama())
+    step(fast)
+    layer = fast.base_model.model.model.layers[0].self_attn.q_proj
+    size = len(pickle.dumps(layer))
+    assert size < 1.5 * len(pickle.dumps(fastft.restore(copy.deepcopy(layer))))
+    kept = weakref.ref(layer)
+    gc.collect()
+    gc.disable()
+    try:
+        del layer
+        fast.unload()
+        assert kept() is None
+    finally:
+        gc.enable()

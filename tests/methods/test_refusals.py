@@ -19,6 +19,8 @@ from .models import assert_same, attached, llama, randomize, snapshot
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "no module matches"),
         ({"target_modules": ["q_proj"], "layers_to_transform": [7]}, "no module matches"),
         ({"target_modules": []}, "no module matches"),
+        ({"target_modules": "q" * 5000}, r"^no module matches target_modules='q{,100}\.\.\.q{,100}'.{,1000}$"),
+        ({"target_modules": ["q" * 5000]}, r"^target_modules: no module is named 'q{,100}\.\.\.q{,100}'.{,1000}$"),
         ({"target_modules": ["self_attn"]}, "'model.layers.0.self_attn' is matched but is a .*LlamaAttention"),
         ({"target_modules": ["embed_tokens"]}, "Embedding"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["lm_heed"]}, "'lm_heed'; near matches: 'lm_head'"),
