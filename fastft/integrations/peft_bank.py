@@ -2,8 +2,8 @@
 
 B lies transposed there, so an adapter that was named takes its memory twice until `fastft.restore`. Before each batch every
 adapter in it is compared with the parameters it was made of (`peft_watch`) and made again where one changed. Not seen are
-writes through ``.data`` that keep the memory, which no version counts (after PEFT's hot-swapping all is made again), and what
-only later makes an adapter unfit, as a hook on its lora_A.
+writes through ``.data`` that keep the memory, which no version counts (though after PEFT's hot-swapping all is made again),
+and what only later makes an adapter unfit, as a hook on its lora_A.
 """
 
 import threading
