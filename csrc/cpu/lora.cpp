@@ -2,9 +2,9 @@
 //
 // Every activation is read once per op from memory, by all groups of adapters that share it. Large ranks in float32 without
 // dropout are the vendor's: gemm.h.
-#include "common/philox.h"
 #include "gemm.h"
 #include "low_rank.h"
+#include "mask_row.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -37,31 +37,6 @@ std::vector<Group> groups(const char* op, const std::vector<int64_t>& ranks, int
     bits += tokens * row_bytes;
   }
   return found;
-}
-
-// Mask bytes [0, bytes) of token t: Philox on VL byte numbers at a time (common/philox.h has the plain form).
-void write_mask_row(uint64_t seed, int64_t t, int64_t features, uint32_t threshold, uint8_t* row) {
-  int64_t bytes = (features + 7) / 8;
-  for (int64_t i = 0; i < bytes; i += VL) {
-    vu c0 = vu{} + static_cast<uint32_t>(t), c1 = vu{} + static_cast<uint32_t>(t >> 32);
-    vu c2 = lane_numbers() + static_cast<uint32_t>(i), c3 = {};
-    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-    for (int round = 0; round < philox::rounds; ++round, k0 += philox::W0, k1 += philox::W1) {
-      vu hi0, lo0, hi1, lo1;
-      mul_hilo(c0, philox::M0, hi0, lo0);
-      mul_hilo(c2, philox::M1, hi1, lo1);
-      c0 = hi1 ^ c1 ^ k0, c1 = lo1, c2 = hi0 ^ c3 ^ k1, c3 = lo0;
-    }
-    vu byte = {};
-    const vu words[4] = {c0, c1, c2, c3};
-    for (int m = 0; m < 4; ++m) {
-      byte |= reinterpret_cast<vu>((words[m] & 0xffffu) >= threshold) & (1u << 2 * m);
-      byte |= reinterpret_cast<vu>((words[m] >> 16) >= threshold) & (2u << 2 * m);
-    }
-    vu8 packed = __builtin_convertvector(byte, vu8);
-    std::memcpy(row + i, &packed, std::min<int64_t>(VL, bytes - i));
-  }
-  if (features % 8) row[bytes - 1] &= (1u << features % 8) - 1u;
 }
 
 std::tuple<Tensor, Tensor> lora_shrink(const Tensor& x, const Tensor& a, const std::vector<int64_t>& ranks, double p,
@@ -183,7 +158,8 @@ void lora_expand_(Tensor y, const Tensor& s, const Tensor& b, double scale) {
   });
 }
 
-// What several masked groups add to dX, summed in float32 before it is rounded once. Starts at -0, which adds no bit.
+// What several masked groups add to dX, rounded once: a float32 dX takes one after the other while a block of it is in L1,
+// for others they are summed in float32. That starts at -0, which adds no bit.
 template <class T, class Unit>
 void add_masked_groups(T* dx, int64_t K, const Tensor& ds, const Tensor& a, const std::vector<Group>& all, float factor,
                        const Unit*) {
@@ -195,15 +171,18 @@ void add_masked_groups(T* dx, int64_t K, const Tensor& ds, const Tensor& a, cons
     const int64_t c = task % blocks(K, block_c) * block_c, cols = std::min(block_c, K - c);
     const int64_t t = task / blocks(K, block_c) * block_t, rows = std::min(block_t, tokens - t);
     alignas(64) float sum[block_t * block_c];
-    std::fill_n(sum, block_t * block_c, -0.0f);
+    const bool in_place = std::is_same_v<T, float> && cols % VL == 0;
+    if (!in_place) std::fill_n(sum, block_t * block_c, -0.0f);
     for (size_t g = 0; g < all.size(); ++g) {
       const Coefficients s(ds, all[g].first, all[g].ranks);
       Scratch<Unit> scaled(rows * round_up(s.ranks, VL));
-      const AddToActivation<float, true, false> to{sum, block_c, cols, all[g].mask, t, c};
+      AddToActivation<float, true, false> to{sum, block_c, cols, all[g].mask, t, c};
+      if constexpr (std::is_same_v<T, float>)
+        if (in_place) to.to = dx + t * K + c, to.ld = K;
       panel_product(rows, round_up(cols, VL), units<Unit>(s.ranks),
                     rank_coefficients<Unit>(s, t, rows, factor, scaled.get()), panels[g].at(0, c), to, Ahead());
     }
-    for (int64_t i = 0; i < rows; ++i)
+    for (int64_t i = 0; i < rows && !in_place; ++i)
       for (int64_t v = 0; v < cols; v += VL) {
         T* to = dx + (t + i) * K + c + v;
         store(to, load(to, cols - v) + load(sum + i * block_c + v), cols - v);

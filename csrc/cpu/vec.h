@@ -144,30 +144,14 @@ inline vu lane_numbers() {
 inline vi keep_lanes(const uint8_t* row, int64_t e, int64_t row_bytes) {
   uint32_t bits = row[e / 8];
   if (VL == 16 && e / 8 + 1 < row_bytes) bits |= static_cast<uint32_t>(row[e / 8 + 1]) << 8;
+#if defined(__AVX512DQ__)
+  return (vi)_mm512_movm_epi32(static_cast<__mmask16>(bits));
+#else
   if (VL == 4) bits >>= e % 8;
   return ((vu{} + bits) & ((vu{} + 1u) << lane_numbers())) != 0u;
+#endif
 }
 
 inline vf select(vi keep, vf v) { return reinterpret_cast<vf>(reinterpret_cast<vi>(v) & keep); }
-
-// Full 32 x 32 -> 64 bit products of every lane with one constant.
-inline void mul_hilo(vu c, uint32_t m, vu& hi, vu& lo) {
-#if defined(__AVX512F__)
-  __m512i x = (__m512i)c, k = _mm512_set1_epi32(m);
-  __m512i even = _mm512_mul_epu32(x, k), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), k);
-  lo = (vu)_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
-  hi = (vu)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
-#elif defined(__AVX2__)
-  __m256i x = (__m256i)c, k = _mm256_set1_epi32(m);
-  __m256i even = _mm256_mul_epu32(x, k), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), k);
-  lo = (vu)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
-  hi = (vu)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
-#else
-  for (int l = 0; l < VL; ++l) {
-    uint64_t product = static_cast<uint64_t>(c[l]) * m;
-    lo[l] = static_cast<uint32_t>(product), hi[l] = static_cast<uint32_t>(product >> 32);
-  }
-#endif
-}
 
 }  // namespace fastft
