@@ -158,8 +158,8 @@ void lora_expand_(Tensor y, const Tensor& s, const Tensor& b, double scale) {
   });
 }
 
-// What several masked groups add to dX, rounded once: a float32 dX takes one after the other while a block of it is in L1,
-// for others they are summed in float32. That starts at -0, which adds no bit.
+// What several masked groups add to dX. A float32 dX takes them one after the other, while a block of it is in L1; for
+// others they are summed in float32 and rounded once. That sum starts at -0, which adds no bit.
 template <class T, class Unit>
 void add_masked_groups(T* dx, int64_t K, const Tensor& ds, const Tensor& a, const std::vector<Group>& all, float factor,
                        const Unit*) {

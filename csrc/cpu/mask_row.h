@@ -11,8 +11,8 @@ namespace fastft {
 
 #if defined(__AVX512BW__)
 
-// Philox of 8 counters, each in the low half of a lane of 64 bits: a product of those is what a round is made of, and nothing
-// ever looks at the high halves. Half of the instructions that 16 lanes of 32 bits take.
+// Philox of 8 counters, each in the low half of a lane of 64 bits: a product of those is what a round is made of, and
+// nothing ever looks at the high halves. Half of the instructions that 16 lanes of 32 bits take.
 struct Counters8 {
   __m512i c0, c1, c2, c3;
   void round(__m512i k0, __m512i k1) {
