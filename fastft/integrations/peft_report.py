@@ -136,5 +136,5 @@ def _attached(name, module) -> Row:
     if not isinstance(module, AdaptedLinear) or not (module._settings or module._parts):
         return Row(name, kind, PLAIN, "trained copies of its own tensors")
     notes = [f"merged: {', '.join(module._merged)}"] if module._merged else []
-    notes += [group.note(group.names.index(name)) for group in module._groups.values()]
+    notes += [group.note(group.members.index(module)) for group in module._groups.values()]
     return Row(name, kind, FUSED, "; ".join(notes))
