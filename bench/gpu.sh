@@ -3,7 +3,7 @@
 set -euo pipefail
 
 ALL="build info test bench sanitize graph ops tune collect"
-MEASURED="calibration lora grouped dora partial sparse selection step s2ft spiel serve peft"
+MEASURED="calibration lora grouped dora partial sparse selection step s2ft spiel serve peft qlora"
 
 TUNED_FAMILIES="lora grouped dora partial sparse selection"
 
@@ -156,7 +156,7 @@ summarise_tests() {
 # model is, so that these have no other.
 dtypes_of() {
     case $1 in
-        calibration | step | peft) ;; # their own choice
+        calibration | step | peft | qlora) ;; # their own choice
         s2ft | sparse | spiel) echo --dtype bf16+fp32 ;;
         grouped | selection | serve) echo --dtype bf16 ;;
         *) echo --dtype bf16 --dtype bf16+fp32 ;;

@@ -25,6 +25,7 @@ FAMILIES = {
     "dora": "DoRA layer",
     "step": "LoRA training step",
     "peft": "PEFT model, accelerated",
+    "qlora": "PEFT's QLoRA, accelerated",
     "partial": "S²FT layer",
     "s2ft": "S²FT training step",
     "sparse": "SpIEL and LIFT layer",

@@ -1,7 +1,6 @@
 """PEFT models before and after `fastft.accelerate`.
 
-step    a whole training step of a small Llama, over the same model frozen (as `step`, whose floor and peers these are);
-        with weights in NF4 as `qlora` says
+step    a whole training step of a small Llama, over the same model frozen (as `step`, whose floor and peers these are)
 call    forward and backward of a layer too small to compute anything, vs PEFT's layer: what Python costs; and the
         row "accelerate" says how long it takes to accelerate a model of 500 layers
 """
@@ -19,7 +18,7 @@ from fastft.ops.lora_linear import lora_linear
 from .. import peers, shapes
 from ..ops import lora
 from ..runner import Case, Fact, check_close
-from . import qlora, step
+from . import step
 
 TARGETS = {  # dtype, p -> ratio to the floor at r=16
     ("fp32", 0.0): 1.095,
@@ -130,7 +129,7 @@ def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK,
     """
     for kind, given, known in (
         ("shape", names, (TINY, *shapes.MODELS)),
-        ("dtype", dtypes, (*step.DTYPES, qlora.DTYPE)),
+        ("dtype", dtypes, step.DTYPES),
         ("peer", peer_names, ARMS),
     ):
         if unknown := [n for n in given or () if n not in known]:
@@ -143,13 +142,9 @@ def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK,
             yield _call(shapes.LINEARS[TINY])
             continue
         shape = shapes.MODELS[name]
-        for dtype in dtypes or ("fp32", "bf16+fp32", qlora.DTYPE):
+        for dtype in dtypes or ("fp32", "bf16+fp32"):
             for p in step.DROPOUTS if dropouts is None else dropouts:
                 known_target = (name, rank) == (step.TARGET_SHAPE, shapes.RANK)
-                target = TARGETS.get((dtype, p)) if known_target else None
-                if dtype == qlora.DTYPE:
-                    yield qlora.case(name, shape, rank, p, wanted, target)
-                    continue
                 yield Case(
                     "peft",
                     f"accelerated step r={rank} p={p:g}",
@@ -161,7 +156,7 @@ def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK,
                     floor=step.training(step.frozen),
                     arms={n: step.training(arm) for n, arm in ARMS.items() if n == "fastft" or n in wanted},
                     checker=step.checker,
-                    target=target,
+                    target=TARGETS.get((dtype, p)) if known_target else None,
                     **step.work(shape, rank, dtype, p),
                 )
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import fastft
 
-from .. import peers
+from .. import peers, shapes
 from ..runner import Case
 from . import step
 
@@ -94,21 +94,37 @@ def work(shape, rank: int, p: float) -> dict[str, int]:
     }
 
 
-def case(name: str, shape, rank: int, p: float, wanted, target: float | None) -> Case:
+def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK, peer_names=None):
+    """Every case asked for; what is None takes the defaults.
+
+    Raises:
+        ValueError: an unknown shape, dtype or peer, or transformers is not installed.
+    """
+    for kind, given, known in (
+        ("shape", names, shapes.MODELS),
+        ("dtype", dtypes, (DTYPE,)),
+        ("peer", peer_names, ARMS),
+    ):
+        if unknown := [n for n in given or () if n not in known]:
+            raise ValueError(f"unknown {kind} {unknown[0]!r}; known: {', '.join(known)}")
+    if reason := step.transformers_missing():
+        raise ValueError(reason)
     reason = peers.peft_missing() or missing()
-    arms = {n: step.training(arm) for n, arm in ARMS.items() if n == "fastft" or n in wanted}
-    return Case(
-        "peft",
-        f"accelerated step r={rank} p={p:g}",
-        name,
-        f"{shape.layers} layers, {shape.batch}x{shape.length} tokens",
-        DTYPE,
-        inputs=lambda device, seed: make_inputs(shape, rank, p, device, seed),
-        tensors=lambda d: [*d.model.parameters(), d.ids],
-        floor=step.training(frozen),
-        arms={} if reason else arms,
-        checker=checker,
-        skipped=dict.fromkeys(arms, reason) if reason else {},
-        target=target,
-        **work(shape, rank, p),
-    )
+    wanted = {n: arm for n, arm in ARMS.items() if n == "fastft" or peer_names is None or n in peer_names}
+    for name in names or (step.TARGET_SHAPE,):
+        for p in step.DROPOUTS if dropouts is None else dropouts:
+            shape = shapes.MODELS[name]
+            yield Case(
+                "qlora",
+                f"accelerated step r={rank} p={p:g}",
+                name,
+                f"{shape.layers} layers, {shape.batch}x{shape.length} tokens",
+                DTYPE,
+                inputs=lambda dev, seed, s=shape, q=p: make_inputs(s, rank, q, dev, seed),
+                tensors=lambda d: [*d.model.parameters(), d.ids],
+                floor=step.training(frozen),
+                arms={} if reason else {n: step.training(arm) for n, arm in wanted.items()},
+                checker=checker,
+                skipped=dict.fromkeys(wanted, reason) if reason else {},
+                **work(shape, rank, p),
+            )

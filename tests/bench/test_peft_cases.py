@@ -4,19 +4,16 @@ import pytest
 import torch
 
 from fastft import testing
-from fastft.bench import shapes
-from fastft.bench.e2e import peft, qlora, step
+from fastft.bench.e2e import peft, step
 from fastft.bench.runner import WrongResult
 
 pytest.importorskip("peft")
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16+fp32", qlora.DTYPE])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16+fp32"])
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_steps(dtype, p):
-    if dtype == qlora.DTYPE:
-        pytest.importorskip("bitsandbytes")
     (case,) = peft.cases("cpu", ["tiny-llama"], [dtype], [p], peer_names=["peft"])
     d = case.inputs(CPU, 0)
     check = case.checker(d)
@@ -41,19 +38,6 @@ def test_the_gate_finds_an_error():
 
     with pytest.raises(WrongResult):
         check(step.training(wrong))
-
-
-def test_quantised_weights():
-    pytest.importorskip("bitsandbytes")
-    (case,) = peft.cases("cpu", ["tiny-llama"], [qlora.DTYPE], [0.0])
-    d = case.inputs(CPU, 0)
-    layers = [type(layer) for layer in d.model.modules() if isinstance(layer, torch.nn.Linear)]
-    assert {cls.__name__ for cls in layers} == {"Linear4bit", "Linear"} and layers.count(torch.nn.Linear) == 1  # the head
-    got, want = (m(input_ids=d.ids).logits for m in (d.model, d.dense))
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    assert case.floor(d)()["norm"].norm() > 0  # backward goes down to the first layer
-    wide = step.work(shapes.MODELS["tiny-llama"], 16, "fp32", 0.0)
-    assert case.flops == wide["flops"] and 0 < case.floor_moved < case.moved < wide["moved"]
 
 
 def test_calls_and_facts():
