@@ -127,13 +127,9 @@ def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK,
     Raises:
         ValueError: an unknown shape, dtype or peer, or what this needs is not installed.
     """
-    for kind, given, known in (
-        ("shape", names, (TINY, *shapes.MODELS)),
-        ("dtype", dtypes, step.DTYPES),
-        ("peer", peer_names, ARMS),
-    ):
-        if unknown := [n for n in given or () if n not in known]:
-            raise ValueError(f"unknown {kind} {unknown[0]!r}; known: {', '.join(known)}")
+    lora.known("shape", names or (), (TINY, *shapes.MODELS))
+    lora.known("dtype", dtypes or (), step.DTYPES)
+    lora.known("peer", peer_names or (), ARMS)
     if reason := step.transformers_missing() or peers.peft_missing():
         raise ValueError(reason)
     wanted = ("peft",) if peer_names is None else peer_names

@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-import fastft
-
 from .. import peers, shapes
+from ..ops import lora
 from ..runner import Case
-from . import step
+from . import peft, step
 
 DTYPE = "nf4+fp32"
 
@@ -55,18 +54,15 @@ def frozen(model, d: Inputs):
     return {"norm": model.model.layers[0].input_layernorm.weight.requires_grad_(True)}
 
 
-def peft(model, d: Inputs):
-    model.enable_input_require_grads()
-    return step.peft(model, d)
+def _arm(prepare):
+    def prepared(model, d: Inputs):
+        model.enable_input_require_grads()
+        return prepare(model, d)
+
+    return prepared
 
 
-def accelerated(model, d: Inputs):
-    trained = peft(model, d)
-    fastft.accelerate(model, strict=True)
-    return trained
-
-
-ARMS = {"fastft": accelerated, "peft": peft}
+ARMS = {name: _arm(peft.ARMS[name]) for name in ("fastft", "peft")}
 
 
 def checker(d: Inputs):
@@ -100,13 +96,9 @@ def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK,
     Raises:
         ValueError: an unknown shape, dtype or peer, or transformers is not installed.
     """
-    for kind, given, known in (
-        ("shape", names, shapes.MODELS),
-        ("dtype", dtypes, (DTYPE,)),
-        ("peer", peer_names, ARMS),
-    ):
-        if unknown := [n for n in given or () if n not in known]:
-            raise ValueError(f"unknown {kind} {unknown[0]!r}; known: {', '.join(known)}")
+    lora.known("shape", names or (), shapes.MODELS)
+    lora.known("dtype", dtypes or (), (DTYPE,))
+    lora.known("peer", peer_names or (), ARMS)
     if reason := step.transformers_missing():
         raise ValueError(reason)
     reason = peers.peft_missing() or missing()

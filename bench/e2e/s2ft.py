@@ -23,6 +23,7 @@ from fastft.methods.handle import handles
 from fastft.ops.partial_linear import Part
 
 from .. import exchange, peers, shapes, slices
+from ..ops import lora
 from ..runner import Case, Fact, WrongResult, check_close
 from . import step
 
@@ -246,13 +247,9 @@ def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK,
     Raises:
         ValueError: an unknown shape, dtype or peer; a dropout or rank, which slices don't have.
     """
-    for kind, given, known in (
-        ("shape", names, shapes.MODELS),
-        ("dtype", dtypes, DTYPES),
-        ("peer", peer_names, {**STEP_PEERS, **SWITCH_PEERS, "peft": None}),
-    ):
-        if unknown := [n for n in given or () if n not in known]:
-            raise ValueError(f"unknown {kind} {unknown[0]!r}; known: {', '.join(known)}")
+    lora.known("shape", names or (), shapes.MODELS)
+    lora.known("dtype", dtypes or (), DTYPES)
+    lora.known("peer", peer_names or (), {**STEP_PEERS, **SWITCH_PEERS, "peft": None})
     if dropouts is not None or rank != shapes.RANK:
         raise ValueError("s2ft has no dropout and no rank: a slice has neither, and its LoRA is as large as the slice")
     if reason := step.transformers_missing():

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .. import peers, served, shapes
+from ..ops import lora
 from ..runner import Case, check_close
 from . import step
 
@@ -140,13 +141,9 @@ def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK,
     """
     if dropouts is not None:
         raise ValueError("serve has no dropout: nothing trains")
-    for kind, given, known in (
-        ("shape", names, shapes.MODELS),
-        ("dtype", dtypes, DTYPES),
-        ("peer", peer_names, served.PEERS),
-    ):
-        if unknown := [n for n in given or () if n not in known]:
-            raise ValueError(f"unknown {kind} {unknown[0]!r}; known: {', '.join(known)}")
+    lora.known("shape", names or (), shapes.MODELS)
+    lora.known("dtype", dtypes or (), DTYPES)
+    lora.known("peer", peer_names or (), served.PEERS)
     if reason := step.transformers_missing():
         raise ValueError(reason)
     for name in names or (SHAPE,):

@@ -18,6 +18,7 @@ from fastft.methods.handle import handles
 from fastft.ops.partial_linear import Part
 
 from .. import entries, entry_updates, peers, published_spiel, shapes
+from ..ops import lora
 from ..runner import Case, WrongResult
 from . import s2ft, step
 
@@ -209,9 +210,9 @@ def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK,
     Raises:
         ValueError: an unknown shape, dtype or peer; a dropout or rank, which entries don't have.
     """
-    for kind, given, known in (("shape", names, shapes.MODELS), ("dtype", dtypes, s2ft.DTYPES), ("peer", peer_names, PEERS)):
-        if unknown := [n for n in given or () if n not in known]:
-            raise ValueError(f"unknown {kind} {unknown[0]!r}; known: {', '.join(known)}")
+    lora.known("shape", names or (), shapes.MODELS)
+    lora.known("dtype", dtypes or (), s2ft.DTYPES)
+    lora.known("peer", peer_names or (), PEERS)
     if dropouts is not None or rank != shapes.RANK:
         raise ValueError("spiel has no dropout and no rank: entries have neither")
     if reason := step.transformers_missing():

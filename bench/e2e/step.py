@@ -284,13 +284,9 @@ def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK,
     Raises:
         ValueError: an unknown shape, dtype or peer.
     """
-    for kind, given, known in (
-        ("shape", names, shapes.MODELS),
-        ("dtype", dtypes, DTYPES),
-        ("peer", peer_names, ARMS[""]),
-    ):
-        if unknown := [n for n in given or () if n not in known]:
-            raise ValueError(f"unknown {kind} {unknown[0]!r}; known: {', '.join(known)}")
+    lora.known("shape", names or (), shapes.MODELS)
+    lora.known("dtype", dtypes or (), DTYPES)
+    lora.known("peer", peer_names or (), ARMS[""])
     if reason := transformers_missing():
         raise ValueError(reason)
     wanted = libraries.usual(PEERS_DEFAULT, device) if peer_names is None else peer_names

@@ -78,7 +78,7 @@ class Bank:
         if not found:
             return
         # The others in these layers are laid out with them, as they are now: forget those that are not what they were.
-        kept = {name: own for name, own in self._made_of.items() if name in found or own.unchanged()} | found
+        kept = {name: own for name, own in self._made_of.items() if name not in found and own.unchanged()} | found
         # New ones: other threads may be using the old.
         self._banks.update({layers[i]: self._make(layers[i], kept) for i in sorted(changed)})
         self._made_of = kept

@@ -10,6 +10,10 @@ from ..methods.grouping import siblings
 from ..modules.groups import ProjectionGroup
 
 
+def _nobody() -> None:
+    """In place of a weak reference to a member that is not known."""
+
+
 class PeftGroup(ProjectionGroup):
     """Accelerated layers, each of which knows the group and its place in it (`Record`).
 
@@ -18,40 +22,37 @@ class PeftGroup(ProjectionGroup):
     """
 
     def __init__(self, names):
-        super().__init__(names, [None] * len(names))  # weak references
+        super().__init__(names, [_nobody] * len(names))
 
     def __getstate__(self):
-        return {**super().__getstate__(), "members": [None] * len(self.names)}
+        return {**super().__getstate__(), "members": [_nobody] * len(self.names)}
 
     def join(self, member) -> None:
         self.members[member._fastft.place] = weakref.ref(member)
 
     def consists_of(self, members) -> bool:
-        return len(self.members) == len(members) and all(
-            known is not None and known() is member and member._fastft.group is self
-            for known, member in zip(self.members, members)
-        )
+        return [known() for known in self.members] == members and all(member._fastft.group is self for member in members)
 
     def _place(self, member):
         place = member._fastft.place
-        known = self.members[place]
-        if known is not None and known() is member:
-            return place
-        if known is None or known() is None:
+        known = self.members[place]()
+        if known is None:
             self.join(member)  # for the forwards to come: in this one, others may have run already
-        return None  # also of a replica of DataParallel's
+        return place if known is member else None  # None also for a replica of DataParallel's
 
-    def _factors(self, x, p):
+    def _factors(self, x, i, projection):
         """What PEFT's layers add is found out anew by each round."""
         found = []
-        for known in self.members:
-            member = None if known is None else known()
-            record = None if member is None else member.__dict__.get("_fastft")  # not of layers that were restored
-            one = member.projection(x) if record is not None and record.group is self else None
-            if one is None or one.dropout != p or (found and one.lora_A.dtype is not found[0].dtype):
+        for j, known in enumerate(self.members):
+            one = projection if j == i else self._projection(known(), x)
+            if one is None or one.dropout != projection.dropout or one.lora_A.dtype is not projection.lora_A.dtype:
                 return None
             found.append(one.lora_A)
         return found
+
+    def _projection(self, member, x):
+        record = None if member is None else member.__dict__.get("_fastft")  # not of layers that were restored
+        return member.projection(x) if record is not None and record.group is self else None
 
 
 def group_layers(layers: dict[str, nn.Module], share: bool) -> None:

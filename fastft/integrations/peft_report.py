@@ -115,12 +115,14 @@ def _accelerated(name, module) -> Row:
     path, reason = (PEFT, plan) if isinstance(plan, str) else (FUSED, "")
     if path == FUSED and isinstance(module, FastLinear) and (obstacle := base_obstacle(module.base_layer, given)):
         path, reason = LOW_RANK, obstacle
-    group = record.group if isinstance(module, FastLinear) else None
-    if path != PEFT and group is not None and group.reason is not None:  # sharing is what layers do by themselves
-        reason = "; ".join(filter(None, (reason, group.note(record.place))))
+    notes = [reason] if reason else []
+    if (
+        path != PEFT and record.group is not None and record.group.reason is not None
+    ):  # sharing is what layers do by themselves
+        notes.append(record.group.note(record.place))
     if path != PEFT and record.reason:
-        reason = "; ".join(filter(None, (reason, f"last call on PEFT's path: {record.reason}")))
-    return Row(name, _kind(type(module)), path, reason, calls)
+        notes.append(f"last call on PEFT's path: {record.reason}")
+    return Row(name, _kind(type(module)), path, "; ".join(notes), calls)
 
 
 def _probe(module) -> torch.Tensor:

@@ -39,13 +39,13 @@ class Factors:
     """One adapter's A and B in all layers as they are now; of a layer without it, nothing."""
 
     def __init__(self, layers: Layers, name: str):
-        self.name, self._in = name, layers
+        self._name, self._in = name, layers
         self._a, self._b = _Side(layers.a, name), _Side(layers.b, name)
         self._scales = list(map(_get, layers.scaling, repeat(name)))
 
     def unchanged(self) -> bool:
         """Are modules, parameters (identity, version, address) and scales still the same?"""
-        layers, name = self._in, self.name
+        layers, name = self._in, self._name
         return (
             self._a.unchanged(layers.a, name)
             and self._b.unchanged(layers.b, name)

@@ -45,8 +45,8 @@ class AdapterGroup(ProjectionGroup):
         if packed is not None and not any(g.packed is packed for m in self.members for g in m._groups.values()):
             packed.unpack()
 
-    def _factors(self, x, p):
-        factors = []
+    def _factors(self, x, i, projection):
+        factors, p = [], projection.dropout
         for member in self.members:
             adapters = [a for a in member._adapters.values() if a.name in member._settings and a.on()]
             if adapters != [self.adapter] or member._merged:
@@ -62,10 +62,12 @@ class AdapterGroup(ProjectionGroup):
             factors.append(a)
         return factors
 
-    def _opened(self, opened, projection):
-        if self.packed is not None and self._own_weights_on():
+    def _open_round(self, x, i, circumstances, projection):
+        opened = super()._open_round(x, i, circumstances, projection)
+        if opened is not None and self.packed is not None and self._own_weights_on():
             opened.columns_have_bias = projection.magnitude is None  # DoRA multiplies before the bias is added
             opened.columns = self.packed.columns(opened.shared.x, opened.columns_have_bias)
+        return opened
 
     def _base(self, opened, i, weight, bias, projection):
         """The member's part of the packed GEMM, if that is what the member would compute."""

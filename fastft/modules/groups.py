@@ -20,6 +20,7 @@ each runs a backward of its own need ``retain_graph=True`` in all but the last, 
 
 import threading
 import weakref
+from abc import ABC, abstractmethod
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -84,7 +85,7 @@ def _leave(waiting) -> None:
     _slot.round = weakref.ref(waiting)
 
 
-class ProjectionGroup:
+class ProjectionGroup(ABC):
     """What the members share; a subclass knows where their factors are.
 
     Args:
@@ -101,12 +102,9 @@ class ProjectionGroup:
         """None: of DataParallel's replicas."""
         return next((i for i, own in enumerate(self.members) if own is member), None)
 
-    def _factors(self, x, p) -> list[torch.Tensor] | None:
-        """Every member's A, or None if they can't share x now, with dropout p."""
-        raise NotImplementedError
-
-    def _opened(self, opened, projection) -> None:
-        """A round began, by the member with this `Projection`."""
+    @abstractmethod
+    def _factors(self, x, i, projection) -> list[torch.Tensor] | None:
+        """Every member's A, or None if they can't share x now; member i adds this `Projection`."""
 
     def _base(self, opened, i, weight, bias, projection) -> torch.Tensor | None:
         """The member's x Wᵀ + bias, if it is known already."""
@@ -154,7 +152,7 @@ class ProjectionGroup:
             waiting.group._dissolve(waiting)
             waiting = None
         if waiting is None:
-            waiting = self._open_round(x, p, circumstances, projection) if self._running() else None
+            waiting = self._open_round(x, i, circumstances, projection) if self._running() else None
             if waiting is None:
                 return None
         waiting.left.discard(i)
@@ -166,15 +164,13 @@ class ProjectionGroup:
     def _running(self) -> bool:
         return self.reason is None or self._checkpointed == _steps
 
-    def _open_round(self, x, p, circumstances, projection):
-        factors = self._factors(x, p)
+    def _open_round(self, x, i, circumstances, projection):
+        factors, p = self._factors(x, i, projection), projection.dropout
         if factors is None:
             return None
         if _may_run_again(circumstances, p):
             self._checkpointed = _steps
-        opened = _Round(self, x, circumstances, factors, p)
-        self._opened(opened, projection)
-        return opened
+        return _Round(self, x, circumstances, factors, p)
 
     def _dissolve(self, left_over) -> None:
         if self.reason is None:

@@ -30,7 +30,7 @@ def groups(model):
 
 
 def members(group):
-    return [known and known() for known in group.members]
+    return [known() for known in group.members]
 
 
 def test_q_k_and_v_and_gate_and_up_share():

@@ -57,9 +57,8 @@ def test_training(kind, dtype):
     with fastft.testing.record() as calls:
         got = step(fast)
     ops = [call.op for call in calls]
-    assert (
-        ops.count("lora_shrink") == 4 * LAYERS and ops.count("lora_expand_") == 7 * LAYERS
-    )  # q, k and v share, gate and up
+    assert ops.count("lora_shrink") == 4 * LAYERS  # q, k and v share, gate and up
+    assert ops.count("lora_expand_") == 7 * LAYERS
     assert set(paths(fast)) == {"low-rank part"}
     want = step(plain)
     if dtype == torch.float32:
