@@ -43,20 +43,25 @@ inline float cut_to_float(double value) {
 template <class T>
 void mma_twin(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, hostcuda::Site site) {
   struct Operands {
-    T a[4][2], b[2][2];
+    float a[4][2], b[2][2];
   } mine;
-  std::memcpy(mine.a, a, sizeof(a));
-  std::memcpy(mine.b[0], &b0, sizeof(b0)), std::memcpy(mine.b[1], &b1, sizeof(b1));
-  hostcuda::gather(&mine, sizeof(mine), site);
+  auto unpack = [](float (&pair)[2], uint32_t bits) {
+    T values[2];
+    std::memcpy(values, &bits, sizeof(bits));
+    pair[0] = values[0], pair[1] = values[1];
+  };
+  for (int i = 0; i < 4; ++i) unpack(mine.a[i], a[i]);
+  unpack(mine.b[0], b0), unpack(mine.b[1], b1);
+  const hostcuda::Gathered brought = hostcuda::gather(&mine, sizeof(mine), site);
   const unsigned g = hostcuda::lane() / 4, t = hostcuda::lane() % 4;
   double sum[4] = {c[0], c[1], c[2], c[3]};
   for (unsigned k = 0; k < 16; ++k) {
-    const auto& left = *static_cast<const Operands*>(hostcuda::gathered(4 * g + k % 8 / 2));
+    const auto& left = brought.of<Operands>(4 * g + k % 8 / 2);
     for (unsigned j = 0; j < 2; ++j) {
-      const auto& right = *static_cast<const Operands*>(hostcuda::gathered(4 * (2 * t + j) + k % 8 / 2));
-      const double b = static_cast<float>(right.b[k / 8][k % 2]);
-      sum[j] += b * static_cast<float>(left.a[k / 8 * 2][k % 2]);
-      sum[2 + j] += b * static_cast<float>(left.a[k / 8 * 2 + 1][k % 2]);
+      const auto& right = brought.of<Operands>(4 * (2 * t + j) + k % 8 / 2);
+      const double b = right.b[k / 8][k % 2];
+      sum[j] += b * left.a[k / 8 * 2][k % 2];
+      sum[2 + j] += b * left.a[k / 8 * 2 + 1][k % 2];
     }
   }
   for (int i = 0; i < 4; ++i) c[i] = cut_to_float(sum[i]);
@@ -100,11 +105,11 @@ __device__ __forceinline__ void load_matrices(uint32_t (&m)[4], const void* row 
                  : "memory");
 #elif defined(FASTFT_HOSTCUDA)
   if (reinterpret_cast<uintptr_t>(row) % 16) throw std::runtime_error("a row of a matrix is not 16-byte aligned");
-  hostcuda::gather(&row, sizeof(row), site);
+  const hostcuda::Gathered rows = hostcuda::gather(&row, sizeof(row), site);
   const unsigned g = hostcuda::lane() / 4, t = hostcuda::lane() % 4;
   for (unsigned i = 0; i < 4; ++i)
     for (unsigned j = 0; j < 2; ++j) {
-      const void* source = *static_cast<const void* const*>(hostcuda::gathered(8 * i + (kTransposed ? 2 * t + j : g)));
+      const void* source = rows.of<const void*>(8 * i + (kTransposed ? 2 * t + j : g));
       const unsigned element = static_cast<const uint16_t*>(source)[kTransposed ? g : 2 * t + j];
       m[i] = j ? m[i] | element << 16 : element;
     }

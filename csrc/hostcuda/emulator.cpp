@@ -1,7 +1,5 @@
 #include "emulator.h"
 
-#include <ucontext.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <exception>
@@ -14,6 +12,8 @@
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "switch.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -33,12 +33,12 @@ std::map<const void*, Moved> moved;
 
 namespace {
 
-constexpr size_t stack_bytes = 128 << 10, redzone = 64, warp_size = 32, exchange_bytes = 8, gather_bytes = 32;
+constexpr size_t stack_bytes = 128 << 10, redzone = 64, warp_size = 32, offer_bytes = 8, gather_bytes = 48;
 
 enum class State { ready, block_wait, warp_wait, done };
 
 struct Fiber {
-  ucontext_t context;
+  Context context;
   std::unique_ptr<char[]> stack = std::make_unique_for_overwrite<char[]>(stack_bytes);
   void* fake_stack = nullptr;  // AddressSanitizer's, saved while the fiber does not run
   uint3 thread{};
@@ -46,10 +46,7 @@ struct Fiber {
   State state = State::done;
   unsigned mask = 0;  // of the warp barrier it waits at
   Site site;
-  alignas(8) char offered[exchange_bytes];
-  // By turns, so that one barrier is enough: nobody fills a buffer again before all have left the barrier in between.
-  alignas(8) char brought[2][gather_bytes];
-  unsigned turn = 0;
+  unsigned turn = 0;  // of the warp's two buffers
   struct Copy {
     void* to;
     const void* from;
@@ -58,12 +55,19 @@ struct Fiber {
   std::vector<std::vector<Copy>> copies;  // groups in flight and, last, the one that is open
 };
 
+struct Warp {
+  alignas(8) char offered[warp_size][offer_bytes];
+  // By turns, so that one barrier is enough: nobody fills a buffer again before all have left the barrier in between.
+  alignas(8) char brought[2][warp_size][gather_bytes];
+};
+
 struct Scheduler {
   std::mutex one_grid_at_a_time;
   std::vector<std::unique_ptr<Fiber>> fibers;  // grown on demand, reused by later blocks
-  size_t threads = 0;                          // of the block that runs
+  std::vector<Warp> warps;
+  size_t threads = 0;  // of the block that runs
   Fiber* running = nullptr;
-  ucontext_t context;
+  Context context;
   void* fake_stack = nullptr;
   const void* stack_bottom = nullptr;
   size_t stack_size = 0;
@@ -101,14 +105,14 @@ void fiber_main() {
   }
   scheduler.running->state = State::done;
   announce_switch(nullptr, scheduler.stack_bottom, scheduler.stack_size);
-  swapcontext(&scheduler.running->context, &scheduler.context);
+  switch_context(scheduler.running->context, scheduler.context);
 }
 
 void resume(Fiber& fiber) {
   scheduler.running = &fiber;
   current.thread = fiber.thread;
   announce_switch(&scheduler.fake_stack, fiber.stack.get(), stack_bytes);
-  swapcontext(&scheduler.context, &fiber.context);
+  switch_context(scheduler.context, fiber.context);
   finish_switch(scheduler.fake_stack, nullptr, nullptr);
 }
 
@@ -116,7 +120,7 @@ void wait(State state, unsigned mask, Site site) {
   Fiber& self = *scheduler.running;
   self.state = state, self.mask = mask, self.site = site;
   announce_switch(&self.fake_stack, scheduler.stack_bottom, scheduler.stack_size);
-  swapcontext(&self.context, &scheduler.context);
+  switch_context(self.context, scheduler.context);
   finish_switch(self.fake_stack, &scheduler.stack_bottom, &scheduler.stack_size);
 }
 
@@ -181,18 +185,12 @@ void release_block() {
 void start(Fiber& fiber, unsigned index, dim3 block) {
   fiber.index = index;
   fiber.thread = {index % block.x, index / block.x % block.y, index / (block.x * block.y)};
+  // A fiber abandoned after an error leaves its frames poisoned.
+  if (fiber.state != State::done) ASAN_UNPOISON_MEMORY_REGION(fiber.stack.get(), stack_bytes);
   fiber.state = State::ready;
   fiber.turn = 0;
   fiber.copies.assign(1, {});
-  // A fiber abandoned after an error leaves its frames poisoned.
-  ASAN_UNPOISON_MEMORY_REGION(fiber.stack.get(), stack_bytes);
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = fiber.stack.get();
-  fiber.context.uc_stack.ss_size = stack_bytes;
-  fiber.context.uc_link = nullptr;
-  makecontext(&fiber.context, fiber_main, 0);
-  // AddressSanitizer's swapcontext would unpoison this whole stack at every switch, red zones included.
-  fiber.context.uc_stack.ss_size = 0;
+  prepare_context(fiber.context, fiber.stack.get(), stack_bytes, fiber_main);
 }
 
 // NaN in every float type, so that a read before the first write shows in the result.
@@ -206,6 +204,7 @@ void prepare_shared(size_t bytes) {
 void run_block(dim3 block, size_t shared_bytes) {
   scheduler.threads = size_t(block.x) * block.y * block.z;
   while (scheduler.fibers.size() < scheduler.threads) scheduler.fibers.push_back(std::make_unique<Fiber>());
+  scheduler.warps.resize((scheduler.threads + warp_size - 1) / warp_size);
   prepare_shared(shared_bytes);
   for (size_t i = 0; i < scheduler.threads; ++i) start(*scheduler.fibers[i], unsigned(i), block);
   std::vector<size_t> order(scheduler.threads);
@@ -254,29 +253,21 @@ void warp_barrier(unsigned mask, Site site) {
 
 unsigned lane() { return scheduler.running->index % warp_size; }
 
-void warp_exchange(unsigned mask, const void* mine, void* theirs, size_t bytes, unsigned source, Site site) {
-  Fiber& self = *scheduler.running;
-  std::memcpy(self.offered, mine, bytes);
+Gathered offer(unsigned mask, const void* mine, size_t bytes, Site site) {
+  if (bytes > offer_bytes) throw std::runtime_error("a lane brings more bytes than it may");
+  auto& offered = scheduler.warps[scheduler.running->index / warp_size].offered;
+  std::memcpy(offered[lane()], mine, bytes);
   warp_barrier(mask, site);
-  // CUDA leaves a read from a lane outside the mask undefined; all ones is a NaN that shows.
-  if (mask >> source & 1)
-    std::memcpy(theirs, scheduler.fibers[self.index - lane() + source]->offered, bytes);
-  else
-    std::memset(theirs, 0xff, bytes);
-  warp_barrier(mask, site);
+  return {offered[0], offer_bytes};
 }
 
-void gather(const void* mine, size_t bytes, Site site) {
+Gathered gather(const void* mine, size_t bytes, Site site) {
   if (bytes > gather_bytes) throw std::runtime_error("a lane brings more bytes than it may");
   Fiber& self = *scheduler.running;
-  self.turn ^= 1;
-  std::memcpy(self.brought[self.turn], mine, bytes);
+  auto& brought = scheduler.warps[self.index / warp_size].brought[self.turn ^= 1];
+  std::memcpy(brought[lane()], mine, bytes);
   warp_barrier(0xffffffffu, site);
-}
-
-const void* gathered(unsigned source) {
-  const Fiber& self = *scheduler.running;
-  return scheduler.fibers[self.index - lane() + source]->brought[self.turn];
+  return {brought[0], gather_bytes};
 }
 
 void copy_async(void* to, const void* from, size_t bytes) {

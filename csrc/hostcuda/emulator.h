@@ -59,14 +59,24 @@ void warp_barrier(unsigned mask, Site site);
 // Shared memory of the block, at a byte offset that every thread asks for alike; the bytes around it are poisoned.
 void* shared_memory(size_t offset, size_t bytes);
 
-// All lanes of `mask` bring `bytes` bytes; returns the bytes that lane `source` brought. `source` must be in `mask`.
-void warp_exchange(unsigned mask, const void* mine, void* theirs, size_t bytes, unsigned source, Site site);
-
 unsigned lane();
 
-// All 32 lanes bring up to 32 bytes; `gathered` is what a lane brought, until the next but one gather of the warp.
-void gather(const void* mine, size_t bytes, Site site);
-const void* gathered(unsigned lane);
+// What the lanes of a warp brought to one place.
+struct Gathered {
+  const char* first;
+  size_t stride;
+
+  template <class T>
+  const T& of(unsigned lane) const {
+    return *reinterpret_cast<const T*>(first + lane * stride);
+  }
+};
+
+// All lanes of `mask` offer up to 8 bytes, to be read until the next warp barrier.
+Gathered offer(unsigned mask, const void* mine, size_t bytes, Site site);
+
+// All 32 lanes bring up to 48 bytes, to be read until the next but one gather of the warp.
+Gathered gather(const void* mine, size_t bytes, Site site);
 
 // Bytes that kernels say they move, by array and direction, while `counting` is on.
 struct Moved {
@@ -84,11 +94,27 @@ void copy_async(void* to, const void* from, size_t bytes);
 void commit_copies();
 void wait_for_copies(size_t groups_in_flight);
 
+// Calls `read` for each lane of `mask`, in order, with what it brought.
+template <class T, class Read>
+void for_each_lane(unsigned mask, T value, Site site, Read&& read) {
+  static_assert(std::is_trivially_copyable_v<T>);
+  const Gathered brought = offer(mask, &value, sizeof(T), site);
+  for (unsigned source = 0; source < 32; ++source)
+    if (mask >> source & 1) read(source, brought.template of<T>(source));
+  warp_barrier(mask, site);
+}
+
 template <class T>
 T exchange(unsigned mask, T value, unsigned source, Site site) {
-  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= 8);
+  static_assert(std::is_trivially_copyable_v<T>);
+  const Gathered brought = offer(mask, &value, sizeof(T), site);
   T result;
-  warp_exchange(mask, &value, &result, sizeof(T), source, site);
+  // CUDA leaves a read from a lane outside the mask undefined; all ones is a NaN that shows.
+  if (mask >> source & 1)
+    result = brought.template of<T>(source);
+  else
+    std::memset(&result, 0xff, sizeof(T));
+  warp_barrier(mask, site);
   return result;
 }
 
@@ -140,8 +166,8 @@ T __shfl_up_sync(unsigned mask, T value, unsigned lanes, int width = 32,
 inline unsigned __ballot_sync(unsigned mask, int predicate,
                               fastft::hostcuda::Site site = fastft::hostcuda::Site::current()) {
   unsigned votes = 0;
-  for (unsigned source = 0; source < 32; ++source)
-    if (mask >> source & 1) votes |= unsigned(fastft::hostcuda::exchange(mask, predicate != 0, source, site)) << source;
+  fastft::hostcuda::for_each_lane(mask, predicate != 0, site,
+                                  [&](unsigned lane, bool vote) { votes |= unsigned(vote) << lane; });
   return votes;
 }
 
@@ -156,19 +182,15 @@ inline int __all_sync(unsigned mask, int predicate, fastft::hostcuda::Site site 
 inline unsigned __match_any_sync(unsigned mask, int64_t value,
                                  fastft::hostcuda::Site site = fastft::hostcuda::Site::current()) {
   unsigned same = 0;
-  for (unsigned source = 0; source < 32; ++source)
-    if (mask >> source & 1) same |= unsigned(fastft::hostcuda::exchange(mask, value, source, site) == value) << source;
+  fastft::hostcuda::for_each_lane(mask, value, site,
+                                  [&](unsigned lane, int64_t other) { same |= unsigned(other == value) << lane; });
   return same;
 }
 
 inline unsigned __reduce_max_sync(unsigned mask, unsigned value,
                                   fastft::hostcuda::Site site = fastft::hostcuda::Site::current()) {
   unsigned most = 0;
-  for (unsigned source = 0; source < 32; ++source)
-    if (mask >> source & 1) {
-      const unsigned other = fastft::hostcuda::exchange(mask, value, source, site);
-      most = other > most ? other : most;
-    }
+  fastft::hostcuda::for_each_lane(mask, value, site, [&](unsigned, unsigned other) { most = other > most ? other : most; });
   return most;
 }
 
