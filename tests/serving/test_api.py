@@ -225,6 +225,30 @@ def test_broken_bodies(engine, raw, code):
     assert answer.status_code == code and answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    "raw,headers,status,message",
+    [
+        (b'{"prompt": "\xff"}', {}, 400, "The body is not UTF-8 (invalid start byte at byte 12); send JSON in UTF-8."),
+        (b"[" * 100_000, {}, 400, "it is nested too deep"),
+        (b'{"n": ' + b"9" * 5000 + b"}", {}, 400, "a number has too many digits"),
+        (b"\x1f\x8b", {"content-encoding": "gzip"}, 415, "Given Content-Encoding: 'gzip'; send the body as it is"),
+        (b"{}", {"content-type": "text/plain"}, 415, "'text/plain'; send JSON with Content-Type: application/json."),
+        (b"{}", {"content-type": ""}, 415, "Given no Content-Type; send JSON with Content-Type: application/json."),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_bodies_that_cannot_be_read_are_told_why(engine, raw, headers, status, message):
+    answer = client(engine).post("/v1/completions", content=raw, headers={"content-type": "application/json", **headers})
+    assert answer.status_code == status and message in answer.json()["error"]["message"]
+
+
+def test_kinds_of_json(engine):
+    raw = json.dumps(HELLO).encode()
+    for kind in ("application/json; charset=utf-8", "Application/JSON", "application/vnd.x+json"):
+        headers = {"content-type": kind, "content-encoding": "identity"}
+        assert client(engine).post("/v1/completions", content=raw, headers=headers).status_code == 200
+
+
 def test_no_chat_template(tokenizer):
     engine = FakeEngine(load_tokenizer())
     engine.tokenizer.chat_template = None

@@ -6,6 +6,7 @@ import time
 import httpx2
 import pytest
 
+from fastft.serving.api import errors
 from fastft.serving.api.config import Limits
 from fastft.serving.api.guard import BodyLimit
 
@@ -126,3 +127,33 @@ def test_a_stopped_engine(engine):
     engine.stop()
     answer = client(engine).post("/v1/completions", json=HELLO)
     assert answer.status_code == 503 and answer.json()["error"]["code"] == "engine_stopped"
+
+
+@pytest.mark.parametrize(
+    "path,body",
+    [
+        ("/v1/chat/completions", {**CHAT, "messages": [1] * 100_000}),
+        ("/v1/chat/completions", {**CHAT, "messages": [{}] * 100_000}),
+        ("/v1/chat/completions", {**CHAT, "messages": [{"role": "user", "content": "x"}] * 5000}),
+        ("/v1/chat/completions", {**CHAT, "messages": [{"role": "user", "content": [{"type": "text"}] * 60_000}]}),
+        ("/v1/chat/completions", {**CHAT, "modalities": ["audio"] * 60_000}),
+        ("/v1/completions", {**HELLO, "stop": [""] * 60_000}),
+        ("/v1/completions", {**HELLO, "stop": [""] * 100_000}),
+        ("/v1/completions", {**HELLO, **{f"x{i}": 1 for i in range(1000)}}),
+        ("/v1/completions", {**HELLO, "prompt": [[1]] * 100_000}),
+    ],
+    ids=lambda value: ", ".join(value)[:30] if isinstance(value, dict) else "",
+)
+def test_a_body_of_many_wrong_values_is_one_problem(engine, path, body, monkeypatch):
+    """Not one each: of two million values they took a minute and gigabytes, while nobody else was answered."""
+    problems = []
+
+    def counted(error):
+        problems.append(len(error.errors()))
+        return validation_error(error)
+
+    validation_error = errors._validation_error
+    monkeypatch.setattr(errors, "_validation_error", counted)
+    error = post(client(engine), body, path, 422)["error"]
+    assert problems and problems[0] <= 3 and len(error["message"]) < 600
+    assert not engine.submitted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import reprlib
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,6 +16,8 @@ from .schemas import NEUTRAL
 
 logger = logging.getLogger("fastft.serving")
 RETRY_SECONDS = "1"
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxlong = _SHOWN.maxother = 80
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -46,20 +49,21 @@ class ApiError(Exception):
         headers = {"retry-after": RETRY_SECONDS} if self.status in (429, 503) else {}
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
-        if self.status in (408, 413):  # the rest of the body is not read
+        if self.status in (408, 413, 415):  # the rest of the body is not read
             headers["connection"] = "close"
         return JSONResponse(self.body(), self.status, headers=headers)
 
 
 def shown(value: Any) -> str:
     """What a client gave, short and safe for a message."""
-    text = ascii(value)
+    # Of lists and objects a few entries: writing millions out takes a second in which nobody is answered.
+    text = ascii(value) if isinstance(value, str | int | float) else ascii(_SHOWN.repr(value))[1:-1]
     return text if len(text) <= 80 else f"{text[:60]}… ({len(text)} characters)"
 
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The OpenAPI entries of the statuses a route may answer with, beside those of every route."""
-    return {status: {"model": ErrorBody} for status in sorted({400, 401, 408, 413, 422, 500, *statuses})}
+    return {status: {"model": ErrorBody} for status in sorted({400, 401, 408, 413, 415, 422, 500, *statuses})}
 
 
 def install(app: FastAPI, count_error) -> None:
@@ -84,7 +88,7 @@ def install(app: FastAPI, count_error) -> None:
         if error.status_code == 404:
             message = f"No route {shown(request.url.path)}. GET /openapi.json lists the routes of this server."
         elif error.status_code == 400:
-            message = "The body is JSON that can't be read: nested too deep, or a number of too many digits."
+            message = _unreadable(error.__cause__)
         response = answer(ApiError(error.status_code, code, message))
         response.headers.update(error.headers or {})
         return response
@@ -93,6 +97,15 @@ def install(app: FastAPI, count_error) -> None:
     async def unexpected(request: Request, error: Exception):
         logger.error("%s %s failed: %r", request.method, request.url.path, error)
         return answer(ApiError(500, "internal_error", "The server failed on this request; its log says why."))
+
+
+def _unreadable(cause: BaseException | None) -> str:
+    """What FastAPI's answer to a body that it can't parse keeps to itself."""
+    if isinstance(cause, UnicodeDecodeError):
+        return f"The body is not UTF-8 ({cause.reason} at byte {cause.start}); send JSON in UTF-8."
+    if isinstance(cause, RecursionError):
+        return "The body is JSON that can't be read: it is nested too deep; nest fewer lists and objects."
+    return "The body is JSON that can't be read: a number has too many digits; give a shorter one."
 
 
 def _validation_error(error: RequestValidationError) -> ApiError:

@@ -78,7 +78,8 @@ def _matches(header: str, wanted: Iterable[bytes]) -> bool:
 
 class BodyLimit:
     """ASGI middleware: reads the body before the app does, and stops as soon as it is too long, also where no Content-Length
-    announces it, or takes too long to arrive."""
+    announces it, or takes too long to arrive. Refuses what is not sent as JSON: a web page may send anything else to a
+    server of this machine without asking, through its visitor's browser."""
 
     def __init__(self, app, limits: Limits, count_error):
         self.app, self.limits, self.count_error = app, limits, count_error
@@ -86,8 +87,11 @@ class BodyLimit:
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        headers = Headers(scope=scope)
         try:
-            body = await asyncio.wait_for(self._read(Headers(scope=scope), receive), self.limits.body_seconds)
+            body = await asyncio.wait_for(self._read(headers, receive), self.limits.body_seconds)
+            if body:
+                _check_type(headers.get("content-type", ""))
         except (ApiError, asyncio.TimeoutError) as caught:
             error = (
                 caught
@@ -114,6 +118,13 @@ class BodyLimit:
         await self.app(scope, replay, send)
 
     async def _read(self, headers: Headers, receive) -> bytes | None:
+        encoding = headers.get("content-encoding", "identity")
+        if encoding.lower() != "identity":
+            raise ApiError(
+                415,
+                "unsupported_encoding",
+                f"Given Content-Encoding: {shown(encoding)}; send the body as it is, without one.",
+            )
         announced = headers.get("content-length", "")
         if announced.isdigit() and int(announced[:20]) > self.limits.body_bytes:
             raise self._too_long(f"{announced[:20]} bytes")
@@ -135,3 +146,10 @@ class BodyLimit:
             "body_too_large",
             f"The body has {given}; at most {self.limits.body_bytes} bytes are read. Send shorter or fewer prompts.",
         )
+
+
+def _check_type(given: str) -> None:
+    kind = given.partition(";")[0].strip().lower()
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        what = f"Content-Type: {shown(given)}" if given else "no Content-Type"
+        raise ApiError(415, "unsupported_type", f"Given {what}; send JSON with Content-Type: application/json.")

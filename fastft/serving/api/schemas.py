@@ -3,6 +3,8 @@ asks for more gets an error, not an answer to another question."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -23,13 +25,18 @@ NEUTRAL = {
 }
 
 
+# What is looked at of one body, so that no one body keeps the others waiting: 4 MiB hold two million values.
+_MOST_VALUES, _MOST_KEYS, _MOST_MESSAGES = 65_536, 256, 4096
+
+
 def _unsupported(name: str) -> Any:
     return Field(None, description=f"Not supported: {NEUTRAL[name]}.")
 
 
 ModelName = Annotated[str, Field(min_length=1, max_length=256, description="The base model or an adapter: GET /v1/models.")]
 Stop = Annotated[str, Field(min_length=1)]
-TokenIds = list[Annotated[int, Field(ge=0, le=2**31 - 1)]]
+# fail_fast everywhere: of a list of a million wrong items, the first one is told, not all.
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1, fail_fast=True)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 Empty = Annotated[dict[str, Any], Field(max_length=0)]
 _PROMPT = "a string, a list of strings, a list of token ids, or a list of such lists"
@@ -52,7 +59,7 @@ class _Sampling(Strict):
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = Field(
         None, description="The same seed, request and adapter give the same answer; the i-th choice uses seed + i."
     )
-    stop: Stop | list[Stop] | None = None
+    stop: Stop | Annotated[list[Stop], Field(fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="Accepted and not used.")
@@ -64,7 +71,7 @@ class _Sampling(Strict):
     @classmethod
     def _texts(cls, value):
         try:
-            _check_texts(value)
+            _check_texts(value, itertools.count(1))
         except UnicodeEncodeError as error:
             raise ValueError("a string has half of a surrogate pair (\\ud800 to \\udfff), which is no character") from error
         except RecursionError as error:
@@ -90,9 +97,9 @@ class _Sampling(Strict):
 class CompletionRequest(_Sampling):
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1)]
-        | Annotated[TokenIds, Field(min_length=1)]
-        | Annotated[list[Annotated[TokenIds, Field(min_length=1)]], Field(min_length=1)]
+        | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
     )
     max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="Default 16.")
     logprobs: Annotated[int, Field(ge=0, le=1)] | None = Field(
@@ -115,18 +122,25 @@ class CompletionRequest(_Sampling):
         return [self.prompt] if isinstance(self.prompt[0], int) else self.prompt
 
 
-def _check_texts(value: Any) -> None:
-    """Raises UnicodeEncodeError where a string can't be written as UTF-8, which JSON's escapes allow."""
+def _check_texts(value: Any, counter: Iterator[int]) -> None:
+    """Raises UnicodeEncodeError where a string can't be written as UTF-8, which JSON's escapes allow; ValueError where there
+    are too many values (token ids don't count)."""
+    if next(counter) > _MOST_VALUES:
+        raise ValueError(
+            f"given more than {_MOST_VALUES:,} texts, lists and objects, supported are {_MOST_VALUES:,}; send fewer"
+        )
     if isinstance(value, str):
         value.encode()
     elif isinstance(value, list):
         for one in value:
             if not isinstance(one, int):
-                _check_texts(one)
+                _check_texts(one, counter)
     elif isinstance(value, dict):
+        if len(value) > _MOST_KEYS:
+            raise ValueError(f"given an object of {len(value):,} keys, supported are {_MOST_KEYS}; leave out the others")
         for key, one in value.items():
             key.encode()
-            _check_texts(one)
+            _check_texts(one, counter)
 
 
 def _prompt_problem(value: Any) -> str | None:
@@ -151,7 +165,7 @@ class TextPart(Strict):
 
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
     name: str | None = None
 
     @field_validator("content", mode="before")
@@ -177,7 +191,7 @@ class ResponseFormat(Strict):
 
 
 class ChatRequest(_Sampling):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=_MOST_MESSAGES, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="Default: what fits. Older name of the next.")
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="Default: what fits.")
     logprobs: bool | None = None
@@ -188,7 +202,7 @@ class ChatRequest(_Sampling):
     tools: Annotated[list[Any], Field(max_length=0)] | None = _unsupported("tools")
     tool_choice: Literal["none", "auto"] | None = _unsupported("tool_choice")
     parallel_tool_calls: bool | None = Field(None, description="Accepted and not used.")
-    modalities: list[Literal["text"]] | None = _unsupported("modalities")
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = _unsupported("modalities")
     metadata: dict[str, Any] | None = Field(None, description="Accepted and not used.")
     store: Literal[False] | None = _unsupported("store")
 
