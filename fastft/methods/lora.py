@@ -8,9 +8,9 @@ rsLoRA (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732) takes scale = lora
 """
 
 import math
-import re
 import warnings
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +22,7 @@ from ..modules.norms import RowNorms
 from ..modules.quantized import held_like, quantization
 from .base import Method
 from .grouping import siblings
-from .targets import check_pattern
+from .name_patterns import NamePatterns
 
 INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 # Data-driven initialisations that leave the base as it is: once trained, the file is plain LoRA.
@@ -97,8 +97,7 @@ class LoRA(Method):
         for key, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
             if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
                 raise ValueError(f"{key}={alpha!r}; it must be a finite number")
-        for key in (*self.rank_pattern, *self.alpha_pattern):
-            check_pattern("rank_pattern, alpha_pattern", key)
+        self._ranks, self._alphas  # noqa: B018  (compiled now, so that a key that is no pattern is told at once)
         for option in ("use_rslora", "use_dora", "lora_bias", "group_projections", "pack_weights"):
             if not isinstance(getattr(self, option), bool):
                 raise TypeError(f"{option}={getattr(self, option)!r}; it must be True or False")
@@ -117,11 +116,19 @@ class LoRA(Method):
         if self.lora_bias and self.init_lora_weights not in (True, False):
             raise ValueError(f"lora_bias needs init_lora_weights True or False, not {self.init_lora_weights!r}")
 
+    @cached_property
+    def _ranks(self) -> NamePatterns:
+        return NamePatterns("rank_pattern", self.rank_pattern)
+
+    @cached_property
+    def _alphas(self) -> NamePatterns:
+        return NamePatterns("alpha_pattern", self.alpha_pattern)
+
     def rank(self, name: str) -> int:
-        return _by_pattern(self.rank_pattern, name, self.r)
+        return self._ranks.get(name, self.r)
 
     def scale(self, name: str) -> float:
-        alpha, r = _by_pattern(self.alpha_pattern, name, self.lora_alpha), self.rank(name)
+        alpha, r = self._alphas.get(name, self.lora_alpha), self.rank(name)
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
     # ---- what `Method` asks
@@ -189,10 +196,10 @@ class LoRA(Method):
                     f"adapter_dtype={self.adapter_dtype} on the {module.weight.dtype} weight of {name!r}; "
                     "use that dtype or float32"
                 )
-        for option in ("rank_pattern", "alpha_pattern"):
-            idle = [key for key in getattr(self, option) if not any(_matches(key, name) for name in matched)]
-            if idle:
-                warnings.warn(f"{option}: {idle} match no adapted module", stacklevel=4)
+        for option, patterns in (("rank_pattern", self._ranks), ("alpha_pattern", self._alphas)):
+            if idle := patterns.idle(matched):
+                more = f" and {len(idle) - 5} more" if len(idle) > 5 else ""
+                warnings.warn(f"{option}: {idle[:5]}{more} match no adapted module", stacklevel=4)
         idle = [name for name in matched if self.scale(name) == 0]
         if idle:
             warnings.warn(f"lora_alpha is 0 for {_some(idle)}: B A is multiplied by 0 there and never trained", stacklevel=4)
@@ -248,14 +255,6 @@ class LoRA(Method):
                 "LoRA of the base; convert it with PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
             )
         return cls(**{**options, "init_lora_weights": init if init in INITIALISATIONS else True})
-
-
-def _matches(key: str, name: str) -> bool:
-    return re.match(rf"(.*\.)?({key})$", name) is not None
-
-
-def _by_pattern(patterns, name, default):
-    return next((value for key, value in patterns.items() if _matches(key, name)), default)
 
 
 def _some(names):

@@ -15,6 +15,7 @@ from ..checkpoint.files import AdapterFileError
 from ..methods import lift, sparse_foreign, spiel  # noqa: F401  (their files are known once they are imported)
 from ..methods.base import read_folder
 from ..methods.lora import LoRA
+from ..methods.name_patterns import is_name
 from ..methods.s2ft import S2FT
 from ..methods.sparse import SparseMethod, stored_shape
 from ..methods.sparse_files import unpack_index
@@ -27,7 +28,7 @@ from ..ops.partial_linear import slice_dim
 from ..ops.registry import KERNEL_DTYPES
 from .layout import ALIGNMENT, Layout
 from .packed import PackedAdapter
-from .patterns import slow_because
+from .patterns import slow_because, slow_together_because
 
 SERVED = "LoRA (rsLoRA too), S²FT and deltas of single entries (SpIEL, LIFT, SparseMask, SHiRA) on linear layers"
 # The parts that say what an adapter computes; the others are for training.
@@ -120,11 +121,14 @@ def _look(config) -> None:
         patterns = (
             [given] if isinstance(given, str) else given if isinstance(given, dict) or option == "layers_pattern" else []
         )
-        for pattern in patterns or ():
-            if isinstance(pattern, str) and (reason := slow_because(pattern)):
+        strings = [pattern for pattern in patterns or () if isinstance(pattern, str)]
+        for pattern in strings:
+            if not is_name(pattern) and (reason := slow_because(pattern)):
                 raise ValueError(
                     f"{option}: {pattern[:100]!r} may take very long to match: {reason}; list the modules instead"
                 )
+        if reason := slow_together_because(strings):
+            raise ValueError(f"{option} may take very long to match: {reason}; give the modules' full names instead")
 
 
 def _add(layout: Layout, place, method, name, module, tensors) -> None:
