@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 import typing
@@ -115,7 +116,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name, kind in typing.get_type_hints(type(self)).items():
-            setattr(self, name, _coerce(name, getattr(self, name), kind))
+            value = _coerce(name, getattr(self, name), kind)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{name} must be a finite number, not {value}")
+            setattr(self, name, value)
         self._refuse_other_methods()
         if self.lr is None:
             by_momentum = self.method == "spiel" and self.selection == "momentum"
@@ -157,6 +161,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"{name} must be positive, not {value}")
+        if not 0 <= self.seed < 2**32:  # what NumPy's generator takes, which Trainer seeds too
+            raise UserError(f"seed must be in [0, 2**32), not {self.seed}")
         if self.max_length < 2:
             raise UserError(f"max_length must be at least 2, not {self.max_length}: the first token has no loss")
         for name in ("lr", "warmup", "weight_decay", "max_grad_norm"):
@@ -242,7 +248,7 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
     if kind in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             number = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             number = float("nan")
         if kind is float and number == number:
             return number
@@ -271,7 +277,11 @@ def make_config(options: dict[str, Any], file: str | None = None) -> TrainConfig
                 values = yaml.safe_load(stream) or {}
         except OSError as error:
             raise UserError(f"config {file}: {error.strerror}") from None
-        except yaml.YAMLError as error:
+        except UnicodeDecodeError as error:
+            raise UserError(f"config {file} is not UTF-8: {error.reason} at byte {error.start}; give a YAML file") from None
+        except RecursionError:
+            raise UserError(f"config {file} is nested too deeply; give a mapping of options") from None
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of thousands of digits, a day that is none
             raise UserError(f"config {file} is not YAML: {error}") from None
         if not isinstance(values, dict):
             raise UserError(f"config {file} must be a mapping of options, not {type(values).__name__}")

@@ -208,6 +208,7 @@ def _train(
     handle = attach(config, model, train_rows.rows, pad, checkpoint)
     steps = _steps(config, len(train_rows.rows))
     arguments = _arguments(config, out, device, steps, bool(eval_rows.rows), start=checkpoint is None)
+    trainer = make_trainer(model, handle, arguments, train_rows.rows, eval_rows.rows, pad_token_id=pad)
     launch.wait()  # from here on the folder changes, which all have looked at
     if launch.rank() == 0:
         if not resume:  # only now, when nothing of the user's input can be wrong any more
@@ -216,7 +217,6 @@ def _train(
         config.save(out / "config.yaml")
     launch.wait()
 
-    trainer = make_trainer(model, handle, arguments, train_rows.rows, eval_rows.rows, pad_token_id=pad)
     speed = progress(trainer)
     trainable = sum(p.numel() for p in handle.parameters())
     base = f"{dtype}, base of {config.bits()} bits" if config.bits() else dtype

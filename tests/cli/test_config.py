@@ -56,6 +56,14 @@ def test_targets(value, expected):
         ("eval_fraction", 1.0, "eval_fraction must be in"),
         ("max_length", 1, "max_length must be at least 2"),
         ("weight_decay", -1, "weight_decay must not be negative"),
+        ("epochs", float("inf"), "epochs must be a finite number, not inf"),
+        ("epochs", float("nan"), "epochs must be a finite number, not nan"),
+        ("lr", "inf", "lr must be a finite number, not inf"),
+        ("warmup", float("inf"), "warmup must be a finite number, not inf"),
+        ("max_grad_norm", float("inf"), "max_grad_norm must be a finite number, not inf"),
+        ("weight_decay", 10**400, "weight_decay must be float"),
+        ("seed", -1, "seed must be in [0, 2**32), not -1"),
+        ("seed", 2**32, "seed must be in [0, 2**32), not 4294967296"),
     ],
 )
 def test_refused(tmp_path, key, value, message):
@@ -73,6 +81,12 @@ def test_missing_and_malformed_files(tmp_path):
     (tmp_path / "list.yaml").write_text("- a\n")
     with pytest.raises(UserError, match="must be a mapping"):
         make_config({}, str(tmp_path / "list.yaml"))
-    (tmp_path / "bad.yaml").write_text("a: [")
-    with pytest.raises(UserError, match="is not YAML"):
-        make_config({}, str(tmp_path / "bad.yaml"))
+    for content, message in (
+        (b"a: [", "is not YAML"),
+        (b"r: " + b"1" * 6000, "is not YAML"),
+        (b"\x7fELF\x02\xff", "is not UTF-8: invalid start byte at byte 5"),
+        (b"[" * 5000, "is nested too deeply"),
+    ):
+        (tmp_path / "bad.yaml").write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            make_config({}, str(tmp_path / "bad.yaml"))

@@ -227,6 +227,22 @@ def test_an_output_folder_in_use(tiny_model, text_data, tmp_path, fastft_command
     assert not (out / "checkpoint-9").exists()
 
 
+def test_an_earlier_run_stays_until_the_new_one_can_begin(straight, monkeypatch, tmp_path, fastft_command):
+    out = tmp_path / "out"
+    shutil.copytree(straight[0], out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    result = fastft_command("train", *straight[1], "--out", out, "--overwrite", "--seed", "-1")
+    assert result.exit_code == 2 and "seed must be in [0, 2**32), not -1" in result.stderr
+
+    def refuse(*args, **options):
+        raise ValueError("what no check foresaw")
+
+    monkeypatch.setattr("fastft.integrations.transformers.make_trainer", refuse)
+    with pytest.raises(ValueError, match="foresaw"):
+        fastft_command("train", *straight[1], "--out", out, "--overwrite")
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
 def test_a_path_that_cannot_be_written_is_one_line(tiny_model, text_data, fastft_command):
     result = fastft_command("train", "--model", tiny_model, "--data", text_data, "--out", "/proc/x", *SMALL)
     assert result.exit_code == 2 and "/proc/x" in result.stderr and "Traceback" not in result.output
