@@ -5,12 +5,15 @@ from __future__ import annotations
 import codecs
 import json
 import random
+import re
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 from .errors import UserError
 
 SCHEMAS = {"messages": ("messages",), "prompt/completion": ("prompt", "completion"), "text": ("text",)}
+HALF = re.compile("[\ud800-\udfff]")  # of a UTF-16 pair
 IGNORED = -100  # a label without loss (torch's cross entropy default)
 
 
@@ -27,7 +30,8 @@ def read_jsonl(path: str) -> list[Record]:
     """Read and check every line of a JSON lines file; empty lines are skipped.
 
     Raises:
-        UserError: no file, no records, or a line (named as file:line) that is not UTF-8, not JSON, of no schema or of two.
+        UserError: no file, no records, or a line (named as file:line) that is not UTF-8, not JSON, of no schema or of two,
+            or whose text no tokenizer takes.
     """
     records = []
     try:
@@ -52,6 +56,11 @@ def _parse(line: bytes, place: str) -> Record:
         raise UserError(f"{place}: not UTF-8: {error.reason} at byte {error.start}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise UserError(f"{place}: nested too deeply; give an object of strings, or of messages") from None
+    except ValueError:  # of Python's own, which reads no integer of more digits
+        limit = sys.get_int_max_str_digits()
+        raise UserError(f"{place}: a number has more than {limit:,} digits; shorten or quote it") from None
     if not isinstance(value, dict):
         raise UserError(f"{place}: expected an object, got {type(value).__name__}")
     found = [name for name, keys in SCHEMAS.items() if all(key in value for key in keys)]
@@ -70,6 +79,7 @@ def _parse(line: bytes, place: str) -> Record:
                 raise UserError(f"{place}: {key} must be a string, not {type(text).__name__}")
             if not text and key != "prompt":
                 raise UserError(f"{place}: {key} is empty")
+            _check_text(text, key, place)
     return Record(place, schema, fields)
 
 
@@ -79,8 +89,17 @@ def _check_messages(messages: Any, place: str) -> None:
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise UserError(f'{place}: messages[{i}] must be {{"role": string, "content": string}}')
+        for key, text in message.items():
+            if isinstance(text, str):
+                _check_text(text, f"messages[{i}].{key}", place)
     if not any(message["role"] == "assistant" for message in messages):
         raise UserError(f"{place}: messages has no assistant turn to learn from")
+
+
+def _check_text(text: str, what: str, place: str) -> None:
+    """JSON can escape one half of a UTF-16 pair alone, which is no character: tokenizers refuse it without saying where."""
+    if half := HALF.search(text):
+        raise UserError(f"{place}: {what} has \\u{ord(half[0]):04x} alone, which is no character; give both halves")
 
 
 def split(records: list[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:

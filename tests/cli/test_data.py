@@ -81,11 +81,24 @@ def test_messages_without_template_or_refused(write_jsonl, tokenizer):
         ({"messages": []}, "data.jsonl:3: messages must be a list"),
         ({"messages": [{"role": "user"}]}, r"data.jsonl:3: messages\[0\] must be"),
         ({"messages": [{"role": "user", "content": "a"}]}, "data.jsonl:3: messages has no assistant turn"),
+        (b'{"text": "a\\ud800b"}', r"data.jsonl:3: text has \\ud800 alone"),
+        (b'{"prompt": "a", "completion": "\\udc00"}', r"data.jsonl:3: completion has \\udc00 alone"),
+        (
+            b'{"messages": [{"role": "assistant", "content": "\\udbff"}]}',
+            r"data.jsonl:3: messages\[0\].content has \\udbff alone",
+        ),
+        (b'{"text": "a", "n": ' + b"1" * 6000 + b"}", "data.jsonl:3: a number has more than .* digits"),
+        (b'{"text": ' + b"[" * 100_000, "data.jsonl:3: nested too deeply"),
     ],
 )
 def test_bad_lines_are_named(write_jsonl, line, message):
     with pytest.raises(UserError, match=message):
         read_jsonl(write_jsonl({"text": "good"}, b"", line))
+
+
+def test_both_halves_of_a_pair_are_a_character(write_jsonl):
+    (record,) = read_jsonl(write_jsonl(b'{"text": "\\ud83d\\ude00"}'))
+    assert record.fields["text"] == "\U0001f600"
 
 
 def test_no_file_and_no_records(write_jsonl):
