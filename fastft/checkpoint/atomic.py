@@ -11,6 +11,7 @@ import errno
 import os
 import shutil
 import stat
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,6 +22,7 @@ except ImportError:  # Windows: no locks on folders; concurrent writers to one f
 
 _DRAFT = ".fastft-draft-"
 COMMIT = ".fastft-commit"
+_WAIT_SECONDS, _POLL_SECONDS = 5.0, 0.02
 
 
 def current(folder: Path, name: str) -> Path:
@@ -101,17 +103,41 @@ def _same(new: Path, old: Path) -> bool:
 
 @contextmanager
 def locked(folder: Path, shared: bool = False):
-    """Writers of a folder take turns; readers (`shared`) wait for the writer, not for each other."""
+    """Writers of a folder take turns; readers (`shared`) wait for the writer, not for each other, and not for ever: whoever
+    can open a folder can hold its lock.
+
+    Raises:
+        TimeoutError: a reader has waited for `_WAIT_SECONDS`.
+    """
     if fcntl is None:
         yield
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # filesystems without locks
-            fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+            if not shared:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        if shared and not _share(handle):
+            raise TimeoutError(f"another process has held the lock on {folder} for {_WAIT_SECONDS:g} s")
         yield
     finally:
         os.close(handle)
+
+
+def _share(handle: int) -> bool:
+    """Whether a reader's lock was got, or none is needed."""
+    deadline = time.monotonic() + _WAIT_SECONDS
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_POLL_SECONDS)
+        except OSError:  # filesystems without locks
+            return True
+        else:
+            return True
 
 
 def _flush(folder: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ..checkpoint.files import Shapes
 from ..modules.adapted_linear import LoRASettings, features, is_transposed
 from ..modules.merging import pristine
 from ..modules.norms import RowNorms
@@ -141,6 +142,16 @@ class LoRA(Method):
         if self.use_dora:
             shapes["lora_magnitude"] = (n,)
         return shapes
+
+    def expected(self, targets):
+        # PEFT also writes the base's own tensors of an output head that has an adapter (save_embedding_layers="auto").
+        base = {
+            f"base_model.model.{name}.base_layer.{own}": pristine(module, own).detach()
+            for name, module in targets.items()
+            for own in ("weight", "bias")
+            if quantization(module) is None and getattr(module, own, None) is not None
+        }
+        return Shapes(super().expected(targets), base)
 
     def initial(self, name, module):
         (n, k), r = features(module), self.rank(name)

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastft
+from fastft.checkpoint import files
 from fastft.checkpoint.files import CONFIG, WEIGHTS, AdapterFileError
 from tests.methods.models import assert_same, llama, randomize, snapshot, tokens
 
@@ -200,3 +201,75 @@ def test_a_model_that_does_not_fit(folder):
     fastft.load(model, folder)
     with pytest.raises(ValueError, match="attached already"):
         fastft.load(model, folder)
+
+
+def rewritten(folder, change, more=0):
+    """The file with another header, and a hole of `more` bytes at its end, which takes no disk."""
+    whole = (folder / WEIGHTS).read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header, data = json.loads(whole[8 : 8 + length]), whole[8 + length :]
+    change(header, len(data))
+    text = json.dumps(header).encode()
+    with open(folder / WEIGHTS, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text + data)
+        file.truncate(file.tell() + more)
+
+
+def counting(monkeypatch):
+    """How many bytes are read of weights' files."""
+    read = []
+
+    def counted(file, at, dtype, count):
+        read.append(count * dtype.itemsize)
+        return numbers(file, at, dtype, count)
+
+    numbers = files._numbers
+    monkeypatch.setattr(files, "_numbers", counted)
+    return read
+
+
+def test_a_file_is_as_large_as_its_tensors(folder, monkeypatch):
+    """Or nothing but its header is read: the rest can be of any size."""
+    read = counting(monkeypatch)
+    rewritten(folder, lambda header, size: None, more=1 << 30)
+    refuse(folder, "damaged .*its header is no list of its tensors: tensors of")
+    assert not read
+
+
+def test_copies_that_nobody_wants_are_not_read(folder, monkeypatch):
+    read, more = counting(monkeypatch), 1 << 30
+
+    def add(header, size):
+        header["base_model.model.x.original_module.bias"] = {
+            "dtype": "F32",
+            "shape": [more // 4],
+            "data_offsets": [size, size + more],
+        }
+
+    wanted = sum(tensor.nbytes for tensor in load_file(folder / WEIGHTS).values())
+    rewritten(folder, add, more)
+    fastft.load(llama(), folder)
+    assert sum(read) == wanted
+
+
+def test_an_output_heads_own_weight(tmp_path):
+    """PEFT writes it beside the head's adapter, which says nothing as long as it is the model's own."""
+    handle = fastft.attach(llama(), fastft.LoRA(r=4, target_modules=["q_proj", "lm_head"]))
+    randomize(handle)
+    handle.save(tmp_path)
+    key = "base_model.model.lm_head.base_layer.weight"
+    own = llama().lm_head.weight.detach()
+    for same in (own, own.bfloat16(), own.double()):
+        change(tmp_path, lambda weights, same=same: weights.update({key: same}))
+        model = llama()
+        fastft.load(model, tmp_path)
+        torch.testing.assert_close(model(tokens()).logits, handle.model(tokens()).logits)
+    other = own.clone()
+    other[-1, -1] += 1
+    change(tmp_path, lambda weights: weights.update({key: other}))
+    refuse(tmp_path, f"1 tensors are of a base model with other values: {key}; load the adapter on the model that")
+    change(tmp_path, lambda weights: weights.update({key: own[1:]}))
+    refuse(tmp_path, f"of the wrong shape: {key}")
+    elsewhere = "base_model.model.model.embed_tokens.base_layer.weight"
+    change(tmp_path, lambda weights: (weights.pop(key), weights.update({elsewhere: own})))
+    refuse(tmp_path, f"not expected by this model and config: {elsewhere}; save with .*save_embedding_layers=False")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastft.checkpoint import atomic
-from fastft.checkpoint.files import CONFIG, WEIGHTS, read_adapter, write_adapter
+from fastft.checkpoint.files import CONFIG, WEIGHTS, AdapterFileError, read_adapter, write_adapter
 
 
 def test_mode_follows_the_umask(tmp_path):
@@ -170,3 +170,27 @@ def test_writers_take_turns(tmp_path):
         thread.join()
     assert consistent(tmp_path) in (1, 2, 3)
     assert {path.name for path in tmp_path.iterdir()} == {CONFIG, WEIGHTS}
+
+
+def test_readers_do_not_wait_for_ever(tmp_path, monkeypatch):
+    """Anybody who can open the folder can hold its lock; others' adapters are read by the same thread."""
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(atomic, "_WAIT_SECONDS", 0.1)
+    write_adapter(tmp_path / "held", {"version": 6}, {"x": torch.full((7, 50), 6.0)})
+    handle = os.open(tmp_path / "held", os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with pytest.raises(AdapterFileError, match=r"held is being written, it seems: another process has held the lock"):
+            consistent(tmp_path / "held")
+    finally:
+        os.close(handle)
+    assert consistent(tmp_path / "held") == 6
+
+
+def test_readers_wait_for_a_writer(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    write_adapter(tmp_path, {"version": 6}, {"x": torch.full((7, 50), 6.0)})
+    handle = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    threading.Timer(0.2, os.close, (handle,)).start()
+    assert consistent(tmp_path) == 6

@@ -106,7 +106,7 @@ def test_files_of_others(tmp_path):
     model.save_pretrained(tmp_path / "shira")
     assert_computes(*packed(tmp_path / "shira", llama()), deltas)
     config = peft.LoraConfig(
-        r=4, lora_alpha=3, use_rslora=True, target_modules=["up_proj", "q_proj"], init_lora_weights=False
+        r=4, lora_alpha=3, use_rslora=True, target_modules=["up_proj", "q_proj", "lm_head"], init_lora_weights=False
     )
     model = peft.get_peft_model(llama(), config)
     deltas = {

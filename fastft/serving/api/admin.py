@@ -118,7 +118,7 @@ def _refusal(action: str, error: Exception) -> Exception:
     if isinstance(error, TimeoutError):
         return ApiError(409, "timeout", f"{error}. Ask again, or with a larger timeout.")
     if isinstance(error, AdapterFileError):
-        return ApiError(422, "invalid_adapter", f"{error}. Replace the file, then {action} it again.")
+        return ApiError(422, "invalid_adapter", f"{error}. When its files are right, {action} it again.")
     if isinstance(error, RuntimeError | ValueError):
         return ApiError(409, f"{action}_failed", f"{error}.")
     return error
