@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,28 @@ def _is_run(out: Path) -> bool:
     except UserError:
         return False
     return True
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Failed writes inside name the folder: the system names no file when a disk is full, and torch and safetensors have
+    errors of their own.
+
+    Raises:
+        UserError: a write failed.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        # torch's writer drops the system's reason.
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
+        raise UserError(f"out {folder}: cannot be written: {reason}; make room there, or give another --out") from error
 
 
 def clear(out: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..checkpoint.atomic import current
 from .errors import UserError
+from .folder import writing
 from .loading import load
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -51,7 +52,8 @@ def run(model: str, adapter: str, out: str, dtype: str = "auto", overwrite: bool
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"adapter {adapter}: {error}") from error
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+    parent, prefix = target.parent, f".{target.name}."
+    with writing(target), tempfile.TemporaryDirectory(dir=parent, prefix=prefix) as folder:
         new = Path(folder) / "new"
         new.mkdir()
         merged.save_pretrained(new)

@@ -12,7 +12,7 @@ from . import launch
 from .config import TrainConfig
 from .data import Record, Tokenized, read_jsonl, split, tokenize
 from .errors import UserError
-from .folder import check_out, clear
+from .folder import check_out, clear, writing
 from .loading import check_bitsandbytes, load, load_base
 
 
@@ -51,7 +51,8 @@ def run(
         if launch.rank() == 0:
             report(config, train_rows)
         return None
-    return _train(config, out, resume, tokenizer, train_rows, eval_rows)
+    with writing(out):
+        return _train(config, out, resume, tokenizer, train_rows, eval_rows)
 
 
 def _records(config: TrainConfig) -> tuple[list[Record], list[Record]]:
@@ -194,7 +195,7 @@ def _recompute(model: Any) -> None:
 def _train(
     config: TrainConfig, out: Path, resume: bool, tokenizer: Any, train_rows: Tokenized, eval_rows: Tokenized
 ) -> dict[str, Any] | None:
-    from ..integrations.transformers import finish, last_checkpoint, make_trainer, progress
+    from ..integrations.transformers import check_finite, finish, last_checkpoint, make_trainer, progress
     from .report import plot, plot_selection, print_summary, summarize, write_summary
 
     device, dtype = choose_device_and_dtype(config)
@@ -230,12 +231,12 @@ def _train(
             finish(trainer, checkpoint)  # killed between the last step and the summary
         else:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        step = trainer.state.global_step
+        check_finite(handle, step)  # the last step need not have had a loss logged, nor a checkpoint
+        if eval_rows.rows and not any("eval_loss" in h and h["step"] == step for h in trainer.state.log_history):
+            trainer.evaluate()
     except FloatingPointError as error:
         raise UserError(str(error)) from error
-    if eval_rows.rows and not any(
-        "eval_loss" in h and h["step"] == trainer.state.global_step for h in trainer.state.log_history
-    ):
-        trainer.evaluate()
     launch.wait()
     if launch.rank() != 0:
         return None

@@ -73,6 +73,17 @@ def finish(trainer, checkpoint: Path) -> None:
     trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
 
+def check_finite(handle, step: int) -> None:
+    """Raise FloatingPointError if anything that trains is not finite: such an adapter is not to replace an earlier one."""
+    for name, value in handle.named_parameters():
+        if not torch.isfinite(value).all():
+            raise FloatingPointError(diverged(f"{name} of the adapter has values that are not finite at step {step}"))
+
+
+def diverged(what: str) -> str:
+    return f"{what}; try a lower --lr, a longer --warmup or --dtype float32"
+
+
 @contextmanager
 def adapters_acknowledged(model):
     """Make a Trainer of an attached quantised model inside: Trainer refuses to train one on which it sees no adapters, and
@@ -95,9 +106,10 @@ def make_trainer(model, handle, arguments, train_rows, eval_rows=(), *, pad_toke
         arguments: transformers.TrainingArguments.
         train_rows, eval_rows: [{"input_ids": list[int], "labels": list[int]}].
 
-    It differs from Trainer in four ways: a checkpoint holds the adapter (checkpoint-N/adapter) and no base weights; the
-    evaluation loss is the mean over tokens, not over batches; launches are counted in `backends`; where slices or entries
-    of the weights train, AdamW is the handle's own, which decays all that trains (see `own_optimizer`).
+    It differs from Trainer in five ways: a checkpoint holds the adapter (checkpoint-N/adapter) and no base weights; of an
+    adapter that is not finite none is written (FloatingPointError); the evaluation loss is the mean over tokens, not over
+    batches; launches are counted in `backends`; where slices or entries of the weights train, AdamW is the handle's own,
+    which decays all that trains (see `own_optimizer`).
     """
     from transformers import Trainer
 
@@ -127,6 +139,10 @@ def make_trainer(model, handle, arguments, train_rows, eval_rows=(), *, pad_toke
                 loss = super().training_step(*args, **kwargs)
             self.backends.update((call.op, call.backend) for call in calls)
             return loss
+
+        def _save_checkpoint(self, *args, **kwargs):
+            check_finite(handle, self.state.global_step)  # in every process: they would wait for one that raises alone
+            super()._save_checkpoint(*args, **kwargs)
 
         def _save(self, output_dir=None, state_dict=None):
             # The handle's callback saves the adapter too, but after older checkpoints are deleted:
@@ -211,7 +227,7 @@ def progress(trainer) -> Any:
     The returned callback has `tokens_per_second` and `seconds` (of training, without evaluations) of this process.
 
     Raises (from `trainer.train`):
-        FloatingPointError: the training loss is not finite.
+        FloatingPointError: the training loss or the held-out loss is not finite.
     """
     from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
@@ -243,13 +259,11 @@ def progress(trainer) -> Any:
         def on_log(self, args, state, control, logs, **kwargs):
             if "eval_loss" in logs:
                 self._say(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}")
+            for key, what in (("eval_loss", "held-out loss"), ("loss", "loss")):
+                if key in logs and not math.isfinite(logs[key]):
+                    raise FloatingPointError(diverged(f"the {what} is {logs[key]} at step {state.global_step}"))
             if "loss" not in logs:
                 return
-            if not math.isfinite(logs["loss"]):
-                raise FloatingPointError(
-                    f"the loss is {logs['loss']} at step {state.global_step}; "
-                    "try a lower --lr, a longer --warmup or --dtype float32"
-                )
             self.seconds = time.monotonic() - trainer.seconds_evaluating - self.started
             self.tokens_per_second = (state.num_input_tokens_seen - self.first_tokens) / self.seconds
             values = {

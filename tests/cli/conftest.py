@@ -1,7 +1,9 @@
 """A tiny random Llama with the demo's tokenizer, and helpers to run the command line."""
 
 import json
+import resource
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,22 @@ def write_jsonl(tmp_path):
         return str(path)
 
     return write
+
+
+@pytest.fixture
+def largest_file():
+    """A context in which files of this process end at so many bytes, as if the disk were full."""
+
+    @contextmanager
+    def limited(size):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    return limited
 
 
 @pytest.fixture

@@ -57,6 +57,13 @@ def test_dtype_and_overwrite(tiny_model, trained, tmp_path, fastft_command):
     assert (tmp_path / "merged" / "notes.txt").read_text() == "mine"
 
 
+def test_a_full_disk_names_the_folder_and_leaves_nothing(tiny_model, trained, tmp_path, fastft_command, largest_file):
+    with largest_file(2**16):
+        result = fastft_command("merge", "--model", tiny_model, "--adapter", trained[0], "--out", tmp_path / "merged")
+    assert result.exit_code == 2 and f"out {tmp_path / 'merged'}: cannot be written: " in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_merging_into_the_model_or_the_adapter_is_refused(tiny_model, trained, fastft_command):
     adapter, _ = trained
     for out, what in ((tiny_model, "model"), (Path(tiny_model).parent, "model"), (adapter, "adapter")):

@@ -12,6 +12,8 @@ import pytest
 import torch
 import yaml
 
+from fastft.integrations.transformers import last_checkpoint
+
 from .conftest import adapter, assert_same_run, same, trained
 
 SMALL = ["--r", "2", "--batch-size", "4", "--lr", "0.05", "--max-length", "32", "--device", "cpu", "--dropout", "0.1"]
@@ -241,6 +243,32 @@ def test_an_earlier_run_stays_until_the_new_one_can_begin(straight, monkeypatch,
     with pytest.raises(ValueError, match="foresaw"):
         fastft_command("train", *straight[1], "--out", out, "--overwrite")
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("options", [(), ("--eval-fraction", "0")])
+def test_a_run_that_diverged_unseen_leaves_no_adapter(tiny_model, text_data, tmp_path, fastft_command, options):
+    run = ["--model", tiny_model, "--data", text_data, "--out", tmp_path / "out", *SMALL, "--log-steps", "100", *options]
+    result = fastft_command("train", *run, "--max-steps", "6", "--lr", "1e30", "--warmup", "2", "--save-steps", "1")
+    assert result.exit_code == 2 and "not finite at step" in result.stderr and "try a lower --lr" in result.stderr
+    assert not (tmp_path / "out" / "adapter").exists() and not (tmp_path / "out" / "summary.json").exists()
+    last = last_checkpoint(tmp_path / "out")
+    assert all(torch.isfinite(value).all() for value in adapter(last).values())
+
+
+def test_a_held_out_loss_that_is_not_finite(tiny_model, text_data, tmp_path, fastft_command):
+    run = ["--model", tiny_model, "--data", text_data, "--out", tmp_path / "out", *SMALL, "--schedule", "constant"]
+    result = fastft_command("train", *run, "--warmup", "0", "--max-steps", "1", "--lr", "1e30")
+    assert result.exit_code == 2 and "the held-out loss is nan at step 1; try a lower --lr" in result.stderr
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_a_full_disk_names_the_folder(straight, tmp_path, fastft_command, largest_file):
+    size = (straight[0] / "adapter" / "adapter_model.safetensors").stat().st_size
+    for limit in (4096, size * 3 // 2):  # the adapter fails, then the optimizer's state, which torch writes
+        out = tmp_path / str(limit)
+        with largest_file(limit):
+            result = fastft_command("train", *straight[1], "--out", out)
+        assert result.exit_code == 2 and f"out {out}: cannot be written: " in result.stderr, result.output
 
 
 def test_a_path_that_cannot_be_written_is_one_line(tiny_model, text_data, fastft_command):
