@@ -122,6 +122,28 @@ def test_content_in_parts(engine, tokenizer):
     assert tokenizer.decode(engine.submitted[0].prompt_ids) == "<|user|>hello<|assistant|>"
 
 
+EMPTY = {"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None, "parsed": None}
+
+
+def test_answers_sent_back_as_messages(engine, tokenizer):
+    http, user = client(engine), {"role": "user", "content": "hello"}
+    for own in ({"content": "yes", **EMPTY}, {"content": None}, {"content": "", "refusal": "", "tool_calls": []}):
+        post(http, {**CHAT, "messages": [user, {"role": "assistant", **own}, user]}, "/v1/chat/completions")
+        said = own["content"] or ""
+        asked = tokenizer.decode(engine.submitted[-1].prompt_ids)
+        assert asked == f"<|user|>hello<|assistant|>{said}<|endoftext|><|user|>hello<|assistant|>"
+    unused = {"service_tier": "auto", "prompt_cache_key": "k", "safety_identifier": "s", "prompt_cache_retention": "24h"}
+    post(http, {**CHAT, **unused}, "/v1/chat/completions")
+    for wrong, where in [
+        ({"refusal": "no"}, "messages.1.refusal"),
+        ({"tool_calls": [{"type": "function"}]}, "messages.1.tool_calls"),
+        ({"audio": {"id": "x"}}, "messages.1.audio"),
+        ({"role": "user", "content": None}, "messages.1.content: given a NoneType"),
+    ]:
+        body = {**CHAT, "messages": [user, {"role": "assistant", "content": "yes", **wrong}]}
+        assert where in post(http, body, "/v1/chat/completions", 422)["error"]["message"]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_stop_strings_end_the_engines_request(tokenizer, stream):
     engine = FakeEngine(tokenizer, script=saying(tokenizer, "one two STOP three four"), delay=0.02)

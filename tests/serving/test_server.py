@@ -89,6 +89,17 @@ def test_openai_chat(sdk):
     assert texts == [choice.message.content for choice in whole.choices] and usage == whole.usage
 
 
+def test_openai_conversations_go_on(tokenizer):
+    """The client's answers come back as it holds them, with the nulls of what they don't have."""
+    engine = FakeEngine(tokenizer, script=saying(tokenizer, "yes"))
+    with serving(engine) as (url, _), openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as sdk:
+        chat, asked = sdk.chat.completions, list(MESSAGES)
+        for make in (chat.create, chat.parse):
+            answer = make(model="math", messages=MESSAGES, service_tier="auto").choices[0].message
+            asked += [answer, *MESSAGES, answer.model_dump(), *MESSAGES]
+        assert chat.create(model="math", messages=asked).choices[0].message.content == "yes"
+
+
 def test_openai_async(url):
     async def ask():
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:

@@ -33,12 +33,17 @@ def _unsupported(name: str) -> Any:
     return Field(None, description=f"Not supported: {NEUTRAL[name]}.")
 
 
+def _unused() -> Any:
+    return Field(None, description="Accepted and not used.")
+
+
 ModelName = Annotated[str, Field(min_length=1, max_length=256, description="The base model or an adapter: GET /v1/models.")]
 Stop = Annotated[str, Field(min_length=1)]
 # fail_fast everywhere: of a list of a million wrong items, the first one is told, not all.
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1, fail_fast=True)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 Empty = Annotated[dict[str, Any], Field(max_length=0)]
+Nothing = Annotated[list[Any], Field(max_length=0)]
 _PROMPT = "a string, a list of strings, a list of token ids, or a list of such lists"
 
 
@@ -62,7 +67,7 @@ class _Sampling(Strict):
     stop: Stop | Annotated[list[Stop], Field(fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="Accepted and not used.")
+    user: str | None = _unused()
     frequency_penalty: Zero | None = _unsupported("frequency_penalty")
     presence_penalty: Zero | None = _unsupported("presence_penalty")
     logit_bias: Empty | None = _unsupported("logit_bias")
@@ -164,14 +169,24 @@ class TextPart(Strict):
 
 
 class Message(Strict):
+    """What follows `name` is in the answers that clients send back as they got them, with nothing in it."""
+
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
+    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)] | None = Field(
+        description="null, an assistant's alone: nothing."
+    )
     name: str | None = None
+    refusal: Literal[""] | None = None
+    annotations: Nothing | None = None
+    tool_calls: Nothing | None = None
+    function_call: None = None
+    audio: None = None
+    parsed: None = None
 
     @field_validator("content", mode="before")
     @classmethod
-    def _content(cls, value):
-        if isinstance(value, str):
+    def _content(cls, value, info):
+        if isinstance(value, str) or (value is None and info.data.get("role") == "assistant"):
             return value
         given = f"a {type(value).__name__}"
         if isinstance(value, list) and value:
@@ -182,7 +197,8 @@ class Message(Strict):
         raise ValueError(f'given {given}, supported are a string and a list of {{"type": "text", "text": "..."}}')
 
     def plain(self) -> dict[str, str]:
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        content = self.content or ""
+        content = content if isinstance(content, str) else "".join(part.text for part in content)
         return {"role": self.role, "content": content} | ({"name": self.name} if self.name is not None else {})
 
 
@@ -199,12 +215,16 @@ class ChatRequest(_Sampling):
         None, description="1: also the likeliest token's, at temperature 0."
     )
     response_format: ResponseFormat | None = _unsupported("response_format")
-    tools: Annotated[list[Any], Field(max_length=0)] | None = _unsupported("tools")
+    tools: Nothing | None = _unsupported("tools")
     tool_choice: Literal["none", "auto"] | None = _unsupported("tool_choice")
-    parallel_tool_calls: bool | None = Field(None, description="Accepted and not used.")
+    parallel_tool_calls: bool | None = _unused()
     modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = _unsupported("modalities")
-    metadata: dict[str, Any] | None = Field(None, description="Accepted and not used.")
+    metadata: dict[str, Any] | None = _unused()
     store: Literal[False] | None = _unsupported("store")
+    service_tier: str | None = _unused()
+    prompt_cache_key: str | None = _unused()
+    prompt_cache_retention: str | None = _unused()
+    safety_identifier: str | None = _unused()
 
 
 class Usage(BaseModel):
