@@ -51,15 +51,16 @@ def summary(rows, full: str) -> str:
     for (device, threads), here in standings.by_device(cases).items():
         row = next(iter(here.values()))["fastft"]
         heading, versions = standings.place(row), ", ".join([row["capability"], *_versions(here)])
+        usual = {k: a for k, a in here.items() if standings.parameters(k.case).get("rank", shapes.RANK) == shapes.RANK}
         lines = [
-            f"**[{heading}]({full}#{_anchor(heading)})** ({versions}): {_counts(here)}",
+            f"**[{heading}]({full}#{_anchor(heading)})** ({versions}): {_counts(here)}"
+            + _unlisted({k: a for k, a in here.items() if k not in usual}),
             "",
             "| what | worst case | dtype | fastft | best peer | target | all of the kind |",
             "|---|---|---|---|---|---|---|",
         ]
-        usual = [k for k in here if standings.parameters(k.case).get("rank", shapes.RANK) == shapes.RANK]
         for kind, group in itertools.groupby(sorted(usual, key=kind_of), key=kind_of):
-            lines.append(_worst_line({k: here[k] for k in group}, kind))
+            lines.append(_worst_line({k: usual[k] for k in group}, kind))
         if said := served.pop((device, threads), None):
             lines += ["", *said]
         parts.append("\n".join(lines))
@@ -81,6 +82,14 @@ def _counts(cases) -> str:
         f"{len(cases)} cases, {judged.count('1')} of {len(judged)} targets met; beside the best peer ahead in {ahead}, "
         f"level in {level}, **behind in {behind}** of {len(stands)}."
     )
+
+
+def _unlisted(cases) -> str:
+    """What the heading counts and no line shows."""
+    if not cases:
+        return ""
+    said = "; ".join(_met_and_stands(cases))
+    return f" ({len(cases)} of them, of other ranks than {shapes.RANK}, are in no line below{': ' if said else ''}{said}.)"
 
 
 class Kind(NamedTuple):
@@ -149,14 +158,16 @@ def _all(cases, show) -> str:
     if len(cases) == 1:
         return "1 case"
     ours = sorted((arms["fastft"] for arms in cases.values()), key=lambda row: float(row["ratio"]))
-    judged = [row["met"] for row in ours if row["target"]]
+    return "; ".join([f"{len(cases)} cases, {show(ours[0])} … {show(ours[-1])}", *_met_and_stands(cases)])
+
+
+def _met_and_stands(cases) -> list[str]:
+    judged = [arms["fastft"]["met"] for arms in cases.values() if arms["fastft"]["target"]]
     stands = [found for arms in cases.values() if (found := standings.standing(arms))]
-    said = [f"{len(cases)} cases, {show(ours[0])} … {show(ours[-1])}"]
-    if judged:
-        said.append(f"{judged.count('1')} of {len(judged)} targets met")
+    said = [f"{judged.count('1')} of {len(judged)} targets met"] if judged else []
     if stands:
         said.append(", ".join(f"{word} in {stands.count(word)}" for word in ("ahead", "level", "behind") if word in stands))
-    return "; ".join(said)
+    return said
 
 
 def full(rows, figures=None) -> str:
