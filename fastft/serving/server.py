@@ -20,12 +20,12 @@ from .api import admin, completions, errors, status
 from .api.config import ServerConfig
 from .api.generation import Service
 from .api.guard import ADMIN, PUBLIC, BodyLimit, Guard
+from .connections import Connection
 
 _SECOND_SIGNAL = 130
 # After the drain's end clients are told that their answers end; then connections are cut.
 _CUT_SECONDS = 2.0
 _HEADER_BYTES = 32 * 1024
-_CONNECTIONS = 4096
 
 
 def create_app(engine: Any, config: ServerConfig, tokenizer: Any = None) -> FastAPI:
@@ -87,10 +87,9 @@ class Server(uvicorn.Server):
                 access_log=access_log,
                 server_header=False,
                 h11_max_incomplete_event_size=_HEADER_BYTES,
-                limit_concurrency=_CONNECTIONS,
                 timeout_graceful_shutdown=max(1, round(drain + _CUT_SECONDS)),
                 ws="none",
-                http="h11",
+                http=Connection,
                 lifespan="off",
             )
         )

@@ -1,0 +1,125 @@
+"""Connections that ask for nothing, or slowly, take nobody else's place."""
+
+import contextlib
+import http.client
+import json
+import socket
+import threading
+
+import pytest
+
+from fastft.serving import connections
+
+from .fakes import ByteTokenizer
+from .server_fixtures import HELLO, FakeEngine, serving
+from .tiny import waits_until
+
+GET = b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n"
+
+
+@pytest.fixture
+def engine():
+    return FakeEngine(ByteTokenizer())
+
+
+def connect(url):
+    host, port = url.removeprefix("http://").split(":")
+    return contextlib.closing(socket.create_connection((host, int(port)), timeout=20))
+
+
+def answered(one):
+    """The status of the next answer; None where the connection was closed instead."""
+    text = b""
+    while b"\r\n\r\n" not in text:
+        text += (piece := one.recv(4096))
+        if not piece:
+            return None
+    head, _, body = text.partition(b"\r\n\r\n")
+    length = int(head.lower().partition(b"content-length: ")[2].split()[0])
+    while len(body) < length:
+        body += one.recv(4096)
+    return int(head.split()[1])
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", GET[:30], GET + GET[:30], GET + GET + GET[:30]], ids=["nothing", "half", "2nd", "3rd"]
+)
+def test_headers_have_to_arrive(engine, sent, monkeypatch):
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.3)
+    with serving(engine) as (url, _), connect(url) as one:
+        one.sendall(sent)
+        for _ in range(sent.count(GET)):
+            assert answered(one) == 200
+        assert one.recv(1) == b""
+
+
+def test_pieces_of_a_header_do_not_extend_its_time(engine, monkeypatch):
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.3)
+    with serving(engine) as (url, _), connect(url) as one:
+        one.settimeout(0.05)
+        with contextlib.suppress(ConnectionError):
+            for _ in range(400):
+                one.sendall(b"x")
+                with contextlib.suppress(TimeoutError):
+                    if one.recv(1) == b"":
+                        return
+            raise AssertionError("a header of 20 seconds was waited for")
+
+
+def test_a_body_nobody_reads_does_not_keep_a_connection(engine, monkeypatch):
+    """The answer went out before the body came, whose pieces would put uvicorn's timer off for ever."""
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.3)
+    with serving(engine, api_keys=("k" * 20,)) as (url, _), connect(url) as one:
+        one.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000000\r\n\r\n")
+        assert answered(one) == 401
+        one.settimeout(0.05)
+        with contextlib.suppress(ConnectionError):
+            for _ in range(400):
+                one.sendall(b"x")
+                with contextlib.suppress(TimeoutError):
+                    if one.recv(1) == b"":
+                        return
+            raise AssertionError("the connection was kept open for 20 seconds")
+
+
+def test_requests_in_progress_take_their_time(engine, monkeypatch):
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.2)
+    engine.hold()
+    threading.Timer(0.6, engine.go).start()
+    with serving(engine) as (url, _), connect(url) as one:
+        body = json.dumps(HELLO).encode()
+        head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        one.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        assert answered(one) == 200
+
+
+def test_idle_connections_give_way(engine, monkeypatch):
+    """The one that waited longest: whoever opens many loses them, and others are answered."""
+    monkeypatch.setattr(connections, "MOST", 4)
+    with serving(engine) as (url, server), contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(connect(url)) for _ in range(4)]
+        waits_until(lambda: len(server.server_state.connections) == 4)
+        for at in range(2):
+            with connect(url) as one:
+                one.sendall(GET)
+                assert answered(one) == 200
+                assert idle[at].recv(1) == b""
+                idle.append(stack.enter_context(connect(url)))
+                waits_until(lambda: len(server.server_state.connections) == 4)
+
+
+def test_too_many_requests_are_told_so(engine, monkeypatch):
+    monkeypatch.setattr(connections, "MOST", 2)
+    engine.hold()
+    with serving(engine) as (url, server), contextlib.ExitStack() as stack:
+        host, port = url.removeprefix("http://").split(":")
+        asking = [stack.enter_context(contextlib.closing(http.client.HTTPConnection(host, int(port)))) for _ in range(3)]
+        for count, one in enumerate(asking):
+            waits_until(lambda count=count: len(engine.submitted) == count)
+            one.request("POST", "/v1/completions", json.dumps(HELLO), {"content-type": "application/json"})
+        answer = asking[2].getresponse()
+        error = json.loads(answer.read())["error"]
+        assert answer.status == 503 and answer.getheader("retry-after") and error["code"] == "too_many_requests"
+        assert 'fastft_errors_total{code="too_many_requests"} 1.0' in server.service.metrics.text().decode()
+        engine.go()
+        assert [one.getresponse().status for one in asking[:2]] == [200, 200]
