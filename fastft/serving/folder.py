@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..checkpoint.atomic import COMMIT, current
 from ..checkpoint.files import CONFIG
-from .requests import UnknownAdapter
+from .requests import AdaptersUnavailable, UnknownAdapter
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 
@@ -28,7 +28,8 @@ class AdapterFolder:
             raise FileNotFoundError(f"no adapter folder {str(root)!r}")
 
     def path(self, name: str) -> Path:
-        """Where an adapter lies. Raises UnknownAdapter, also for what is no name and for what lies elsewhere."""
+        """Where an adapter lies. Raises UnknownAdapter, also for what is no name and for what lies elsewhere;
+        AdaptersUnavailable."""
         found = self._find(name)
         if found is None:
             raise UnknownAdapter(f"no adapter {name[:80]!r}")
@@ -38,11 +39,16 @@ class AdapterFolder:
         return self._find(name) is not None
 
     def names(self) -> list[str]:
-        """All adapters, sorted."""
+        """All adapters, sorted. Raises AdaptersUnavailable."""
+        return sorted(name for name in self._entries() if self._find(name) is not None)
+
+    def _entries(self) -> list[str]:
         if self.root is None:
             return []
-        with os.scandir(self.root) as entries:
-            return sorted(entry.name for entry in entries if self._find(entry.name) is not None)
+        try:
+            return os.listdir(self.root)
+        except OSError as error:  # renamed, or unmounted
+            raise AdaptersUnavailable(f"the adapter folder {str(self.root)!r} can't be read: {error.strerror}") from error
 
     def _find(self, name: str) -> Path | None:
         if self.root is None or not NAME.fullmatch(name):
@@ -56,6 +62,7 @@ class AdapterFolder:
                     return None
                 if current(folder, CONFIG).is_file():
                     return folder
+        self._entries()
         return None
 
 

@@ -17,6 +17,7 @@ from ..checkpoint.files import AdapterFileError
 from .folder import AdapterFolder
 from .loading import Loader
 from .pool import AdapterPool
+from .requests import AdaptersUnavailable
 
 _log = logging.getLogger("fastft.serving")
 _SLICE = 0.2  # seconds that C++ waits at a time, so that Python can react to signals
@@ -157,7 +158,7 @@ class AdapterMemory:
             return found
         self._open()
         if found is self._runtime.Miss.absent:
-            self._folder.path(name)
+            self._check(name)
             self._table.want(name, self._runtime.Urgency.demand)
         return None
 
@@ -174,7 +175,7 @@ class AdapterMemory:
 
         Raises UnknownAdapter.
         """
-        self._folder.path(name)
+        self._check(name)
         self._table.want(name, self._runtime.Urgency.prefetch)
 
     def on_change(self, callback: Callable[[], None]) -> None:
@@ -190,7 +191,7 @@ class AdapterMemory:
             UnknownAdapter. AdapterFileError: its files are wrong. AdapterMemoryFull: there will be no room. TimeoutError.
             RuntimeError: it was unloaded or the memory closed meanwhile, or what else went wrong in loading.
         """
-        self._folder.path(name)
+        self._check(name)
         return self._wait(self._table.want(name, self._runtime.Urgency.load), name, timeout)
 
     def update(self, name: str, timeout: float | None = None) -> str:
@@ -240,7 +241,7 @@ class AdapterMemory:
 
     def pin(self, name: str, timeout: float | None = None) -> str:
         """Load an adapter and keep it on the device; its digest. Raises what `load` does, and then it is not pinned."""
-        self._folder.path(name)
+        self._check(name)
         self._table.pin(name, True)
         try:
             return self.load(name, timeout)
@@ -264,6 +265,14 @@ class AdapterMemory:
     def step(self, seconds: float = 0.0) -> bool:
         """Where there is no thread: do one thing that is to be done. Whether there was one."""
         return self._loader.step(seconds)
+
+    def _check(self, name: str) -> None:
+        """Raises UnknownAdapter. What was read needs no folder any more: it may be unmounted for a while."""
+        try:
+            self._folder.path(name)
+        except AdaptersUnavailable:
+            if self.state(name) == "on_disk":
+                raise
 
     def _changed(self) -> None:
         for callback in list(self._callbacks):

@@ -18,6 +18,10 @@ class UnknownAdapter(KeyError):
         return str(self.args[0])
 
 
+class AdaptersUnavailable(UnknownAdapter):
+    """Whether there is an adapter of this name can't be told: the adapter folder itself can't be read now."""
+
+
 class QueueFull(RuntimeError):
     """As many requests wait as the engine allows."""
 

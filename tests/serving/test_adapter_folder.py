@@ -4,6 +4,7 @@ import pytest
 
 from fastft.serving import UnknownAdapter
 from fastft.serving.folder import AdapterFolder
+from fastft.serving.requests import AdaptersUnavailable
 
 
 def adapter(folder):
@@ -91,3 +92,13 @@ def test_no_folder(root):
     refused(AdapterFolder(None), "one")
     with pytest.raises(FileNotFoundError, match="no adapter folder"):
         AdapterFolder(root / "nothing")
+
+
+def test_a_folder_that_is_gone_for_a_while(root):
+    folder = AdapterFolder(root)
+    root.rename(root.parent / "away")
+    for look in (folder.names, lambda: folder.path("one"), lambda: "one" in folder):
+        with pytest.raises(AdaptersUnavailable, match="root' can't be read: No such file"):
+            look()
+    (root.parent / "away").rename(root)
+    assert folder.names() == ["one"]

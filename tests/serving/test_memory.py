@@ -14,6 +14,7 @@ from fastft import _native
 from fastft.checkpoint.files import AdapterFileError
 from fastft.serving import UnknownAdapter
 from fastft.serving.memory import AdapterMemory, AdapterMemoryFull
+from fastft.serving.requests import AdaptersUnavailable
 from tests.serving import made_up
 from tests.serving.made_up import PAGE, check_content, digest_of, write
 
@@ -93,6 +94,25 @@ def test_a_miss_loads_in_the_background_and_tells(memory):
     lease = memory.acquire("a1")
     check_content(memory, lease.slot, "a1", 0, pages_of("a1"))
     memory.release(lease)
+
+
+def test_what_was_read_needs_no_folder(root):
+    """It may be unmounted for a while: what lies in memory is served, of the rest nobody says that it does not exist."""
+    with memory_of(root, slots=1) as memory:
+        memory.load("a1", 20)
+        memory.load("a0", 20)
+        root.rename(root.parent / "away")
+        try:
+            memory.prefetch("a0")
+            memory.release(memory.acquire("a0"))
+            assert memory.state("a1") == "in_host"
+            assert memory.pin("a1", 20) == digest_of("a1", 0)
+            for refused in (memory.prefetch, memory.acquire, memory.load, memory.update):
+                with pytest.raises(AdaptersUnavailable, match="can't be read"):
+                    refused("a2")
+        finally:
+            (root.parent / "away").rename(root)
+        memory.prefetch("a2")
 
 
 def test_others_are_served_while_one_loads(root):

@@ -4,6 +4,7 @@ import pytest
 
 from fastft.serving.api import status
 from fastft.serving.api.config import Limits
+from fastft.serving.requests import AdaptersUnavailable
 
 from .server_fixtures import ADMIN, HELLO, FakeEngine, client, load_tokenizer, post
 
@@ -121,3 +122,34 @@ def test_admin_without_adapters(tokenizer):
     answer = http.get("/admin/adapters", headers={"authorization": f"Bearer {ADMIN}"})
     assert answer.status_code == 404 and "--adapters" in answer.json()["error"]["message"]
     assert http.get("/metrics").status_code == 200
+
+
+def test_an_adapter_of_the_base_models_name_is_no_second_model(tokenizer):
+    http = client(FakeEngine(tokenizer, adapters=["base", "math"]))
+    assert [model["id"] for model in http.get("/v1/models").json()["data"]] == ["base", "math"]
+
+
+def test_without_its_folder_the_server_says_so(tokenizer, monkeypatch):
+    engine = FakeEngine(tokenizer)
+    http, key = client(engine, admin_token=ADMIN), {"authorization": f"Bearer {ADMIN}"}
+
+    def unreadable(*_, **__):
+        raise AdaptersUnavailable("the adapter folder '/srv/secret' can't be read")
+
+    monkeypatch.setattr(engine.adapters, "names", unreadable)
+    monkeypatch.setattr(engine.adapters, "load", unreadable)
+    for method, path in [
+        ("GET", "/v1/models"),
+        ("GET", "/v1/models/math"),
+        ("GET", "/admin/adapters"),
+        ("POST", "/admin/adapters/math/load"),
+    ]:
+        answer = http.request(method, path, headers=key)
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "adapters_unavailable"
+        assert "secret" not in answer.text and answer.headers["retry-after"]
+    assert http.get("/v1/models/base").status_code == 200
+    assert post(http, {**HELLO, "model": "math"}, status=503)["error"]["code"] == "adapters_unavailable"
+    post(http, HELLO)
+    engine.fail["math"] = AdaptersUnavailable("/srv/secret")
+    monkeypatch.undo()
+    assert post(http, {**HELLO, "model": "math"}, status=503)["error"]["code"] == "adapters_unavailable"

@@ -11,8 +11,8 @@ from fastapi import APIRouter, Path, Query
 from pydantic import BaseModel
 
 from ...checkpoint.files import AdapterFileError
-from ..requests import UnknownAdapter
-from .errors import ApiError, responses
+from ..requests import AdaptersUnavailable, UnknownAdapter
+from .errors import ApiError, responses, unavailable
 from .generation import Service
 
 _SIDE_THREADS = 4
@@ -55,7 +55,7 @@ def router(service: Service) -> APIRouter:
         return await anyio.to_thread.run_sync(work, limiter=threads)
 
     def known(work: Callable, name: str, *arguments: Any) -> Any:
-        if name not in memory and memory.state(name) == "on_disk":
+        if memory.state(name) == "on_disk" and name not in memory:
             raise UnknownAdapter(f"no adapter {name!r}")
         return work(name, *arguments)
 
@@ -113,6 +113,8 @@ def _listed(memory: Any) -> dict[str, Any]:
 
 def _refusal(action: str, error: Exception) -> Exception:
     """As an answer, what the memory says of what it can't do; anything else is an error of the server's own."""
+    if isinstance(error, AdaptersUnavailable):
+        return unavailable(error)
     if isinstance(error, UnknownAdapter | FileNotFoundError):
         return ApiError(404, "adapter_not_found", f"{error}. GET /admin/adapters lists those that there are.")
     if isinstance(error, TimeoutError):

@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from ..requests import AdaptersUnavailable
 from .schemas import NEUTRAL
 
 logger = logging.getLogger("fastft.serving")
@@ -54,6 +55,17 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, headers=headers)
 
 
+def unavailable(error: AdaptersUnavailable) -> ApiError:
+    """For the client, who learns nothing of folders; the log gets the rest."""
+    logger.error("%s", error)
+    return ApiError(
+        503,
+        "adapters_unavailable",
+        "The server can't read its adapter folder now; the base model and adapters that are loaded go on answering. "
+        "Try again later.",
+    )
+
+
 def shown(value: Any) -> str:
     """What a client gave, short and safe for a message."""
     # Of lists and objects a few entries: writing millions out takes a second in which nobody is answered.
@@ -76,6 +88,10 @@ def install(app: FastAPI, count_error) -> None:
     @app.exception_handler(ApiError)
     async def api_error(_: Request, error: ApiError):
         return answer(error)
+
+    @app.exception_handler(AdaptersUnavailable)
+    async def no_folder(_: Request, error: AdaptersUnavailable):
+        return answer(unavailable(error))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError):

@@ -11,9 +11,9 @@ from typing import Any
 
 from ...checkpoint.files import AdapterFileError
 from ..folder import NAME
-from ..requests import EngineStopped, QueueFull, UnknownAdapter
+from ..requests import AdaptersUnavailable, EngineStopped, QueueFull, UnknownAdapter
 from .config import ServerConfig
-from .errors import ApiError, logger, shown
+from .errors import ApiError, logger, shown, unavailable
 from .mail import Courier, Mailbox
 from .metrics import Metrics
 from .output import Delta, Output
@@ -105,6 +105,9 @@ class Service:
         except EngineStopped as error:
             job.close("rejected")
             raise ApiError(503, "engine_stopped", f"The engine takes no requests: {error}.") from error
+        except AdaptersUnavailable as error:
+            job.close("rejected")
+            raise unavailable(error) from error
         except UnknownAdapter as error:
             job.close("rejected")
             raise self.unknown(str(adapter)) from error
@@ -230,6 +233,8 @@ class Job:
     def _failure(self, request: str, error: Exception) -> ApiError:
         """For the client, who learns nothing of files and devices; the log gets the rest."""
         logger.error("%s of %s failed: %s", request, self.adapter or "the base model", error)
+        if isinstance(error, AdaptersUnavailable):
+            return unavailable(error)
         if isinstance(error, UnknownAdapter):  # its folder was removed meanwhile
             return self._service.unknown(str(self.adapter))
         if isinstance(error, AdapterFileError):

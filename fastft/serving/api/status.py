@@ -48,13 +48,15 @@ def router(service: Service) -> APIRouter:
         text = await anyio.to_thread.run_sync(service.metrics.text)
         return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
 
-    @routes.get("/v1/models", response_model=ModelList, responses=responses())
+    @routes.get("/v1/models", response_model=ModelList, responses=responses(503))
     async def models():
         """The base model and its adapters; each name can be given as `model`."""
         names = await anyio.to_thread.run_sync(service.engine.adapter_names)
-        return {"object": "list", "data": [_model(service, None), *(_model(service, name) for name in sorted(names))]}
+        # An adapter of the base model's name, added since the start, can't be asked for.
+        names = sorted({*names} - {service.config.model})
+        return {"object": "list", "data": [_model(service, None), *(_model(service, name) for name in names)]}
 
-    @routes.get("/v1/models/{model:path}", response_model=Model, responses=responses(404))
+    @routes.get("/v1/models/{model:path}", response_model=Model, responses=responses(404, 503))
     async def model(model: str):
         adapter = service.adapter(model)
         if adapter is not None and adapter not in await anyio.to_thread.run_sync(service.engine.adapter_names):
