@@ -20,6 +20,9 @@ class ByteTokenizer:
     def __len__(self):
         return 256
 
+    def get_vocab(self):
+        return {chr(byte): byte for byte in range(256)}
+
     def __call__(self, text, **_):
         return {"input_ids": list(text.encode())}
 

@@ -6,7 +6,7 @@ import time
 import httpx2
 import pytest
 
-from fastft.serving.api import errors
+from fastft.serving.api import errors, prompts
 from fastft.serving.api.config import Limits
 from fastft.serving.api.guard import BodyLimit
 
@@ -157,3 +157,41 @@ def test_a_body_of_many_wrong_values_is_one_problem(engine, path, body, monkeypa
     error = post(client(engine), body, path, 422)["error"]
     assert problems and problems[0] <= 3 and len(error["message"]) < 600
     assert not engine.submitted
+
+
+def test_texts_that_cannot_fit_are_not_tokenized(tokenizer, monkeypatch):
+    """Four megabytes took 14 s, in which nobody else's text was tokenized."""
+    engine = FakeEngine(tokenizer)
+    http = client(engine)
+    widest = max(map(len, tokenizer.get_vocab()))
+    fits = (engine.max_length - 1) * widest
+    for text, body, path in [
+        ("prompt", {**HELLO, "prompt": ["x", "x" * (fits + 1)]}, "/v1/completions"),
+        ("messages", {**CHAT, "messages": [{"role": "user", "content": "x" * (fits // 2 + 1)}] * 2}, "/v1/chat/completions"),
+    ]:
+        with monkeypatch.context() as context:
+            context.setattr(prompts.Prompts, "_in_thread", None)
+            error = post(http, body, path, 422)["error"]
+        assert error["code"] == "prompt_too_long" and error["param"] == text
+        assert f"supported are {engine.max_length - 1} tokens, which are no more than {fits} characters" in error["message"]
+    # The longest text that could fit is tokenized before it is refused.
+    error = post(http, {**HELLO, "prompt": "x" * fits}, status=422)["error"]
+    assert error["code"] == "prompt_too_long" and "tokens, supported are" in error["message"]
+
+
+def test_an_answer_of_what_fits_where_nothing_is_asked_for(engine):
+    http = client(engine, limits=Limits(max_tokens=12))
+    for length, count in ((505, 7), (5, 12)):
+        body = {"model": "base", "prompt": [5] * length}
+        assert post(http, body)["usage"]["completion_tokens"] == count
+
+
+def test_numbers_of_many_digits_are_not_repeated(engine):
+    for name in ("max_tokens", "n"):
+        error = post(client(engine), {**HELLO, "prompt": ["a", "b"], name: int("9" * 4300)}, status=422)["error"]
+        assert error["param"] == name and "(4300 characters)" in error["message"] and len(error["message"]) < 300
+
+
+def test_the_parameter_that_makes_too_many_choices(engine):
+    for body, name in (({"n": 17}, "n"), ({"prompt": ["a"] * 17}, "prompt"), ({"prompt": ["a"] * 17, "n": 1}, "prompt")):
+        assert post(client(engine), {**HELLO, **body}, status=422)["error"]["param"] == name

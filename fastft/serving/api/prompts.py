@@ -21,6 +21,8 @@ class Prompts:
         self._service, self._tokenizer = service, service.tokenizer
         self._one = anyio.CapacityLimiter(1)
         self.vocabulary = service.engine.model.get_input_embeddings().weight.shape[0]
+        # Characters that one token can stand for.
+        self._widest = max(map(len, self._tokenizer.get_vocab()), default=1)
 
     async def of_completion(self, request: CompletionRequest) -> tuple[list[list[int]], Sampling]:
         self._check(request, len(request.prompts()) * (request.n or 1))
@@ -28,8 +30,9 @@ class Prompts:
             raise _no_top_logprobs("logprobs", "0")
         prompts = request.prompts()
         if isinstance(prompts[0], str):
+            self._check_length(max(map(len, prompts)), "prompt")
             prompts = await self._in_thread(lambda: [self._tokenizer(text, verbose=False)["input_ids"] for text in prompts])
-        sampling = self._sampling(request, prompts, request.max_tokens or _LEGACY_MAX_TOKENS, "max_tokens")
+        sampling = self._sampling(request, prompts, request.max_tokens, "max_tokens", _LEGACY_MAX_TOKENS)
         return prompts, sampling
 
     async def of_chat(self, request: ChatRequest) -> tuple[list[list[int]], Sampling]:
@@ -46,6 +49,7 @@ class Prompts:
                 "write the prompt yourself and use /v1/completions.",
                 "messages",
             )
+        self._check_length(sum(len(message.plain()["content"]) for message in request.messages), "messages")
         prompt = await self._in_thread(lambda: self._render(request))
         most = request.max_completion_tokens or request.max_tokens
         name = "max_completion_tokens" if request.max_completion_tokens else "max_tokens"
@@ -71,7 +75,7 @@ class Prompts:
                 422,
                 "too_many_choices",
                 f"Given {choices} answers in one request (prompts × n), supported are {limits.choices}; send more requests.",
-                "n",
+                "n" if (request.n or 1) > 1 else "prompt",
             )
         if request.stream_options is not None and not request.stream:
             raise ApiError(422, "invalid_value", "stream_options needs stream: true.", "stream_options")
@@ -89,9 +93,31 @@ class Prompts:
                 "stop",
             )
 
+    def _most_tokens(self) -> int:
+        whole = self._service.engine.max_length - 1
+        return min(self._service.config.limits.prompt_tokens or whole, whole)
+
+    def _check_length(self, characters: int, where: str) -> None:
+        """Before a text that can't fit is tokenized, for seconds in which no other one is."""
+        most = self._most_tokens()
+        if characters > most * self._widest:
+            raise ApiError(
+                422,
+                "prompt_too_long",
+                f"Given a prompt of {characters} characters, supported are {most} tokens, which are no more than "
+                f"{most * self._widest} characters; shorten it.",
+                where,
+            )
+
     def _sampling(
-        self, request: CompletionRequest | ChatRequest, prompts: Sequence[list[int]], max_tokens: int | None, name: str
+        self,
+        request: CompletionRequest | ChatRequest,
+        prompts: Sequence[list[int]],
+        max_tokens: int | None,
+        name: str,
+        default: int | None = None,
     ) -> Sampling:
+        """default: max_tokens where none is given, if it fits; None: all that fits."""
         limits, whole = self._service.config.limits, self._service.engine.max_length
         where = "messages" if isinstance(request, ChatRequest) else "prompt"
         for prompt in prompts:
@@ -103,14 +129,14 @@ class Prompts:
                     422, "invalid_token", f"Given the token id {worst}; the model has 0 to {self.vocabulary - 1}.", where
                 )
         longest = max(map(len, prompts))
-        most = min(limits.prompt_tokens or whole - 1, whole - 1)
+        most = self._most_tokens()
         if longest > most:
             raise ApiError(
                 422, "prompt_too_long", f"Given a prompt of {longest} tokens, supported are {most}; shorten it.", where
             )
         room = whole - longest
         if max_tokens is None:
-            max_tokens = min(room, limits.max_tokens or room)
+            max_tokens = min(room, limits.max_tokens or room, default or room)
         if max_tokens > min(room, limits.max_tokens or room):
             why = f"{whole} tokens hold prompt ({longest}) and answer" if max_tokens > room else "the server's limit"
             raise ApiError(

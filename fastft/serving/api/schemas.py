@@ -41,6 +41,7 @@ ModelName = Annotated[str, Field(min_length=1, max_length=256, description="The 
 Stop = Annotated[str, Field(min_length=1)]
 # fail_fast everywhere: of a list of a million wrong items, the first one is told, not all.
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1, fail_fast=True)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]  # bounded, as it is written into errors
 Zero = Annotated[float, Field(ge=0, le=0)]
 Empty = Annotated[dict[str, Any], Field(max_length=0)]
 Nothing = Annotated[list[Any], Field(max_length=0)]
@@ -58,7 +59,7 @@ class StreamOptions(Strict):
 
 class _Sampling(Strict):
     model: ModelName
-    n: Annotated[int, Field(ge=1)] | None = Field(None, description="Answers to each prompt.")
+    n: Count | None = Field(None, description="Answers to each prompt.")
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="0: the likeliest token. Default 1.")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = Field(
@@ -106,7 +107,7 @@ class CompletionRequest(_Sampling):
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
     )
-    max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="Default 16.")
+    max_tokens: Count | None = Field(None, description="Default 16, or what fits.")
     logprobs: Annotated[int, Field(ge=0, le=1)] | None = Field(
         None, description="0: those of the chosen tokens. 1: also the likeliest token's, at temperature 0."
     )
@@ -208,8 +209,8 @@ class ResponseFormat(Strict):
 
 class ChatRequest(_Sampling):
     messages: Annotated[list[Message], Field(min_length=1, max_length=_MOST_MESSAGES, fail_fast=True)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="Default: what fits. Older name of the next.")
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="Default: what fits.")
+    max_tokens: Count | None = Field(None, description="Default: what fits. Older name of the next.")
+    max_completion_tokens: Count | None = Field(None, description="Default: what fits.")
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=1)] | None = Field(
         None, description="1: also the likeliest token's, at temperature 0."
