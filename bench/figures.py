@@ -94,8 +94,13 @@ class Drawing:
 
         data = io.BytesIO()
         drawn = Image.open(io.BytesIO(self._saved("png", dpi=150))).convert("RGB")
-        # A palette takes a third of the bytes.
-        drawn.quantize(96, dither=Image.Dither.NONE).save(data, "png", optimize=True)
+        # A palette takes a third of the bytes. Median cut, the default, gives it to colours with many pixels and mixed those
+        # of small markers, up to 79 of 255 levels off; with the octree the worst in all our figures is 8.
+        drawn = drawn.quantize(96, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+        palette, paper = drawn.getpalette(), drawn.getpixel((0, 0))
+        palette[3 * paper : 3 * paper + 3] = 255, 255, 255  # it was averaged with the greys nearest to it
+        drawn.putpalette(palette)
+        drawn.save(data, "png", optimize=True)
         return data.getvalue()
 
     def _saved(self, kind: str, **options) -> bytes:

@@ -6,12 +6,13 @@ from . import figures, standings
 from .standings import is_floor, is_ours
 
 METRICS = {
-    "saved_bytes": "saved for backward",
-    "peak_bytes": "peak of one call",
-    "state_bytes": "kept between steps,\na trained number",
+    "saved_bytes": "saved for\nbackward",
+    "peak_bytes": "peak of\none call",
+    "state_bytes": "kept between\nsteps, a trained\nnumber",
 }
 LINE, BETWEEN, RIGHT = 0.34, 0.22, 0.25
-ABOVE = 0.28
+ABOVE, TITLE = 0.12, 0.16
+APART = 1.5  # values that are less are one dot on these axes, and there are many cases of such values alone
 
 
 def drawings(rows, cases):
@@ -27,9 +28,14 @@ def drawings(rows, cases):
 
 
 def _says_something(key, arms) -> bool:
-    """Forwards save nothing, and times over another yardstick have no frozen floor."""
-    values = {float(row["value"]) for row in arms.values()}
-    return values != {0.0} and not standings.over(key.case)[1]
+    """Forwards save nothing, a decoded token allocates what the floor does, and times over another yardstick have no frozen
+    floor."""
+    values = [float(row["value"]) for name, row in arms.items() if _is_shown(name)]
+    return bool(values) and max(values) > APART * min(values) and not standings.over(key.case)[1]
+
+
+def _is_shown(name: str) -> bool:
+    return name in ("fastft", "floor2") or not (is_ours(name) or is_floor(name))
 
 
 def _figure(metrics):
@@ -37,16 +43,19 @@ def _figure(metrics):
 
     keys = sorted({key for found in metrics.values() for key in found}, key=standings.order)
     arms_of = {(metric, key): arms for metric, found in metrics.items() for key, arms in found.items()}
-    names = [n for n in standings.implementations(arms_of) if not is_floor(n) and (n == "fastft" or not is_ours(n))]
+    names = [n for n in standings.implementations(arms_of) if _is_shown(n) and not is_floor(n)]
     colours, markers = figures.colours(names), dict(zip(names, figures.MARKERS))
     handles = {figures.label(n): Line2D([], [], color=colours[n], marker=markers[n], lw=0, ms=6) for n in names}
     handles["the floor"] = Line2D([], [], color=figures.INK, marker="|", lw=0, ms=9, mew=1.8)
     row = next(iter(next(iter(arms_of.values())).values()))
-    subtitle = f"{standings.place(row)} · weights and input not counted · further left is better"
-    above = ABOVE + 0.16 * any("\n" in METRICS[metric] for metric in metrics)
+    subtitle = (
+        f"{standings.place(row)} · weights and input not counted · further left is better · left out: cases whose "
+        f"largest value is less than {APART} times the smallest"
+    )
+    above = ABOVE + TITLE * max(METRICS[metric].count("\n") + 1 for metric in metrics)
     height = LINE * len(keys) + above
     figure, axes = figures.canvas("Memory", subtitle, height, handles, below=0.4)
-    labels = [f"{key.shape}\n{_short(key)} · {key.dtype}" for key in keys]
+    labels = [f"{key.shape} · {key.dtype}\n{_short(key)}" for key in keys]
     left = 0.2 + max(figures.wide(line, 8.5) for text in labels for line in text.split("\n"))
     wide = (figures.WIDTH - left - RIGHT - BETWEEN * (len(metrics) - 1)) / len(metrics)
     for i, (metric, found) in enumerate(metrics.items()):
@@ -68,10 +77,10 @@ def _fill(panel, metric, found, keys, names, colours, markers):
 
     positive = [float(row["value"]) for arms in found.values() for row in arms.values() if float(row["value"]) > 0]
     least, most = min(positive), max(positive)
-    zero = least / 8
+    zero = least / 30
     for at, key in enumerate(keys):
         arms = found.get(key, {})
-        shown = {name: row for name, row in arms.items() if name in colours or name == "floor2"}
+        shown = {name: row for name, row in arms.items() if _is_shown(name)}
         values = {name: max(float(row["value"]), zero) for name, row in shown.items()}
         if values:
             panel.plot([min(values.values()), max(values.values())], [at, at], color=figures.GRID, lw=1, alpha=0.5, zorder=1)
@@ -97,11 +106,11 @@ def _fill(panel, metric, found, keys, names, colours, markers):
 
 
 def _ticks(least: float, most: float) -> list[float]:
-    """At most three round numbers in the range."""
+    """At most two round numbers in the range: more do not fit beside the 0."""
     for steps in ((1,), (1, 3), (1, 2, 5)):
         found = [step * 10.0**n for n in range(16) for step in steps if least * 0.8 <= step * 10.0**n <= most * 1.25]
         if len(found) > 1:
-            return found[:: -(-len(found) // 3)]
+            return found[:: len(found) - 1]
     return [most]
 
 

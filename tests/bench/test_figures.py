@@ -1,5 +1,7 @@
 """Figures from rows: which there are, that the same rows give the same file, and that what they say is in them."""
 
+import io
+import itertools
 import re
 
 import pytest
@@ -24,15 +26,41 @@ def text_of(drawing) -> str:
 def test_files_are_reproduced_and_old_ones_go(tmp_path):
     (tmp_path / "older-2t-lora.png").write_bytes(b"")
     (tmp_path / "keep.txt").write_text("")
-    written = figures.draw(rows(FOUND), tmp_path)
+    found = rows([*FOUND, measurement("addmm", 1.08, saved_bytes=6400)])
+    written = figures.draw(found, tmp_path)
     bars = ["some-cpu-r-9-2t-toy.png", "some-cpu-r-9-2t-toy.svg"]
     assert [path.name for path in written] == [*bars, "some-cpu-r-9-2t-memory.png", "some-cpu-r-9-2t-memory.svg"]
     assert {p.name for p in tmp_path.iterdir()} == {p.name for p in written} | {"keep.txt"}
     assert written[0].read_bytes().startswith(b"\x89PNG")
     first = [path.read_bytes() for path in written]
-    figures.draw(rows(FOUND), tmp_path)
+    figures.draw(found, tmp_path)
     assert [path.read_bytes() for path in written] == first
     assert figures.draw(rows([measurement("fastft", 1.0, "void")]), tmp_path / "none") == []
+
+
+def test_small_markers_keep_their_hues_in_the_palette():
+    from matplotlib.colors import to_rgb
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    hues = list(dict.fromkeys([*figures.OURS.values(), *figures.OTHERS]))
+
+    def dots():
+        figure = Figure(figsize=(6, 9), facecolor="white")
+        for i in range(40):
+            figure.text(0.1, i / 40, f"line {i} of text, which has most pixels", color=figures.INK)
+        axes = figure.add_axes((0.7, 0.1, 0.2, 0.8))
+        for i, hue in enumerate(hues):
+            axes.plot(i, i, color=hue, marker=figures.MARKERS[i % len(figures.MARKERS)], ms=6)
+            axes.axhline(i, color=hue, alpha=0.3)
+        return figure
+
+    drawn = Image.open(io.BytesIO(figures.Drawing("CPU", "2", "dots", "Dots", dots).png())).convert("RGB")
+    there = [colour for _, colour in drawn.getcolors(1 << 24)]
+    assert drawn.getpixel((0, 0)) == (255, 255, 255)
+    for hue in hues:
+        wanted = [round(255 * part) for part in to_rgb(hue)]
+        assert min(max(abs(a - b) for a, b in zip(wanted, colour)) for colour in there) <= 8, hue
 
 
 def test_bars_say_their_numbers_and_cut_what_would_dwarf_them():
@@ -96,18 +124,37 @@ def test_roofline_needs_a_calibration_and_takes_the_latest():
 
 
 def test_memory_has_a_panel_for_each_metric_and_zero_has_a_place():
-    facts = [Fact("state_bytes", 20.0, "B/entry")]
+    facts, twice = [Fact("state_bytes", 20.0, "B/entry")], [Fact("state_bytes", 40.0, "B/entry")]
     arms = [
         measurement("floor2", 1.0, saved_bytes=0),
         measurement("fastft", 1.1, saved_bytes=640, peak_bytes=2000, facts=facts),
     ]
-    arms += [measurement("peft", 1.2, saved_bytes=64000, peak_bytes=90000)]
+    arms += [measurement("peft", 1.2, saved_bytes=64000, peak_bytes=90000, facts=twice)]
     drawing = only(figures.drawings(other("layer r=16", arms)), "memory")
     assert [axes.get_title(loc="left") for axes in drawing.figure.axes] == list(memory.METRICS.values())
     saved = drawing.figure.axes[0]
     assert saved.get_xticklabels()[0].get_text() == "0" and "the floor" in text_of(drawing)
     nothing = other("forward", [measurement("fastft", 1.1, saved_bytes=0)])
-    assert "memory" not in [drawing.name for drawing in figures.drawings(nothing)]
+    nothing += other("decode", [measurement("floor2", 1.0, peak_bytes=820), measurement("fastft", 1.1, peak_bytes=900)])
+    assert "memory" not in [drawing.name for drawing in figures.drawings(nothing)], "no case has two dots apart"
+
+
+def test_nothing_of_the_memory_figure_overlaps_or_is_cut():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    facts, less = [Fact("state_bytes", 20.0, "B/entry")], [Fact("state_bytes", 12.0, "B/entry")]
+    arms = [measurement("floor2", 1.0, saved_bytes=0, peak_bytes=16_777_216)]
+    arms += [measurement("fastft", 1.1, saved_bytes=640, peak_bytes=33_849_344, facts=facts)]
+    arms += [measurement("peft", 1.2, saved_bytes=592_000_000, peak_bytes=622_940_504, facts=less)]
+    figure = only(figures.drawings(other("accelerated step r=16 p=0.05", arms)), "memory").figure
+    canvas = FigureCanvasAgg(figure)
+    rows_of_text = [[axes._left_title for axes in figure.axes]]
+    rows_of_text += [[label for axes in figure.axes for label in axes.get_xticklabels()]]
+    figure.draw(canvas.get_renderer())
+    for texts in rows_of_text:
+        boxes = [text.get_window_extent() for text in texts]
+        assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes)), [text.get_text() for text in texts]
+        assert boxes[-1].x1 <= figure.bbox.x1
 
 
 def quality(**runs):
