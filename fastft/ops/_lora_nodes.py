@@ -1,12 +1,14 @@
 """The autograd nodes under `lora_linear`: what each saves, and what backward computes of it.
 
-Rows x [T, K] only, but for `LoRALinearNode`: views of its input and output would be nodes of their own.
+Rows x [T, K] only, but for `LoRALinearNode`: views of its input and output would be nodes of their own. Backward passes that
+are differentiated in turn are in `_twice`.
 """
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
+from . import _twice
+from ._written import announced, to_write_on
 from .dora import dora_expand_, dora_grad_y, inverse_norm
 from .lora import lora_expand_, lora_grad_a, lora_grad_sb, lora_grad_x_, lora_shrink
 from .registry import Scope
@@ -25,8 +27,9 @@ class ShrinkNode(torch.autograd.Function):
         return x, *(s.unsafe_split_with_sizes(ctx.ranks, 1) if len(factors) > 1 else (s,))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dx, *ds):
+        if _twice.asked(dx, *ds):
+            return _twice.shrink(ctx, dx, ds)
         return Scope.run(ctx.scope, _shrink_backward, ctx, dx, ds)
 
 
@@ -58,7 +61,7 @@ class ExpandNode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, s, weight, bias, b, scale, base, hand_on):
         # .data: what autograd knows as a view can't be changed in place later on.
-        y = F.linear(x, weight, bias) if base is None else base[0].data
+        y = to_write_on(F.linear(x, weight, bias) if base is None else base[0].data)
         lora_expand_(y, s, b, scale)
         ctx.scale, ctx.scope = scale, Scope.captured()
         ctx.set_materialize_grads(False)
@@ -66,8 +69,9 @@ class ExpandNode(torch.autograd.Function):
         return (y, x) if hand_on else y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy, dx=None):
+        if _twice.asked(dy, dx):
+            return _twice.expand(ctx, dy, dx)
         return Scope.run(ctx.scope, _expand_backward, ctx, dy, dx)
 
 
@@ -94,25 +98,28 @@ class ExpandDoraNode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, s, weight, bias, b, magnitude, norm, scale, base, hand_on):
-        u = F.linear(x, weight) if base is None else base[0]
+        u = to_write_on(F.linear(x, weight) if base is None else base[0])
         inverse = inverse_norm(norm)
         g = magnitude.to(norm.dtype) * inverse
         y = dora_expand_(u, s, b, g, bias, scale)
         ctx.scale, ctx.scope = scale, Scope.captured()
         ctx.set_materialize_grads(False)
         need_w, need_m = ctx.needs_input_grad[2], ctx.needs_input_grad[5]
-        ctx.save_for_backward(x if need_w else None, weight, s, b, g, inverse, u if need_m else None)
+        # x for the magnitude's sake only where its backward is differentiated; the shrink node keeps it anyway if A trains.
+        keep_x = need_w or need_m
+        ctx.save_for_backward(x if keep_x else None, weight, s, b, g, inverse, u if need_m else None, magnitude)
         ctx.magnitude_dtype = magnitude.dtype
         return (y, x) if hand_on else y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy, dx=None):
+        if _twice.asked(dy, dx):
+            return _twice.expand_dora(ctx, dy, dx)
         return Scope.run(ctx.scope, _dora_backward, ctx, dy, dx)
 
 
 def _dora_backward(ctx, dy, dx):
-    x, weight, s, b, g, inverse, u = ctx.saved_tensors
+    x, weight, s, b, g, inverse, u, _ = ctx.saved_tensors
     need_x, need_s, need_w, need_bias, need_b, need_m = ctx.needs_input_grad[:6]
     if dy is None:
         return dx, *(None for _ in range(9))
@@ -140,7 +147,7 @@ class LoRALinearNode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scale, p, seed):
         rows = x if x.dim() == 2 else x.view(-1, x.shape[-1])
-        y = F.linear(rows, weight, bias)
+        y = to_write_on(F.linear(rows, weight, bias))
         s, mask = lora_shrink(rows, a, [a.shape[0]], p, seed)
         lora_expand_(y, s, b, scale)
         ctx.scale, ctx.p, ctx.scope = scale, p, Scope.captured()
@@ -149,8 +156,9 @@ class LoRALinearNode(torch.autograd.Function):
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1]).data
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
+        if _twice.asked(dy):
+            return _twice.linear(ctx, dy)
         return Scope.run(ctx.scope, _linear_backward, ctx, dy)
 
 
@@ -182,14 +190,15 @@ class UpdateNode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, s, bias, b, scale):
         out = y.clone(memory_format=torch.contiguous_format) if bias is None else (y + bias.to(y.dtype)).contiguous()
-        lora_expand_(out, s, b, scale)
+        lora_expand_(announced(out), s, b, scale)
         ctx.scale, ctx.scope, ctx.bias_dtype = scale, Scope.captured(), None if bias is None else bias.dtype
         ctx.save_for_backward(s, b)
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
+        if _twice.asked(dy):
+            return _twice.update(ctx, dy)
         return Scope.run(ctx.scope, _update_backward, ctx, dy)
 
 

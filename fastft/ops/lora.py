@@ -27,7 +27,7 @@ from ._philox import dropout_mask, unpack_mask
 from .registry import KERNEL_DTYPES, Op
 
 
-def _accumulator(*tensors) -> torch.dtype:
+def accumulator(*tensors) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
@@ -41,13 +41,18 @@ def _kept(x, mask, p, dtype):
     return [torch.where(unpack_mask(m, x.shape[1]), x, 0.0) for m in mask] if p > 0 else [x]
 
 
+def dropped(x, mask, p, dtype):
+    """drop(x) in `dtype` of each group; of all together without dropout."""
+    return [kept * _inverse_keep(p) for kept in _kept(x, mask, p, dtype)] if p > 0 else _kept(x, mask, p, dtype)
+
+
 def _groups(t, ranks, p):
     """The groups' rows of a stack [R, ...]. Without dropout they are computed as one."""
     return t.split(ranks) if p > 0 else (t,)
 
 
 def _shrink_reference(x, a, ranks, p, seed):
-    acc = _accumulator(x, a)
+    acc = accumulator(x, a)
     mask = x.new_empty(0, dtype=torch.uint8)
     if p > 0:
         mask = torch.stack([dropout_mask(one, *x.shape, p) for one in seed.split(1)])
@@ -57,7 +62,7 @@ def _shrink_reference(x, a, ranks, p, seed):
 
 def _shrink_fake(x, a, ranks, p, seed):
     mask = x.new_empty((len(ranks), x.shape[0], (x.shape[1] + 7) // 8) if p > 0 else (0,), dtype=torch.uint8)
-    return x.new_empty((x.shape[0], a.shape[0]), dtype=_accumulator(x, a)), mask
+    return x.new_empty((x.shape[0], a.shape[0]), dtype=accumulator(x, a)), mask
 
 
 def _expand_reference(y, s, b, scale):

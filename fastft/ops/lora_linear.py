@@ -6,7 +6,7 @@ adds its dY W to the same dX in place; the shrink node, last, adds the low-rank 
 would sum the dX of the projections in passes of their own.
 
 Saved for backward: x once, S (float32, 4·R bytes a token) and the packed dropout mask (K/8 bytes a token) per adapter;
-with A frozen no x; with DoRA also the output before the magnitude, because the magnitude's gradient sums over it.
+with A frozen no x; with a magnitude that trains x, and the output before the magnitude, over which its gradient sums.
 """
 
 import torch
@@ -128,7 +128,9 @@ def lora_linear(
     magnitude=None,
     weight_norm=None,
 ):
-    """``x Wᵀ + bias + scale · dropout(x, p) Aᵀ Bᵀ``, differentiable once in every tensor that requires a gradient.
+    """``x Wᵀ + bias + scale · dropout(x, p) Aᵀ Bᵀ``, differentiable in every tensor that requires a gradient.
+
+    Twice, too (``create_graph=True``), without our kernels; not where A is frozen and B trains, as no x is kept then.
 
     Args:
         x: [..., K], any strides. Under autocast it is cast to the autocast dtype, as `F.linear` does.

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from ._written import to_write_on
 from .entries import Entries
 from .lora_linear import _autocast, _rows
 from .partial import gather_columns
@@ -171,7 +172,7 @@ class _SparseNode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, weight, bias, delta, observer, ways):
         ctx.ways, ctx.observer, ctx.scope = ways, observer, Scope.captured()
-        out = F.linear(x, weight, bias) if y is None else y.clone(memory_format=torch.contiguous_format)
+        out = to_write_on(F.linear(x, weight, bias) if y is None else y.clone(memory_format=torch.contiguous_format))
         add_delta_(out, x, delta, *ways.forth)
         keep_x = ctx.needs_input_grad[4] or ctx.needs_input_grad[2] or observer is not None
         keep_weight = ctx.needs_input_grad[0]

@@ -1,14 +1,20 @@
 """The public functions inside PyTorch's machinery: autograd's corners, checkpointing, torch.compile, autocast."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import fastft
 from fastft.ops.dora import dora_norm, squared_row_norm
+from fastft.ops.entries import Entries
+from fastft.ops.grouped_linear import Routing, grouped_lora
 from fastft.ops.lora_linear import SharedInput, lora_linear, lora_update
-from tests.ops.layers import BF16, F16, F32, F64, composition, grads, layer
+from fastft.ops.partial_linear import Part, delta_linear
+from fastft.ops.sparse_linear import sparse_linear
+from tests.ops.layers import BF16, F16, F32, F64, composition, grads, layer, seeded
 
 
 def tensors():
@@ -47,17 +53,94 @@ def assert_all_close(got, want):
         torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4)
 
 
-def test_second_derivative_is_refused():
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_second_derivatives(p):
+    """Gradient penalties and products with the Hessian, of a layer, of a layer that computes itself, and of several."""
+    inputs = [t.double().detach().requires_grad_() for t in layer((3,), 7, 5, 2)]
+    y = torch.randn(3, 5, dtype=F64, requires_grad=True)
+    _, _, extra, a, b = (t.double().detach().requires_grad_() for t in layer(k=7, n=5, r=3, seed=1))
+    x, w, *_ = inputs
+    frozen = w.detach()
+
+    def several(x, a0, b0, a1, b1, magnitude):
+        shared = SharedInput(x, [a0, a1], p)
+        y = shared.project(0, frozen, None, b0, 0.5)
+        return y, shared.project(1, frozen, extra, b1, 2.0, magnitude=magnitude, weight_norm=frozen.norm(dim=1))
+
+    update = seeded(lambda y, x, a, b, extra: lora_update(y, x, a, b, 0.5, p, lora_bias=extra))
+    both = [x, inputs[3], inputs[4], a, b, extra]
+    bias = inputs[2].requires_grad_()
+    cases = [
+        (seeded(lora_linear, 0.5, p), [x, w.requires_grad_(), bias, *inputs[3:]]),
+        (seeded(lora_linear, 0.5, p), [x, frozen, None, *inputs[3:]]),
+        (update, [y, x, a, b, extra]),
+        (seeded(several), both),
+        # Factors that depend on x: what goes through them is not counted twice.
+        (lambda x, a: lora_linear(x, frozen, None, a * x.sum(), b), [x, a]),
+    ]
+    with fastft.testing.use("reference"):
+        assert all(torch.autograd.gradgradcheck(f, tensors) for f, tensors in cases)
+
+
+def test_second_derivatives_on_kernels():
+    inputs = layer((6,))
+    (want,) = torch.autograd.grad(composition(*inputs).tanh().sum(), inputs[0], create_graph=True)
+    (got,) = torch.autograd.grad(lora_linear(*inputs).tanh().sum(), inputs[0], create_graph=True)
+    wanted = [inputs[0], *inputs[3:]]
+    for one, other in zip(*(torch.autograd.grad(g.square().sum(), wanted) for g in (got, want)), strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm()
+
+
+def test_second_derivative_that_would_need_what_is_not_kept_is_refused():
+    x, w, bias, a, b = layer()
+    with pytest.raises(RuntimeError, match="lora_A is frozen and lora_B trains"):
+        torch.autograd.grad(lora_linear(x, w, bias, a.detach(), b).sum(), x, create_graph=True)
+
+
+def test_many_gradients_at_once():
+    inputs = layer((6,))
+    jacobians = [torch.autograd.functional.jacobian(f, inputs[0], vectorize=True) for f in _of_x(inputs)]
+    assert_all_close(jacobians[:1], jacobians[1:])
+
+
+def _of_x(inputs):
+    return [lambda x, f=f: f(x, *inputs[1:]) for f in (lora_linear, composition)]
+
+
+def selective(f, ops, *inputs):
+    """f under a checkpointing that keeps what these ops return."""
+    contexts = functools.partial(create_selective_checkpoint_contexts, ops)
+    return checkpoint(f, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+KEPT = [torch.ops.aten.addmm.default, torch.ops.aten.mm.default]
+
+
+def test_selective_checkpointing_keeps_products_as_they_were():
+    """It keeps them by reference, so that nothing may be added to them in place."""
     trained, frozen = tensors()
-    for f, inputs in ((block(frozen), trained), (lora_linear, layer())):
-        (g,) = torch.autograd.grad(f(*inputs).square().sum(), inputs[0], create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            g.sum().backward()
-    x, _, _, a, b = layer()
-    y = torch.zeros(6, 24, requires_grad=True)
-    (g,) = torch.autograd.grad(lora_update(y, x, a, b).square().sum(), b, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        g.sum().backward()
+    entries = Entries.of_mask(torch.rand(24, 40, generator=torch.Generator().manual_seed(0)) < 0.1)
+    x, w, bias, a, b = layer()
+    delta, rows = torch.randn(len(entries)).requires_grad_(), Part.of("rows", [1, 5], 24)
+    routing = Routing.of(torch.zeros(len(x), dtype=torch.int32), 1)
+    cases = [
+        (block(frozen), trained),
+        (lora_linear, (x, w, bias, a, b)),
+        (lambda x, y, a, b: lora_update(y.relu(), x, a, b), (x, F.linear(x, w).detach().requires_grad_(), a, b)),
+        (lambda x, delta: sparse_linear(x, w, bias, entries, delta), (x, delta)),
+        (lambda x, delta: delta_linear(x, w, bias, rows, delta), (x, torch.randn(2, 40).requires_grad_())),
+        (lambda x, a, b: grouped_lora(x, w, bias, [a], [b], routing, 0.5), (x, a, b)),
+    ]
+    for f, inputs in cases:
+        want = torch.autograd.grad(f(*inputs).square().sum(), [t for t in inputs if t.requires_grad])
+        got = torch.autograd.grad(selective(f, KEPT, *inputs).square().sum(), [t for t in inputs if t.requires_grad])
+        assert_all_close(got, want)
+
+
+def test_selective_checkpointing_that_keeps_our_copies_says_so():
+    inputs = layer()
+    with pytest.raises(RuntimeError, match="has been mutated"):
+        selective(lora_linear, [torch.ops.aten.clone.default], *inputs).sum().backward()
 
 
 def test_anomaly_mode_finds_nothing():

@@ -156,7 +156,7 @@ def test_a_magnitude_of_the_norm_and_a_zero_b_is_the_base():
 def test_saved_is_the_sum_before_the_magnitude_only_if_that_is_trained(act):
     t, k, r, n = 64, 256, 8, 128
     x, w, bias, a, b, magnitude, norm = dora_layer((t,), k=k, n=n, r=r, act=act)
-    parameters, own = (x, w, bias, a, b), 2 * 4 * n  # g and 1 / norm
+    parameters, own = (x, w, bias, a, b, magnitude), 2 * 4 * n  # g and 1 / norm
     size, _ = saved_bytes(lambda: ours(x, w, bias, a, b, magnitude, norm), *parameters)
     assert size == 4 * t * r + own + t * n * x.element_size()
     size, _ = saved_bytes(lambda: ours(x, w, bias, a, b, magnitude.detach(), norm), *parameters)

@@ -1,0 +1,112 @@
+"""Backward passes of `_lora_nodes` that are differentiated themselves (``create_graph=True``: gradient penalties, products
+with the Hessian), or that take many gradients at once (``is_grads_batched=True``, vectorised Jacobians).
+
+The kernels compute one backward, without a graph. Where more is asked for, a node's formula is computed again by PyTorch's
+ops from what the node saved, and autograd differentiates that. What it only adds is not saved: zeros stand in for it.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .lora import accumulator, dropped
+
+
+def asked(*gradients) -> bool:
+    """Is this backward one of those?"""
+    if torch.compiler.is_compiling():  # compiled graphs are differentiated once
+        return False
+    if torch.is_grad_enabled():
+        return True
+    # Of the tensors of either vmap (`torch.func`'s, and the older one, which `is_grads_batched` uses) none has a storage.
+    return any(dy is not None and not torch._C._has_storage(dy) for dy in gradients)
+
+
+def shrink(ctx, dx, ds):
+    x, mask, *factors = ctx.saved_tensors
+    shape, dtype = ctx.like
+
+    def formula(x, *factors):
+        wide = accumulator(x, *factors)
+        inputs = dropped(x, mask, ctx.p, wide)
+        inputs = inputs if len(inputs) == len(factors) else inputs * len(factors)
+        return x, *(kept @ a.to(wide).t() for kept, a in zip(inputs, factors))
+
+    need_x, _, _, *need_factors = ctx.needs_input_grad
+    x = factors[0].new_zeros(shape, dtype=dtype) if x is None else x
+    dx, *da = _gradients(formula, (x, *factors), (need_x, *need_factors), (dx, *ds))
+    return dx, None, None, *da
+
+
+def expand(ctx, dy, dx):
+    x, weight, s, b = ctx.saved_tensors
+    x = weight.new_zeros(s.shape[0], weight.shape[1]) if x is None else x
+
+    def formula(x, s, weight, bias, b):
+        return _plus(F.linear(x, weight, bias), s, b, ctx.scale), x
+
+    inputs = x, s, weight, weight.new_zeros(weight.shape[0]), b
+    return *_gradients(formula, inputs, ctx.needs_input_grad[:5], (dy, dx)), None, None, None
+
+
+def expand_dora(ctx, dy, dx):
+    x, weight, s, b, _, inverse, _, magnitude = ctx.saved_tensors
+    x = weight.new_zeros(s.shape[0], weight.shape[1]) if x is None else x
+
+    def formula(x, s, weight, bias, b, magnitude):
+        u = F.linear(x, weight).to(s.dtype) + ctx.scale * (s @ b.to(s.dtype).t())
+        return ((magnitude.to(inverse.dtype) * inverse) * u + bias.to(u.dtype)).to(x.dtype), x
+
+    inputs = x, s, weight, weight.new_zeros(weight.shape[0]), b, magnitude
+    return *_gradients(formula, inputs, ctx.needs_input_grad[:6], (dy, dx)), None, None, None, None
+
+
+def linear(ctx, dy):
+    x, weight, a, b, _, mask = ctx.saved_tensors
+    if x is None and ctx.needs_input_grad[4]:
+        raise RuntimeError(
+            "lora_A is frozen and lora_B trains, so that no x was kept: this backward can't be differentiated in turn "
+            "(create_graph=True) nor take several gradients at once (is_grads_batched=True). Let lora_A require one too"
+        )
+    x = weight.new_zeros(*dy.shape[:-1], weight.shape[1]) if x is None else x
+
+    def formula(x, weight, bias, a, b):
+        rows = x.reshape(-1, x.shape[-1])
+        wide = accumulator(x, a)
+        s = dropped(rows, mask, ctx.p, wide)[0] @ a.to(wide).t()
+        return (_plus(F.linear(rows, weight, bias), s, b, ctx.scale).view(dy.shape),)
+
+    inputs = x, weight, weight.new_zeros(weight.shape[0]), a, b
+    return *_gradients(formula, inputs, ctx.needs_input_grad[:5], (dy,)), None, None, None
+
+
+def update(ctx, dy):
+    s, b = ctx.saved_tensors
+
+    def formula(y, s, bias, b):
+        return (_plus(y + bias.to(y.dtype), s, b, ctx.scale),)
+
+    y = torch.zeros(dy.shape, dtype=dy.dtype, device=dy.device)
+    inputs = y, s, y.new_zeros(y.shape[1], dtype=ctx.bias_dtype), b
+    return *_gradients(formula, inputs, ctx.needs_input_grad[:4], (dy,)), None
+
+
+def _plus(y, s, b, scale):
+    return (y.to(s.dtype) + scale * (s @ b.to(s.dtype).t())).to(y.dtype)
+
+
+def _gradients(formula, inputs, needed, grad_outputs):
+    """Of ``formula(*inputs)``, for the inputs that need one; with a graph of their own if gradients are enabled."""
+    graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Aliases, so that a path from one input to another (an A that was made of x) is not taken for the node's own.
+        inputs = [
+            t if not need else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+            for t, need in zip(inputs, needed)
+        ]
+        pairs = [(y, dy) for y, dy in zip(formula(*inputs), grad_outputs, strict=True) if dy is not None]
+        outputs, dys = zip(*((y, dy) for y, dy in pairs if y.requires_grad)) if pairs else ((), ())
+    wanted = [t for t, need in zip(inputs, needed) if need]
+    if not outputs:
+        return [None] * len(needed)
+    found = iter(torch.autograd.grad(outputs, wanted, dys, create_graph=graph, allow_unused=True))
+    return [next(found) if need else None for need in needed]
