@@ -2,8 +2,9 @@
 
 B lies transposed there, so an adapter that was named takes its memory twice until `fastft.restore`. Before each batch every
 adapter in it is compared with the parameters it was made of (`peft_watch`) and made again where one changed. Not seen are
-writes through ``.data`` that keep the memory, which no version counts (though after PEFT's hot-swapping all is made again),
-and what only later makes an adapter unfit, as a hook on its lora_A.
+writes through ``.data`` that keep the memory and those of another process to shared memory, which no version counts (after
+an optimizer's step and PEFT's hot-swapping all is made again), and what only later makes an adapter unfit, as a hook on its
+lora_A.
 """
 
 import threading
@@ -136,6 +137,8 @@ def _factors(layer, name):
         return "lora_A and lora_B are no plain tensors of one dtype and device"
     if type(scale) is not float or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or a.is_meta:
         return "the scale is a tensor, or lora_A and lora_B don't fit"
+    if a.is_inference() or b.is_inference():
+        return "lora_A or lora_B was made under inference_mode, so that nothing tells when it changes"
     return a.detach(), b.detach(), scale
 
 

@@ -183,10 +183,16 @@ class FastLinear(Swapped):
             y[own] = _update(y[own], x[own], one)
         return y
 
-    # ---- what PEFT changes weights with
+    # ---- what PEFT changes base weights with: through weight.data, which no version counts
+
+    def update_layer(self, *args, **kwargs):
+        super().update_layer(
+            *args, **kwargs
+        )  # some initialisations (OLoRA) take from the base what they give to the adapter
+        self._fastft.norms = RowNorms()
 
     def merge(self, *args, **kwargs):
-        self._fastft.norms = RowNorms()  # PEFT writes through weight.data, which no version counts
+        self._fastft.norms = RowNorms()
         super().merge(*args, **kwargs)
 
     def unmerge(self):

@@ -5,11 +5,14 @@ import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
+from ..modules.groups import drop_waiting
 from .peft_bank import Bank
 from .peft_layers import FastLinear, accelerate_layers
 from .peft_mixed import Index, Routed, using
+from .peft_watch import tell_of_unseen_writes
 from .swapping import Swapped, swap
 
 # Not in the modules: a copy of a model lays its adapters out anew.
@@ -36,8 +39,22 @@ class FastTuner(Swapped):
 class FastLoraModel(FastTuner):
     """Mixed into `LoraModel`."""
 
+    def delete_adapter(self, *args, **kwargs):
+        super().delete_adapter(*args, **kwargs)
+        forget_banks(self)  # or the adapter would live on there until another one changes
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
+        """Around every forward, as PEFT calls it."""
+        try:
+            with self._named(*args, **kwargs):
+                yield
+        finally:
+            if not torch.compiler.is_compiling():
+                drop_waiting()  # whatever comes next with the same tensor is another forward
+
+    @contextmanager
+    def _named(self, *args, **kwargs):
         names, beams = kwargs.get("adapter_names"), kwargs.get("num_beams")
         beams = beams if isinstance(beams, int) else 1
         adapted = [] if names is None else _adapted(self)
@@ -65,6 +82,7 @@ class FastLoraModel(FastTuner):
         for module in adapted:
             if not isinstance(module, Swapped):
                 swap(module, Routed, None)
+        follow_hotswapping()  # again: this may be a copy that another process accelerated
         bank = _banks.setdefault(self, Bank())
         fast = [module for module in adapted if isinstance(module, FastLinear)]
 
@@ -122,17 +140,22 @@ def forget_banks(tuner) -> None:
 
 @functools.cache
 def follow_hotswapping() -> None:
-    """PEFT's hot-swapping writes through ``.data``, which no version counts: after it, what was laid out is forgotten."""
+    """PEFT's hot-swapping writes through ``.data``, which no version counts: tell those who have to know.
+
+    Of each write before it is made, by the function that sets a module's scale then, so that it makes no difference who
+    imported the hot-swapping itself, and when; and once more when all are made, for what another thread did in between.
+    """
     from peft.utils import hotswap
 
-    original = hotswap.hotswap_adapter_from_state_dict
+    def telling(original):
+        @functools.wraps(original)
+        def told(*args, **kwargs):
+            try:
+                return original(*args, **kwargs)
+            finally:
+                tell_of_unseen_writes()
 
-    @functools.wraps(original)
-    def swapped(model, *args, **kwargs):
-        try:
-            return original(model, *args, **kwargs)
-        finally:
-            for module in model.modules():
-                forget_banks(module)
+        return told
 
-    hotswap.hotswap_adapter_from_state_dict = swapped
+    for name in ("_update_scaling", "hotswap_adapter_from_state_dict"):
+        setattr(hotswap, name, telling(getattr(hotswap, name)))

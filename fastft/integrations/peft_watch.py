@@ -3,14 +3,28 @@
 Asked before each mixed batch of every adapter that it names, in every layer: of 3,600 tensors for 32 adapters in 8 decoder
 layers, which no cache holds any more. So builtins compare whole lists of them, at a microsecond a tensor half of what a loop
 takes. Most of it is waiting for memory: the same comparison in C++, which asked for it ahead, took as long.
+
+Versions tell of most writes. Of those that no version counts we hear of optimizers' steps (the fused ones of PyTorch, which
+transformers takes by default, and bitsandbytes') and of PEFT's hot-swapping: after either, everything counts as changed.
 """
 
 from itertools import repeat
 from operator import attrgetter, is_
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _version, _place, _get, _modules = attrgetter("_version"), torch.Tensor.data_ptr, dict.get, attrgetter("_modules")
+
+_unseen_writes = 0  # as often as tensors may have been written to behind their versions
+
+
+def tell_of_unseen_writes(*_) -> None:
+    global _unseen_writes
+    _unseen_writes += 1
+
+
+register_optimizer_step_post_hook(tell_of_unseen_writes)
 
 
 class Layers:
@@ -39,7 +53,7 @@ class Factors:
     """One adapter's A and B in all layers as they are now; of a layer without it, nothing."""
 
     def __init__(self, layers: Layers, name: str):
-        self._name, self._in = name, layers
+        self._name, self._in, self._unseen_writes = name, layers, _unseen_writes  # first: writes may come meanwhile
         self._a, self._b = _Side(layers.a, name), _Side(layers.b, name)
         self._scales = list(map(_get, layers.scaling, repeat(name)))
 
@@ -47,13 +61,16 @@ class Factors:
         """Are modules, parameters (identity, version, address) and scales still the same?"""
         layers, name = self._in, self._name
         return (
-            self._a.unchanged(layers.a, name)
+            self._unseen_writes == _unseen_writes
+            and self._a.unchanged(layers.a, name)
             and self._b.unchanged(layers.b, name)
             and list(map(_get, layers.scaling, repeat(name))) == self._scales
         )
 
     def changed_in(self, before: "Factors") -> set[int]:
         """The positions of the layers in which this is not what it was `before`."""
+        if self._unseen_writes != before._unseen_writes:
+            return set(range(len(self._scales)))
         scales = zip(self._scales, before._scales, strict=True)
         rescaled = {i for i, (now, then) in enumerate(scales) if now is not then and now != then}
         return rescaled | self._a.changed_in(before._a) | self._b.changed_in(before._b)
@@ -71,15 +88,17 @@ class _Side:
         self.unknown = {i for i, weight in zip(there, weights, strict=True) if weight is None}
         self.at = [i for i in there if i not in self.unknown]
         self.weights = [weight for weight in weights if weight is not None]
-        self.versions, self.places = list(map(_version, self.weights)), list(map(_place, self.weights))
+        # Inference tensors count no versions; they are not laid out, so that it is enough to know when others replace them.
+        self.counting = [weight for weight in self.weights if not weight.is_inference()]
+        self.versions, self.places = list(map(_version, self.counting)), list(map(_place, self.counting))
 
     def unchanged(self, lists, name) -> bool:
         return (
             not self.unknown
             and all(map(is_, map(_get, lists, repeat(name)), self.modules))
             and all(map(is_, map(_get, self.parameters, repeat("weight")), self.weights))
-            and list(map(_version, self.weights)) == self.versions
-            and list(map(_place, self.weights)) == self.places
+            and list(map(_version, self.counting)) == self.versions
+            and list(map(_place, self.counting)) == self.places
         )
 
     def changed_in(self, before: "_Side") -> set[int]:
@@ -88,6 +107,7 @@ class _Side:
 
     def _by_layer(self) -> list[list]:
         found = [[id(module)] for module in self.modules]
-        for i, *facts in zip(self.at, map(id, self.weights), self.versions, self.places, strict=True):
-            found[i] += facts
+        facts = zip(self.versions, self.places, strict=True)
+        for i, weight in zip(self.at, self.weights, strict=True):
+            found[i] += id(weight), *(() if weight.is_inference() else next(facts))
         return found

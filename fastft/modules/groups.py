@@ -85,6 +85,13 @@ def _leave(waiting) -> None:
     _slot.round = weakref.ref(waiting)
 
 
+def drop_waiting() -> None:
+    """A forward ended: who did not follow in it will not any more."""
+    waiting = _take()
+    if waiting is not None:
+        waiting.group._dissolve(waiting)
+
+
 class ProjectionGroup(ABC):
     """What the members share; a subclass knows where their factors are.
 

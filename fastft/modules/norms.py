@@ -30,7 +30,7 @@ class RowNorms:
         return dora_norm(weight, squares, lora_A.detach(), lora_B.detach(), scale, fan_in_fan_out)
 
     def _squares(self, weight, fan_in_fan_out):
-        if torch.compiler.is_compiling() or not _keeps_count(weight) or weights_come_and_go():
+        if torch.compiler.is_compiling() or not _keeps_count(weight) or weights_come_and_go() or _swapping():
             return squared_row_norm(weight, fan_in_fan_out)
         if weight.requires_grad:
             self._kept = None
@@ -47,6 +47,11 @@ class RowNorms:
 def _keeps_count(weight) -> bool:
     """Does its version tell whether it changed? (Not of inference tensors; subclasses may have no memory of their own.)"""
     return type(weight) in (torch.Tensor, torch.nn.Parameter) and not weight.is_inference()
+
+
+def _swapping() -> bool:
+    """Does `Module.to` swap tensors? It refuses those that a weak reference knows."""
+    return torch.__future__.get_swap_module_params_on_conversion()
 
 
 def factor(magnitude, norm):

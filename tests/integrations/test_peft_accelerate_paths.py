@@ -2,16 +2,30 @@
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import fastft
 from fastft.integrations.peft_check import CheckError
 from fastft.integrations.peft_layers import FallbackError, FastLinear
-from tests.integrations.peft_models import K, N, accelerated, layer, one, peft, peft_llama, randomize, step
+from tests.integrations.peft_models import (
+    K,
+    N,
+    R,
+    accelerated,
+    assert_same_step,
+    layer,
+    one,
+    peft,
+    peft_llama,
+    randomize,
+    step,
+)
 from tests.methods.models import assert_same, llama, snapshot, tokens
 
 X = torch.randn(5, K, generator=torch.Generator().manual_seed(0))
@@ -331,3 +345,60 @@ def test_usage_of_trainers():
     json.dumps({name: str(config.to_dict()) for name, config in model.peft_config.items()})
     assert model.get_nb_trainable_parameters() == peft_llama().get_nb_trainable_parameters()
     assert [s.module_type for s in model.get_layer_status()] == ["lora.Linear"] * 14
+
+
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_selective_checkpointing(config):
+    """It keeps products by reference: nothing may be added to them in place."""
+    plain = peft_llama(**config)
+    fast = accelerated(plain)
+    kept = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    options = {"use_reentrant": False, "context_fn": partial(create_selective_checkpoint_contexts, kept)}
+    wanted = step(plain)
+    for m in (plain, fast):
+        m.train().gradient_checkpointing_enable(options)
+        m.enable_input_require_grads()
+        assert_same_step(step(m), wanted)
+    assert all(row.path == "fused" for row in fastft.report(fast))
+
+
+def test_a_gradient_penalty_and_a_jacobian():
+    plain = layer()
+    fast = accelerated(plain)
+    found = []
+    for m in (plain, fast):
+        x = X.clone().requires_grad_()
+        (g,) = torch.autograd.grad(m(x).tanh().sum(), x, create_graph=True)
+        factors = [p for name, p in m.named_parameters() if "lora_" in name]
+        jacobian = torch.autograd.functional.jacobian(m, X, vectorize=True)
+        found.append((*torch.autograd.grad(g.square().sum(), factors), jacobian))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+    (row,) = fastft.report(fast)
+    assert row.path == "fused"
+
+
+@pytest.mark.parametrize("init", ["olora", "pissa"])
+def test_dora_follows_a_base_weight_that_an_initialisation_changed(init):
+    """PEFT takes what it gives to the adapter from the base, through ``.data``, which no version counts."""
+    plain = layer(use_dora=True)
+    fast = accelerated(plain)
+    for m in (plain, fast):
+        m.eval()(X)
+        torch.manual_seed(0)
+        m.add_adapter("other", peft.LoraConfig(r=R, target_modules=["lin"], init_lora_weights=init))
+        m.base_model.set_adapter("default")
+    compare(plain, fast)
+
+
+def test_dora_moves_where_modules_swap_their_parameters():
+    plain = layer(use_dora=True)
+    fast = accelerated(plain)
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        for m in (plain, fast):
+            m(X)
+            m.to(torch.bfloat16)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+    torch.testing.assert_close(fast(X.bfloat16()), plain(X.bfloat16()), rtol=2e-2, atol=2e-2)

@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import inspect
+import pickle
 import weakref
 
 import pytest
@@ -86,6 +88,40 @@ def test_nothing_stale_is_used(change):
     got = logits(fast)
     torch.testing.assert_close(got, logits(plain))
     assert not torch.allclose(got[1], before[1])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_optimizer_steps(fused):
+    """The fused ones, which transformers takes by default, count no versions."""
+    plain = model()
+    fast = accelerated(plain)
+    before = logits(fast)
+    for m in (plain, fast):
+        optimizer = torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=0.1, fused=fused)
+        m(input_ids=tokens(), labels=tokens()).loss.backward()
+        optimizer.step()
+    got = logits(fast)
+    torch.testing.assert_close(got, logits(plain), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(got[0], before[0])
+
+
+def test_adapters_that_were_loaded_in_inference_mode(tmp_path):
+    """They count no versions, so that PEFT's way takes them; the layers' other adapters are not held up."""
+    plain = model()
+    plain.save_pretrained(tmp_path, selected_adapters=["b"])
+    fast = accelerated(plain)
+    with torch.inference_mode():
+        for m in (plain, fast):
+            m.load_adapter(tmp_path / "b", "later")
+    for names in (["later", "b", "__base__", "default"], ["later"] * 4):
+        torch.testing.assert_close(logits(fast, names), logits(plain, names))
+    bank = peft_tuner._banks[fast.base_model]
+    made = dict(bank._banks)
+    logits(fast, ["later", "b", "__base__", "default"])
+    assert all(bank._banks[layer] is own for layer, own in made.items())
+    for m in (plain, fast):
+        m.delete_adapter("later")
+    assert grouped(fast)[1] > 4
 
 
 def test_only_layers_that_changed_are_laid_out_again():
@@ -216,6 +252,37 @@ def test_hot_swapping(again, tmp_path):
     got = logits(fast, names)
     torch.testing.assert_close(got, logits(plain, names))
     assert not torch.allclose(got[0], before[0])
+
+
+def test_hot_swapping_by_a_function_that_was_imported_before():
+    from peft.utils import hotswap
+
+    peft_tuner.follow_hotswapping()
+    before = inspect.unwrap(hotswap.hotswap_adapter_from_state_dict)
+    plain = peft_llama(("default",)).eval()
+    fast = accelerated(plain)
+    logits(fast, ["default"])
+    for m in (plain, fast):
+        state = {name: value * 2 for name, value in m.state_dict().items() if "lora_" in name}
+        before(m, state, "default", m.peft_config["default"])
+    torch.testing.assert_close(logits(fast, ["default"]), logits(plain, ["default"]))
+
+
+def test_hot_swapping_is_followed_where_nobody_called_accelerate(monkeypatch):
+    """As in a process that an accelerated model was sent to."""
+    fast, followed = pickle.loads(pickle.dumps(accelerated(model()))), []
+    monkeypatch.setattr(peft_tuner, "follow_hotswapping", lambda: followed.append(True))
+    logits(fast)
+    assert followed
+
+
+def test_a_deleted_adapter_is_freed_at_once():
+    fast = accelerated(model())
+    logits(fast)
+    freed = weakref.ref(next(p for n, p in fast.named_parameters() if "lora_A.b" in n))
+    fast.delete_adapter("b")
+    logits(fast, ["default"])
+    assert freed() is None
 
 
 @pytest.mark.parametrize("back", [False, True])
