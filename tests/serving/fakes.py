@@ -21,7 +21,10 @@ class ByteTokenizer:
         return 256
 
     def get_vocab(self):
-        return {chr(byte): byte for byte in range(256)}
+        return {f"<0x{byte:02X}>": byte for byte in range(256)}
+
+    def convert_ids_to_tokens(self, token):
+        return f"<0x{token:02X}>"
 
     def __call__(self, text, **_):
         return {"input_ids": list(text.encode())}

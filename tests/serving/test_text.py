@@ -1,5 +1,7 @@
 """Text as it grows: complete characters only, nothing of a stop string, and in the end the text of all tokens."""
 
+import codecs
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from fastft.serving.api.output import LEAST_LOGPROB, Output
 from fastft.serving.api.text import Detokenizer, StopStrings
 
+from .fakes import ByteTokenizer
 from .server_fixtures import load_tokenizer
 
 TEXTS = [
@@ -181,3 +184,44 @@ def test_logprobs_are_numbers(tokenizer):
     token = tokenizer("word")["input_ids"][0]
     values = [output.push(token, value).tokens[0].logprob for value in (-1.5, float("-inf"), float("nan"))]
     assert values == [-1.5, LEAST_LOGPROB, LEAST_LOGPROB]
+
+
+@pytest.mark.parametrize("prompt", ["def\ufffd", "\ufffd\ufffd", "a😀", "", "€\ufffd"])
+def test_what_the_prompt_ends_with_is_not_repeated(tokenizer, byte_fallback, prompt):
+    """U+FFFD is a character like others; only halves of one are what decoders write it for."""
+    rest = tokenizer(" x", verbose=False)["input_ids"]
+    assert "".join(pieces_of(tokenizer, rest, tokenizer(prompt, verbose=False)["input_ids"])) == " x"
+    fallback, at = byte_fallback
+    ids = [at("▁Hello"), *(at(f"<0x{byte:02X}>") for byte in prompt.encode())]
+    assert "".join(pieces_of(fallback, [at("▁world")], ids)) == " world"
+
+
+def test_characters_begun_in_the_prompt(tokenizer):
+    two = tokenizer("😀👩", verbose=False)["input_ids"]
+    other = tokenizer("x")["input_ids"]
+    assert len(two) == 8
+    for count in range(1, 8):
+        begun = "😀👩" if count < 4 else "👩"
+        assert "".join(pieces_of(tokenizer, two[count:], two[:count])) == begun
+        if count != 4:  # nothing completes it: one character that is none
+            assert "".join(pieces_of(tokenizer, other, two[:count])) == "\ufffdx"
+            assert pieces_of(tokenizer, [], two[:count]) == [""]
+
+
+@given(st.lists(st.sampled_from([*"ab€\ufffd😀".encode(), 0x80, 0xE0, 0xF0]), max_size=24), st.integers(0, 24))
+@settings(max_examples=300, deadline=None)
+def test_any_prompt_of_bytes(data, split):
+    """As Python's own decoder does it, which knows what is complete."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder.decode(bytes(data[:split]))
+    expected = decoder.decode(bytes(data[split:]), final=True) if data[split:] else ""
+    assert "".join(pieces_of(ByteTokenizer(), data[split:], data[:split])) == expected
+
+
+def test_byte_fallback_begun_in_the_prompt(byte_fallback):
+    """Its decoder takes a row of bytes for wrong as a whole, whichever of them is."""
+    tokenizer, at = byte_fallback
+    data = [at(f"<0x{byte:02X}>") for byte in "😀€😀€".encode()]
+    for count in range(len(data)):
+        said = "😀€😀€".encode()[:count].decode(errors="ignore")
+        assert "".join(pieces_of(tokenizer, data[count:], [at("▁Hello"), *data[:count]])) == "😀€😀€"[len(said) :]

@@ -6,7 +6,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from .characters import bytes_of, continues, unfinished
+
 _CONTEXT = 6  # tokens before those to be decoded, so that the tokenizer sees a word's start as it does in whole texts
+_WHOLE = 8  # more of them, where the first would be inside a character
 _HELD = 32  # tokens; a character has at most 4, so what is still incomplete then never will be complete
 _INCOMPLETE = "\ufffd"  # what decoders write for bytes that are no character
 
@@ -21,19 +24,29 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any, prompt_ids: Sequence[int] = ()):
         self._decoded = _decoder(tokenizer)
-        self._ids = list(prompt_ids[-_CONTEXT:])
-        self._read = len(self._ids)  # tokens whose text is out
+        ids = list(prompt_ids[-_CONTEXT - _WHOLE :])
+        pieces = [bytes_of(tokenizer, self._decoded, token) for token in ids]
+        first = max(len(ids) - _CONTEXT, 0)
+        while first > 0 and continues(
+            pieces[first]
+        ):  # some decoders take all bytes in a row for wrong if the first ones are
+            first -= 1
         # A prompt may end inside a character, which the first tokens then complete.
-        self._known = len(self._decode(self._ids).rstrip(_INCOMPLETE))
+        count, alone = unfinished(pieces[first:])
+        self._ids = ids[first:]
+        self._read = len(self._ids) - count  # tokens whose text is out
+        self._known = len(self._decode(self._ids[: self._read])) if alone else len(self._decode(self._ids)) - 1
+        self._new = 0  # tokens since text last came out
 
     def push(self, token: int) -> str:
         """The text that is certain now ("" while a character is incomplete)."""
         self._ids.append(token)
-        return self._advance(final=len(self._ids) - self._read >= _HELD)
+        self._new += 1
+        return self._advance(final=self._new >= _HELD)
 
     def flush(self) -> str:
         """What was held back, at the end of the sequence."""
-        return self._advance(final=True) if self._read < len(self._ids) else ""
+        return self._advance(final=True) if self._new else ""
 
     def _advance(self, final: bool) -> str:
         text = self._decode(self._ids)
@@ -43,7 +56,7 @@ class Detokenizer:
         if piece or final:  # what was new is the next window's context
             self._ids = self._ids[self._read :]
             self._read = len(self._ids)
-            self._known = len(self._decode(self._ids))
+            self._known, self._new = len(self._decode(self._ids)), 0
         return piece
 
     def _decode(self, ids: list[int]) -> str:
