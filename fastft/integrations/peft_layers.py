@@ -186,10 +186,8 @@ class FastLinear(Swapped):
     # ---- what PEFT changes base weights with: through weight.data, which no version counts
 
     def update_layer(self, *args, **kwargs):
-        super().update_layer(
-            *args, **kwargs
-        )  # some initialisations (OLoRA) take from the base what they give to the adapter
-        self._fastft.norms = RowNorms()
+        super().update_layer(*args, **kwargs)
+        self._fastft.norms = RowNorms()  # OLoRA takes from the base what it gives to the adapter
 
     def merge(self, *args, **kwargs):
         self._fastft.norms = RowNorms()

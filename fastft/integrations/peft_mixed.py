@@ -3,7 +3,8 @@
 PEFT hands the names to its layers by hooks that it hangs on the modules for the time of a call; so two threads get each
 other's names, and a call that fails leaves its hooks behind. Here they travel in a context variable: a table from module to
 names. Checkpointing runs forwards again during backward, maybe on another thread, when the call and its context are long
-over; so each region that is being checkpointed remembers the table that its forward saw (`_remember`).
+over; so each region that is being checkpointed remembers the table that its forward saw (`_remember`). Threads that a model
+starts within its own forward see no names, unless it runs them in a copy of its context (`contextvars.copy_context`).
 """
 
 import functools
