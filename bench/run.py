@@ -4,11 +4,13 @@ import argparse
 import dataclasses
 import importlib
 import sys
+import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
+from ..cli.quiet import quiet_torchao
 from . import calibration, graphs, page, quality, results, revision, runner, shapes, stats
 
 QUICK_ROUNDS = 5
@@ -92,35 +94,42 @@ def _parser():
     parser.add_argument("--out", metavar="DIR", help="folder of the CSV (default: bench/results of a checkout)")
     parser.add_argument("--resume", action="store_true", help="skip cases with rows of this commit in the CSV")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--list", action="store_true", help="list the shapes and stop")
+    parser.add_argument("--list", action="store_true", help="list the models and shapes and stop")
     return parser
 
 
 def main(argv=None) -> int:
     """Run ``fastft bench`` with these arguments (default: the command line's); returns the exit status."""
+    quiet_torchao()
     given = sys.argv[1:] if argv is None else list(argv)
     if given and given[0] in WHOLE_RUNS:
         return WHOLE_RUNS[given[0]](given[1:])
     parser = _parser()
     args = parser.parse_args(given)
     if args.list:
+        for name, model in shapes.MODELS.items():
+            print(f"{name:24} model of {model.layers} layers, T = {model.batch * model.length}")
         for name, linear in shapes.LINEARS.items():
             print(f"{name:24} T x K x N = {linear}")
         return 0
     if args.html:
-        print(f"wrote {page.write(args.out)}")
+        try:
+            print(f"wrote {page.write(args.out)}")
+        except OSError as error:
+            parser.error(f"--out {args.out}: cannot be written: {error.strerror}; give another file or folder")
         return 0
+    _check(parser, args)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
-    rounds = args.rounds or (QUICK_ROUNDS if args.quick else stats.MIN_ROUNDS)
-    if rounds < 2:
-        parser.error("--rounds must be at least 2")
+    rounds = (QUICK_ROUNDS if args.quick else stats.MIN_ROUNDS) if args.rounds is None else args.rounds
     if args.threads:
         torch.set_num_threads(args.threads)
     env = results.environment(device)
     quick = args.quick or rounds < stats.MIN_ROUNDS
     path = None if quick and not args.out else results.csv_path(env["device"], args.out)
+    if path:
+        _check_folder(parser, path.parent)
     if args.family == CALIBRATION:
         print(_where(env, "calibration", path))
         _calibrated(device, env, path, "quick" if quick else "ok")
@@ -163,6 +172,26 @@ def main(argv=None) -> int:
     print("\n".join(["", *said]) if said else "\nfastft is behind nothing measured here.")
     behind = not quick and any(line.startswith(results.BEHIND) for line in said)
     return WRONG if wrong else BEHIND if behind else 0
+
+
+def _check(parser, args) -> None:
+    """Numbers that no case can be measured with are bad arguments; as errors of a case they would be wrong results."""
+    for option, value, least in (("rank", args.rank, 1), ("threads", args.threads, 1), ("rounds", args.rounds, 2)):
+        if value is not None and value < least:
+            parser.error(f"--{option} must be at least {least}, not {value}")
+    for dropout in args.dropout or ():
+        if not 0 <= dropout < 1:
+            parser.error(f"--dropout must be in [0, 1), not {dropout}")
+
+
+def _check_folder(parser, folder: Path) -> None:
+    """Before anything is measured."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        parser.error(f"--out {folder}: cannot be written: {error.strerror}; give another folder")
 
 
 def _calibrated(device, env, path, status: str) -> calibration.Rates:

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .quiet import quiet_torchao
 
-# transformers imports torchao where it is installed, which warns of its extensions for other devices, and of its enums.
-for _name in ("torchao", "torch.utils._pytree"):
-    logging.getLogger(_name).setLevel(logging.ERROR)
+quiet_torchao()
 
 
 def check_model(model: str) -> str:

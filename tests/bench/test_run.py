@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 import torch
 
@@ -77,6 +79,27 @@ def test_resume_skips_only_what_counts_at_this_commit(monkeypatch, tmp_path, cap
 
 
 @pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--rank", "-1"], "--rank must be at least 1, not -1"),
+        (["--rank", "0"], "--rank must be at least 1, not 0"),
+        (["--dropout", "2"], "--dropout must be in [0, 1), not 2.0"),
+        (["--dropout", "nan"], "--dropout must be in [0, 1), not nan"),
+        (["--threads", "-1"], "--threads must be at least 1, not -1"),
+        (["--threads", "0"], "--threads must be at least 1, not 0"),
+        (["--rounds", "0"], "--rounds must be at least 2, not 0"),
+        (["--out", "/proc/x"], "--out /proc/x: cannot be written: No such file or directory; give another folder"),
+        (["--html", "--out", "/proc/x/page.html"], "--out /proc/x/page.html: cannot be written: No such file"),
+    ],
+)
+def test_numbers_and_folders_are_checked_before_anything_is_measured(wrong, message, monkeypatch, capsys):
+    monkeypatch.setattr(run.runner, "measure", lambda *args: pytest.fail("measured"))
+    with pytest.raises(SystemExit) as error:
+        run.main([*TINY[:5], "--quick", *wrong])
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     "wrong", [["--shape", "huge"], ["--dtype", "fp8"], ["--peers", "nobody"], ["--rounds", "1"], ["nothing"]]
 )
 def test_bad_arguments(wrong, capsys):
@@ -86,6 +109,16 @@ def test_bad_arguments(wrong, capsys):
     assert "known:" in (message := capsys.readouterr().err) or "at least 2" in message or "choose from" in message
 
 
+def test_torchao_is_quiet(monkeypatch, capsys):
+    for name in ("torchao", "torch.utils._pytree"):
+        monkeypatch.setattr(logging.getLogger(name), "level", logging.NOTSET)
+    run.main(["--list"])
+    assert not logging.getLogger("torchao.ops").isEnabledFor(logging.WARNING)
+    assert not logging.getLogger("torch.utils._pytree").isEnabledFor(logging.WARNING)
+
+
 def test_list(capsys):
     assert run.main(["--list"]) == 0
-    assert "square2048               T x K x N = 1024x2048x2048" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "square2048               T x K x N = 1024x2048x2048" in printed
+    assert "llama-6l                 model of 6 layers, T = 1024" in printed
