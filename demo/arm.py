@@ -15,13 +15,15 @@ import time
 import warnings
 from pathlib import Path
 
+from fastft.cli.loading import load  # first: it keeps torchao quiet, which transformers imports
+
+# isort: split
 import psutil
 import torch
 import transformers
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from fastft.cli.data import read_jsonl, tokenize
-from fastft.cli.loading import load
 from fastft.integrations.transformers import collate, peak_memory
 
 MODEL = Path(__file__).parent / "model"

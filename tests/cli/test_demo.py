@@ -1,11 +1,14 @@
 """The demo's model and data: small enough to ship, English before fine-tuning, code to fine-tune on."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from demo import data
 from demo.data import STDLIB, capitals, functions, imports
-from demo.run import MODEL, PROMPTS, interval
+from demo.run import MODEL, PROMPTS, ROOT, interval
 
 
 def test_model_is_small_and_has_learnt_english():
@@ -37,6 +40,14 @@ def test_functions_are_code_without_prose(library):
     codes = functions(200)
     assert len(codes) == 200 and codes == functions(200)
     assert all(code.startswith(("def ", "@")) and "\n    #" not in code for code in codes)
+
+
+def test_an_arm_says_nothing_of_torchao():
+    pytest.importorskip("torchao")
+    said = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", "import demo.arm"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (said.returncode, said.stderr) == (0, "")
 
 
 def test_interval_brackets_the_median():
