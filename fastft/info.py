@@ -87,13 +87,15 @@ def _has_launcher(op):
 
 
 def lines(width: int = 120) -> list[str]:
-    """The report as plain text of `width` columns."""
-    out = ["  ".join(f"{k} {v}" for k, v in versions().items()), ""]
-    out += [f"{k + ':':17}{v}" for k, v in machine().items()]
+    """The report as plain text of `width` columns (at least 60)."""
+    packages = "  ".join(f"{k}\xa0{v}" for k, v in versions().items())  # no line ends between a name and its version
+    out = [line.replace("\xa0", " ") for line in textwrap.wrap(packages, width, break_on_hyphens=False)] + [""]
+    for name, words in machine().items():
+        out += textwrap.wrap(words, width, initial_indent=f"{name + ':':17}", subsequent_indent=17 * " ")
     rows = table()
     first = max(len(row["op"]) for row in rows) + 2
-    column = max((width - first) // len(KERNEL_BACKENDS), 24)
-    out += ["", "op".ljust(first) + "".join(name.ljust(column) for name in KERNEL_BACKENDS)]
+    column = max((width - first) // len(KERNEL_BACKENDS), 12)
+    out += ["", "op".ljust(first) + "".join(name.ljust(column) for name in KERNEL_BACKENDS).rstrip()]
     # Ops whose cells are alike share them.
     for cells, alike in itertools.groupby(rows, lambda row: [row[name] for name in KERNEL_BACKENDS]):
         names = [row["op"] for row in alike]
@@ -102,12 +104,12 @@ def lines(width: int = 120) -> list[str]:
             out.append((line[0].ljust(first) + "".join(part.ljust(column) for part in line[1:])).rstrip())
         out.append("")
     if any("Unverified on a GPU" in row[name] for row in rows for name in KERNEL_BACKENDS):
-        out.append("bench/gpu.sh OUT verifies on a GPU what is marked unverified there.")
+        out += textwrap.wrap("bench/gpu.sh OUT verifies on a GPU what is marked unverified there.", width)
     return out
 
 
 def main() -> None:
-    print("\n".join(lines(max(shutil.get_terminal_size().columns, 90))))
+    print("\n".join(lines(max(shutil.get_terminal_size().columns, 60))))
 
 
 if __name__ == "__main__":
