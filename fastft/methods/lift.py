@@ -67,8 +67,13 @@ class LIFT(SparseMethod):
     def bind(self, model):
         targets = match(model, self).targets
         # Quantised layers are refused by attach, in words of its own.
-        counts = {name: Counts(self.budget(stored_shape(module))) for name, module in targets.items()}
-        return replace(self, counts=counts, history=[])
+        budgets = {name: self.budget(stored_shape(module)) for name, module in targets.items()}
+        if budgets and not any(budgets.values()):
+            raise ValueError(
+                f"density={self.density} of each weight is no entry in any module, so nothing would train; give more, or a "
+                "rank_budget"
+            )
+        return replace(self, counts={name: Counts(count) for name, count in budgets.items()}, history=[])
 
     def choose(self, name, module):
         return self._largest(name, pristine(module, "weight"))

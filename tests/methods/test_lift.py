@@ -104,6 +104,11 @@ def test_how_many_are_of_the_first():
         assert handle.method.history[-1]["overlap_with_first"] == overlap
 
 
+def test_a_density_of_no_entry_at_all_is_refused():
+    with pytest.raises(ValueError, match="density=1e-09 of each weight is no entry in any module, so nothing would train"):
+        fastft.attach(Net(), fastft.LIFT(density=1e-9))
+
+
 def test_budgets_may_be_nothing():
     net = Net()
     net.tiny = torch.nn.Linear(2, 2)
