@@ -28,7 +28,7 @@ from ..ops.partial_linear import slice_dim
 from ..ops.registry import KERNEL_DTYPES
 from .layout import ALIGNMENT, Layout
 from .packed import PackedAdapter
-from .patterns import slow_because, slow_together_because
+from .patterns import MOST_TRIES, slow_because, slow_together_because
 
 SERVED = "LoRA (rsLoRA too), S²FT and deltas of single entries (SpIEL, LIFT, SparseMask, SHiRA) on linear layers"
 # The parts that say what an adapter computes; the others are for training.
@@ -122,8 +122,9 @@ def _look(config) -> None:
             [given] if isinstance(given, str) else given if isinstance(given, dict) or option == "layers_pattern" else []
         )
         strings = [pattern for pattern in patterns or () if isinstance(pattern, str)]
-        for pattern in strings:
-            if not is_name(pattern) and (reason := slow_because(pattern)):
+        expressions = [pattern for pattern in strings if not is_name(pattern)]
+        for pattern in expressions if len(expressions) <= MOST_TRIES else ():  # more are refused unseen
+            if reason := slow_because(pattern):
                 raise ValueError(
                     f"{option}: {pattern[:100]!r} may take very long to match: {reason}; list the modules instead"
                 )

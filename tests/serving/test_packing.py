@@ -222,6 +222,7 @@ def test_files_that_do_not_fit(tmp_path):
     refused("target_modules: .* may take very long to match: it repeats what repeats", target_modules=r"(\w+\.?)+q_proj")
     refused("rank_pattern: .* may take very long", rank_pattern={r"(a|aa)+b": 3})
     refused("rank_pattern .* it has 300 regular expressions; at most 256", rank_pattern={f"x{i}.*": 3 for i in range(300)})
+    refused("it has 300 regular expressions", rank_pattern={f"(a|aa)+{i}": 3 for i in range(300)})
     refused("together have too many repeats", alpha_pattern={f"x{i}.*a.*b.*c.*": 3 for i in range(2)})
     refused("its names have 300 different lengths", rank_pattern={"x" * i: 3 for i in range(1, 301)})
     refused("alpha|float", lora_alpha=1e300)
