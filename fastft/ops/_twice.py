@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .lora import accumulator, dropped
+from .registry import without_autocast
 
 
 def asked(*gradients) -> bool:
@@ -97,16 +98,16 @@ def _plus(y, s, b, scale):
 def _gradients(formula, inputs, needed, grad_outputs):
     """Of ``formula(*inputs)``, for the inputs that need one; with a graph of their own if gradients are enabled."""
     graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.enable_grad(), without_autocast(inputs[0].device.type):
         # Aliases, so that a path from one input to another (an A that was made of x) is not taken for the node's own.
         inputs = [
             t if not need else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
             for t, need in zip(inputs, needed)
         ]
-        pairs = [(y, dy) for y, dy in zip(formula(*inputs), grad_outputs, strict=True) if dy is not None]
-        outputs, dys = zip(*((y, dy) for y, dy in pairs if y.requires_grad)) if pairs else ((), ())
-    wanted = [t for t, need in zip(inputs, needed) if need]
-    if not outputs:
-        return [None] * len(needed)
-    found = iter(torch.autograd.grad(outputs, wanted, dys, create_graph=graph, allow_unused=True))
+        pairs = [(y, dy) for y, dy in zip(formula(*inputs), grad_outputs, strict=True) if dy is not None and y.requires_grad]
+        if not pairs:
+            return [None] * len(needed)
+        wanted = [t for t, need in zip(inputs, needed) if need]
+        outputs, dys = zip(*pairs)
+        found = iter(torch.autograd.grad(outputs, wanted, dys, create_graph=graph, allow_unused=True))
     return [next(found) if need else None for need in needed]
