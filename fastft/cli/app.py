@@ -17,6 +17,8 @@ from .serve_config import ServeConfig, make_serve_config
 
 app = typer.Typer(
     help="Fine-tune language models with fast kernels, and serve many adapters on one base model.",
+    epilog="fastft --version prints the version; fastft COMMAND --help the options of one.",
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ quiet_torchao()
 
 
 def check_model(model: str) -> str:
-    """`model` as transformers takes it. Hub ids (owner/name) are left to transformers.
+    """`model` as transformers takes it. Hub ids (owner/name) are left to transformers, and said to be.
 
     Raises:
         UserError: a local folder that is missing or no checkpoint.
@@ -29,7 +31,14 @@ def check_model(model: str) -> str:
         raise UserError(f"model {model} is a file; give the checkpoint's folder")
     if model.count("/") > 1 or model.startswith((".", "/", "~")) or model.endswith("/"):
         raise UserError(f"model {model}: no such folder")
+    _say_hub(model)
     return model
+
+
+@functools.cache  # a command loads a tokenizer, a configuration and a model
+def _say_hub(model: str) -> None:
+    """A mistyped folder is seen at once, not only when transformers has given up on the network a minute later."""
+    print(f"fastft: no folder {model} here; asking the Hugging Face Hub for it ...", file=sys.stderr, flush=True)
 
 
 def load(auto_class: str, model: str, **options: Any) -> Any:

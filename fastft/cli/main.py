@@ -12,6 +12,11 @@ SERVE_EXTRA = ("typer", "rich", "transformers", "fastapi", "uvicorn", "prometheu
 def main() -> None:
     """Entry point. Without its extra a command other than `fastft info`, `bench` and `tune` says what to install."""
     arguments = sys.argv[1:]
+    if arguments == ["--version"]:  # here, as the core install has no typer
+        from .. import __version__
+
+        print(f"fastft {__version__}")
+        return
     if arguments[:1] == ["info"] and len(arguments) == 1:
         from ..info import main as info
 

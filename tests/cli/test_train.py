@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+import fastft
 from fastft.integrations.transformers import last_checkpoint
 
 from .conftest import adapter, assert_same_run, same, trained
@@ -200,6 +201,19 @@ def test_wrong_input_is_explained(tiny_model, text_data, tmp_path, fastft_comman
     assert not (tmp_path / "out").exists()
 
 
+def test_a_name_that_is_no_folder_is_said_to_go_to_the_hub_before_it_does(text_data, tmp_path, monkeypatch, fastft_command):
+    import transformers
+
+    def unreachable(model, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", unreachable)
+    result = fastft_command("train", "--model", "demo-modle", "--data", text_data, "--out", tmp_path / "out")
+    said = result.stderr.splitlines()
+    assert result.exit_code == 2 and said[0] == "fastft: no folder demo-modle here; asking the Hugging Face Hub for it ..."
+    assert "no network" in said[-1]
+
+
 def test_a_folder_that_is_no_checkpoint(text_data, tmp_path, fastft_command):
     (tmp_path / "empty").mkdir()
     result = fastft_command("train", "--model", tmp_path / "empty", "--data", text_data, "--out", tmp_path / "out")
@@ -297,6 +311,20 @@ def test_the_command_is_light_to_import():
     heavy = "{'torch', 'typer', 'transformers', 'rich', 'yaml'}"
     result = run_python(f"import sys, fastft.cli.main; print(sorted({heavy} & set(sys.modules)))")
     assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_the_version_needs_no_extra():
+    code = (
+        "import sys; sys.argv = ['fastft', '--version']; sys.modules['typer'] = None\nimport fastft.cli.main as m; m.main()"
+    )
+    result = run_python(code)
+    assert (result.returncode, result.stdout) == (0, f"fastft {fastft.__version__}\n"), result.stderr
+
+
+@pytest.mark.parametrize("command", [(), ("train",), ("merge",)])
+def test_short_help(command, fastft_command):
+    short, long = (fastft_command(*command, option) for option in ("-h", "--help"))
+    assert short.exit_code == 0 and short.stdout == long.stdout and "Usage" in short.stdout
 
 
 def test_without_the_extra_it_says_what_to_install():
