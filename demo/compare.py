@@ -1,6 +1,6 @@
 """LoRA, S²FT, SpIEL and LIFT with equally many trained parameters on the demo's model and data.
 
-    python -m demo.compare [--out demo/out/compare] [--steps 100] [--write]
+    python -m demo.compare [--out demo/out/compare] [--steps 60] [--write]
 
 Each is one `fastft train` run, all with the same data, order, schedule and learning rate, which is not the best for each
 (`--rates` tries several). `--write` keeps the table's rows in bench/results/methods and puts it into README.md. About two
@@ -37,7 +37,9 @@ def train(name: str, data: Path, out: Path, steps: int, rate: float) -> dict[str
     options += ["--max-length", 128, "--eval-fraction", 0.05, "--device", "cpu", "--overwrite"]
     command = [sys.executable, "-m", "fastft.cli.main", "train", *map(str, options)]
     print("$ " + shlex.join(command), flush=True)
-    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    ran = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if ran.returncode:
+        raise SystemExit(f"{ran.stdout}{name}: fastft train ended with {ran.returncode}")
     summary = json.loads((out / "summary.json").read_text())
     if (
         abs(summary["trainable_parameters"] / TRAINED - 1) > 1e-3

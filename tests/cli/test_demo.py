@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from demo import data
+from demo import compare, data
 from demo.data import STDLIB, capitals, functions, imports
 from demo.run import MODEL, PROMPTS, ROOT, interval
 
@@ -40,6 +40,11 @@ def test_functions_are_code_without_prose(library):
     codes = functions(200)
     assert len(codes) == 200 and codes == functions(200)
     assert all(code.startswith(("def ", "@")) and "\n    #" not in code for code in codes)
+
+
+def test_a_failed_run_of_the_comparison_says_why(tmp_path):
+    with pytest.raises(SystemExit, match=r"No such file[^$]*LoRA: fastft train ended with 2"):
+        compare.train("LoRA", tmp_path / "nowhere.jsonl", tmp_path / "out", 1, 1e-3)
 
 
 def test_an_arm_says_nothing_of_torchao():
