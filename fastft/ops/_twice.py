@@ -1,5 +1,5 @@
-"""Backward passes of `_lora_nodes` that are differentiated themselves (``create_graph=True``: gradient penalties, products
-with the Hessian), or that take many gradients at once (``is_grads_batched=True``, vectorised Jacobians).
+"""Backward passes of `_lora_nodes` and `sparse_linear` that are differentiated themselves (``create_graph=True``: gradient
+penalties, products with the Hessian), or that take many gradients at once (``is_grads_batched=True``, vectorised Jacobians).
 
 The kernels compute one backward, without a graph. Where more is asked for, a node's formula is computed again by PyTorch's
 ops from what the node saved, and autograd differentiates that. What it only adds is not saved: zeros stand in for it.
@@ -12,14 +12,14 @@ from .lora import accumulator, dropped
 from .registry import without_autocast
 
 
-def asked(*gradients) -> bool:
+def asked(*dys) -> bool:
     """Is this backward one of those?"""
     if torch.compiler.is_compiling():  # compiled graphs are differentiated once
         return False
     if torch.is_grad_enabled():
         return True
     # Of the tensors of either vmap (`torch.func`'s, and the older one, which `is_grads_batched` uses) none has a storage.
-    return any(dy is not None and not torch._C._has_storage(dy) for dy in gradients)
+    return any(dy is not None and not torch._C._has_storage(dy) for dy in dys)
 
 
 def shrink(ctx, dx, ds):
@@ -89,6 +89,26 @@ def update(ctx, dy):
     y = torch.zeros(dy.shape, dtype=dy.dtype, device=dy.device)
     inputs = y, s, y.new_zeros(y.shape[1], dtype=ctx.bias_dtype), b
     return *_gradients(formula, inputs, ctx.needs_input_grad[:4], (dy,)), None
+
+
+def sparse(ctx, dy):
+    """The delta is dense here."""
+    x, weight, delta = ctx.saved_tensors
+    (entries, order), (n, k) = ctx.ways.forth, ctx.ways.forth[0].shape
+    if ctx.observer is not None:
+        ctx.observer(*(t.detach() for t in ((x, dy) if ctx.ways.transposed else (dy, x))))
+    y = torch.zeros(dy.shape, dtype=dy.dtype, device=dy.device)
+    x = y.new_zeros(len(y), k) if x is None else x
+    weight = y.new_zeros(n, k) if weight is None else weight
+
+    def formula(x, y, weight, bias, delta):
+        base = y if ctx.beside else F.linear(x, weight, bias)
+        values = delta if order is None else delta[order]
+        dense = values.new_zeros(n * k).index_put((entries.flat(),), values).view(n, k)
+        return ((base.to(delta.dtype) + x.to(delta.dtype) @ dense.t()).to(base.dtype),)
+
+    inputs = x, y, weight, weight.new_zeros(n), delta
+    return *_gradients(formula, inputs, ctx.needs_input_grad[:5], (dy,)), None, None
 
 
 def _plus(y, s, b, scale):

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
+from . import _twice
 from ._written import to_write_on
 from .entries import Entries
 from .lora_linear import _autocast, _rows
@@ -177,12 +177,13 @@ class _SparseNode(torch.autograd.Function):
         keep_x = ctx.needs_input_grad[4] or ctx.needs_input_grad[2] or observer is not None
         keep_weight = ctx.needs_input_grad[0]
         ctx.save_for_backward(x if keep_x else None, weight if keep_weight else None, delta)
-        ctx.features = x.shape[1]
+        ctx.features, ctx.beside = x.shape[1], y is not None
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
+        if _twice.asked(dy):
+            return _twice.sparse(ctx, dy)
         return Scope.run(ctx.scope, _sparse_backward, ctx, dy)
 
 

@@ -158,3 +158,24 @@ def test_wrong_arguments():
         sparse_linear(x, weight, None, chosen, delta.bfloat16())
     with pytest.raises(ValueError, match="does not fit"):
         sparse_update(torch.zeros(4, 24), x, chosen, delta)
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+def test_second_derivatives(fan_in_fan_out):
+    draw = lambda *size: torch.randn(*size, dtype=F64, requires_grad=True)  # noqa: E731
+    shape = (7, 5) if fan_in_fan_out else (5, 7)
+    chosen, x, y, w, bias = entries(shape), draw(3, 7), draw(3, 5), draw(*shape), draw(5)
+    delta, kind = draw(len(chosen)), {"fan_in_fan_out": fan_in_fan_out}
+    cases = [
+        (lambda x, w, bias, delta: sparse_linear(x, w, bias, chosen, delta, **kind), [x, w, bias, delta]),
+        (lambda x, delta: sparse_linear(x, w.detach(), None, chosen, delta, **kind), [x, delta]),
+        (lambda w, delta: sparse_linear(x.detach(), w, None, chosen, delta, **kind), [w, delta]),
+        (lambda x: sparse_linear(x, w.detach(), None, chosen, delta.detach(), **kind), [x]),
+        (lambda y, x, delta: sparse_update(y, x, chosen, delta, **kind), [y, x, delta]),
+    ]
+    with fastft.testing.use("reference"):
+        assert all(torch.autograd.gradgradcheck(f, tensors) for f, tensors in cases)
+    f = lambda x: sparse_linear(x, w.detach(), None, chosen, delta.detach(), **kind)  # noqa: E731
+    with fastft.testing.use("reference"):
+        jacobians = [torch.autograd.functional.jacobian(f, x.detach(), vectorize=v) for v in (False, True)]
+    torch.testing.assert_close(*jacobians)
