@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from .config import make_config
 from .errors import UserError
 
 WRITTEN = ("config.yaml", "summary.json", "loss.png", "selection.png")  # besides adapter/ and checkpoint-N/
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Options that may differ between a run and its continuation.
 RESUMABLE = {"epochs", "max_steps", "log_steps", "eval_steps", "save_steps", "keep_checkpoints", "device"}
 
@@ -89,14 +91,19 @@ def writing(folder: Path) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.filename is not None:
+    except SafetensorError as error:
+        reason = error
+    except RuntimeError as error:  # torch's writer drops the system's reason
+        if "inline_container" not in str(error):
             raise
-        # torch's writer drops the system's reason.
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+        reason = str(error).partition("\n")[0]
+    except OSError as error:
+        if error.filename is not None or error.errno not in FULL:
             raise
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
-        raise UserError(f"out {folder}: cannot be written: {reason}; make room there, or give another --out") from error
+        reason = error.strerror
+    else:
+        return
+    raise UserError(f"out {folder}: cannot be written: {reason}; make room there, or give another --out")
 
 
 def clear(out: Path) -> None:
