@@ -50,7 +50,8 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def results_rows():
     gpu = [measurement("floor2", 1.0), measurement("fastft", 1.9, target=1.5, met=False), measurement("bmm", 1.2)]
-    cpu = [measurement("fastft", 1.02, target=1.05, met=True, saved_bytes=65536, peak_bytes=2), measurement("peft", 10.5)]
+    cpu = [measurement("fastft", 1.02, target=1.05, met=True, saved_bytes=65536, peak_bytes=2)]
+    cpu += [measurement("peft", 10.5, saved_bytes=131072)]
     found = rows(FOUND) + other("layer r=16 p=0", cpu, "lora") + other("layer r=16 p=0", gpu, "lora", **GPU)
     return [row | {"roofline": "0.42" if row["implementation"] == "fastft" else ""} for row in found]
 
@@ -77,7 +78,11 @@ def test_every_row_that_counts_and_the_models_are_in_the_table(text):
     assert (found[0]["interval"], found[0]["target"], found[0]["met"], found[0]["roofline"], found[0]["seconds"]) == (
         "1.896 … 1.906", "≤ 1.500×", "missed", "42 %", "1.9 s",
     )  # fmt: skip
-    assert [(r["saved_bytes"], r["peak_bytes"]) for r in found[3:6]] == [("65.54 KB", "2 B"), ("", ""), ("640 B", "")]
+    assert [(r["saved_bytes"], r["peak_bytes"]) for r in found[3:6]] == [
+        ("65.54 KB", "2 B"),
+        ("131.1 KB", ""),
+        ("640 B", ""),
+    ]
     assert found[2]["seconds"] == "5 µs" and found[2]["commit"] == ""
 
 
