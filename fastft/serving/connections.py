@@ -40,7 +40,7 @@ class Connection(H11Protocol):
         self._watch()
 
     def handle_events(self) -> None:
-        self.app = self.config.loaded_app if len(self.tasks) < MOST else self._too_many()
+        self.app = self.config.loaded_app if len(self.tasks) < MOST else self._refuse
         super().handle_events()
 
     def on_response_complete(self) -> None:
@@ -66,9 +66,9 @@ class Connection(H11Protocol):
             self._timer.cancel()
             self._timer = None
 
-    def _too_many(self) -> Any:
+    async def _refuse(self, scope: Any, receive: Any, send: Any) -> None:
         error = ApiError(
             503, "too_many_requests", f"{MOST} requests are in progress, as many as the server takes. Try again later."
         )
         self.config.app.state.service.metrics.count_error(error.code)
-        return error.response()
+        await error.response()(scope, receive, send)
