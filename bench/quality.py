@@ -181,6 +181,8 @@ def main(argv=None) -> int:
         parser.error(f"unknown peer {unknown[0]!r}; known: {', '.join(PEERS)}")
     if reason := missing():
         parser.error(reason)
+    if args.threads is not None and args.threads < 1:
+        parser.error(f"--threads must be at least 1, not {args.threads}")
     if args.threads:
         torch.set_num_threads(args.threads)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

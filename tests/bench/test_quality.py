@@ -111,7 +111,7 @@ def test_the_command(monkeypatch, tmp_path, capsys):
         for metric in ("held_out_loss", "seconds_to_loss", "seconds_a_step")
     }
     assert "fastft's LoRA is not behind PEFT's" in capsys.readouterr().out
-    for wrong in (["--peers", "nobody"], ["--rounds", "0"], ["--steps", "1"]):
+    for wrong in (["--peers", "nobody"], ["--rounds", "0"], ["--steps", "1"], ["--threads", "0"]):
         with pytest.raises(SystemExit):
             run.main(["quality", *wrong, "--out", str(tmp_path)])
 
