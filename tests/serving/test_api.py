@@ -254,8 +254,8 @@ def test_broken_bodies(engine, raw, code):
         (b"[" * 100_000, {}, 400, "it is nested too deep"),
         (b'{"n": ' + b"9" * 5000 + b"}", {}, 400, "a number has too many digits"),
         (b"\x1f\x8b", {"content-encoding": "gzip"}, 415, "Given Content-Encoding: 'gzip'; send the body as it is"),
-        (b"{}", {"content-type": "text/plain"}, 415, "'text/plain'; send JSON with Content-Type: application/json."),
-        (b"{}", {"content-type": ""}, 415, "Given no Content-Type; send JSON with Content-Type: application/json."),
+        (b"{}", {"content-type": "text/plain"}, 422, "'text/plain'; send JSON with Content-Type: application/json."),
+        (b"{}", {"content-type": ""}, 422, "Given no Content-Type; send JSON with Content-Type: application/json."),
     ],
     ids=lambda value: str(value)[:30],
 )

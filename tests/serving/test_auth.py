@@ -121,7 +121,7 @@ def test_pages_of_other_sites_can_not_post(engine):
     answer = http.post(
         "/v1/completions", content=b'{"model": "base", "prompt": "x"}', headers={"content-type": "text/plain"}
     )
-    assert answer.status_code == 415 and not engine.submitted
+    assert answer.status_code == 422 and not engine.submitted
     assert "access-control-allow-origin" not in http.options("/v1/completions", headers={"origin": "http://a"}).headers
 
 

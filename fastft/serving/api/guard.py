@@ -152,4 +152,4 @@ def _check_type(given: str) -> None:
     kind = given.partition(";")[0].strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
         what = f"Content-Type: {shown(given)}" if given else "no Content-Type"
-        raise ApiError(415, "unsupported_type", f"Given {what}; send JSON with Content-Type: application/json.")
+        raise ApiError(422, "unsupported_type", f"Given {what}; send JSON with Content-Type: application/json.")
