@@ -38,12 +38,10 @@ $(VENV)/.packages: requirements/dev.txt Makefile
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
 	@touch $@
 
-# A path in site-packages instead of setuptools' finder: from the clone's parent folder Python would take the clone itself for an
-# empty namespace package fastft. As a variable, since pip before 22.1 does not know the option.
 $(VENV)/.built: $(VENV)/.packages $(NATIVE_SOURCES)
 	@echo "make: building the native libraries (C++ for each instruction set, the CUDA kernels for tests on the CPU, CUDA with nvcc)."
 	@echo "      The first time that takes ten minutes of one core, with nvcc fifteen, divided among all, and prints nothing."
-	PIP_CONFIG_SETTINGS=editable_mode=compat PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
 
 demo: setup
