@@ -26,12 +26,14 @@ def run(config: ServeConfig) -> None:
         UserError: anything the user can put right; nothing is served then.
     """
     from ..serving.api.config import ConfigError
+    from ..serving.connections import allow_connections
     from ..serving.server import Server, create_app, listen
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     # Quick checks before the model is loaded.
     try:
         server_config = make_server_config(config)
+        allow_connections()
         listener = listen(config.host, config.port)
     except ConfigError as error:
         raise UserError(str(error)) from error

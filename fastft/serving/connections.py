@@ -4,6 +4,7 @@ idle connections as requests, so that whoever opens enough of them makes it answ
 from __future__ import annotations
 
 import asyncio
+import resource
 import time
 from typing import Any
 
@@ -13,6 +14,15 @@ from .api.errors import ApiError
 
 HEADER_SECONDS = 15.0  # for a whole header, from the connection's beginning or the header's first byte on
 MOST = 4096  # connections, and requests in progress
+_OTHERS = 512  # files and sockets that the server may have open besides
+
+
+def allow_connections() -> None:
+    """Let the process open so many, where the system lets it: 1024 files, a common limit, would end before `MOST` do."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST + _OTHERS if hard == resource.RLIM_INFINITY else min(MOST + _OTHERS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class Connection(H11Protocol):

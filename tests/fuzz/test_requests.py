@@ -15,7 +15,7 @@ from tests.serving.server_fixtures import ADMIN, CHAT, HELLO, FakeEngine, client
 pytestmark = pytest.mark.timeout(300)
 BODIES = {"/v1/completions": HELLO, "/v1/chat/completions": CHAT}
 MORE = {"temperature": 0.5, "top_p": 0.9, "n": 1, "stop": ["a"], "seed": 1, "stream": False, "logprobs": None, "user": "me"}
-STATUSES = {400, 401, 403, 404, 405, 408, 409, 413, 422, 429, 503}  # what api/errors.py and the routes describe
+STATUSES = {400, 401, 403, 404, 405, 408, 409, 413, 415, 422, 429, 503}  # what api/errors.py and the routes describe
 TYPES = {"invalid_request_error", "authentication_error", "permission_error", "rate_limit_error", "server_error"}
 CONTENT_TYPES = ["application/json", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""]
 JSON_TYPE = {"content-type": "application/json"}

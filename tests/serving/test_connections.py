@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import resource
 import socket
 import threading
 
@@ -118,3 +119,16 @@ def test_too_many_requests_are_told_so(engine, monkeypatch):
         assert 'fastft_errors_total{code="too_many_requests"} 1.0' in server.service.metrics.text().decode()
         engine.go()
         assert [one.getresponse().status for one in asking[:2]] == [200, 200]
+
+
+def test_as_many_files_may_be_open_as_connections():
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+        connections.allow_connections()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        assert hard == before[1] and soft >= min(connections.MOST, hard if hard >= 0 else connections.MOST)
+        connections.allow_connections()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (soft, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
