@@ -15,10 +15,14 @@ class InPlaceOptimizer(torch.optim.Optimizer):
 
     writes_parts = True  # the handle need not write after a step
     shared_state = ()  # names of a part's state that is not by entry
+    copied = ("_parts",)  # attributes that copies and pickles have, too
 
     def __init__(self, params, parts: dict[torch.nn.Parameter, tuple[Any, str]], defaults: dict[str, Any]):
         super().__init__(params, defaults)
         self._parts = dict(parts)
+
+    def __getstate__(self):  # PyTorch's names what it keeps, and leaves all else out
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in self.copied}}
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -32,6 +32,8 @@ class SparseAdamW(InPlaceOptimizer):
         ValueError: lr, betas, eps or weight_decay out of range, another `moment_dtype`.
     """
 
+    copied = (*InPlaceOptimizer.copied, "ages", "moment_dtype")
+
     def __init__(self, params, entries: dict[torch.nn.Parameter, tuple[Any, str]], lr=1e-3, betas=(0.9, 0.999), eps=1e-6,
                  weight_decay=0.0, ages=True, moment_dtype=torch.float32):  # fmt: skip
         if moment_dtype not in _MOMENTS:
