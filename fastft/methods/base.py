@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from ..checkpoint.files import AdapterFileError, read_adapter
-from ..modules.adapted_linear import adapt
+from ..modules.adapted_linear import Adapted, adapt
 from ..modules.adapter import Adapter
 from ..modules.merging import pristine
 from ..modules.quantized import held_like, quantization
 from ..modules.sharding import shares
+from ..modules.slices import Buffers
 from .grouping import check_packable
 from .handle import Handle, handles
 from .targets import Matched, TargetOptions, match
@@ -25,6 +26,7 @@ from .targets import Matched, TargetOptions, match
 __all__ = ["AdapterFileError", "Handle", "Method", "attach", "handles", "load"]
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_HOLDERS = nn.ParameterDict, nn.ModuleDict, Buffers  # which hold an adapter's tensors under its name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,10 +280,21 @@ def plain_model(model):
 
 def check_name(model, name):
     taken = handles(model)
-    if not isinstance(name, str) or not _ADAPTER_NAME.fullmatch(name) or hasattr(nn.ParameterDict, name):
-        raise ValueError(f"adapter name {name!r}: use 1 to 64 letters, digits, '_' or '-' (and no name of a dict method)")
+    if not isinstance(name, str) or not _ADAPTER_NAME.fullmatch(name) or any(hasattr(kind(), name) for kind in _HOLDERS):
+        raise ValueError(
+            f"adapter name {name!r}: use 1 to 64 letters, digits, '_' or '-', and no name that modules have themselves, "
+            "such as 'keys' or 'training'"
+        )
     if name in taken:
         raise ValueError(f"an adapter named {name!r} is attached already; attached: {sorted(taken)}")
+    if taken:
+        return
+    others = {own: path for path, module in model.named_modules() if isinstance(module, Adapted) for own in module._adapters}
+    if others:
+        raise ValueError(
+            f"adapters ({', '.join(sorted(others))} at {next(iter(others.values()))!r}) are attached to a part of this "
+            "model or to a whole that it is a part of; attach all adapters to one and the same module, or detach those first"
+        )
 
 
 def _check_quantized(method, targets):

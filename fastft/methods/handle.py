@@ -36,22 +36,26 @@ _handles: "weakref.WeakSet[Handle]" = weakref.WeakSet()
 
 
 def _note_update(optimizer, args, kwargs) -> None:
-    """An update is a step of the optimizer that holds the adapter's first parameter."""
+    """An update is a step of an optimizer that holds any of the adapter's parameters."""
     # Parameters' version counters don't tell: fused optimizers leave them as they are.
-    for handle in list(_handles):
-        first = next(handle.parameters(), None) if handle.attached else None
-        if first is not None and any(p is first for group in optimizer.param_groups for p in group["params"]):
-            if not handle.method.trains_merged and handle.merged and first.grad is not None:
-                raise RuntimeError(
-                    f"an optimizer updated adapter {handle.name!r} while it is merged: forwards use the weights from "
-                    "before, and no gradient reaches it; unmerge() before training"
-                )
-            handle._updated = handle._ever_updated = True
-            handle._optimizer = weakref.ref(optimizer)
-            if not getattr(optimizer, "writes_parts", False):
-                for module in handle.targets.values():
-                    if handle.name in module._parts:
-                        module.refresh()
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for handle in [handle for handle in _handles if handle.attached]:
+        updated = [p for p in handle.parameters() if id(p) in held]
+        if not updated:
+            continue
+        if not handle.method.trains_merged and handle.merged and any(p.grad is not None for p in updated):
+            raise RuntimeError(
+                f"an optimizer updated adapter {handle.name!r} while it is merged: forwards use the weights from "
+                "before, and no gradient reaches it; unmerge() before training"
+            )
+        handle._updated = handle._ever_updated = True
+        handle._optimizer = weakref.ref(optimizer)
+        if getattr(optimizer, "writes_parts", False):
+            continue
+        for module in handle.targets.values():
+            tensors = module.adapter_tensors(handle._adapter) if handle.name in module._parts else ()
+            if any(id(tensor) in held for _, _, tensor in tensors):
+                module.refresh()
 
 
 register_optimizer_step_post_hook(_note_update)
@@ -159,8 +163,9 @@ class Handle(AdapterFiles):
     def refresh(self) -> None:
         """Bring what stands in the weights up to date with the adapter's values.
 
-        Only needed after replacing a parameter's ``.data``: what an optimizer does or what changes a parameter in place is
-        seen by itself.
+        Only needed after writing through a parameter's ``.data`` (as some averages of weights do), and in a compiled model
+        after any change that no optimizer made: what an optimizer does is seen by itself, and so is in eager forwards what
+        changes a parameter in place.
         """
         for module in self._attached().values():
             module.refresh()

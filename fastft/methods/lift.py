@@ -32,6 +32,9 @@ class LIFT(SparseMethod):
     block of rows at a time. The authors' released configurations take the smallest entries (github.com/zihanghliu/LIFT); the
     paper's are the largest. Deltas are float32, so that steps below a 16-bit weight's resolution add up, and weight decay
     acts on them, so towards the pretrained weight; there it had no effect.
+
+    Averages of weights over updates (`torch.optim.swa_utils.AveragedModel`) would mix the deltas of different entries, and
+    fail where their number changes: average merged weights instead.
     """
 
     peft_type: ClassVar[str] = "LIFT"

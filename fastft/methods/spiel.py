@@ -50,6 +50,9 @@ class SpIEL(SparseMethod):
     and no dense gradient or mask exists: a block of rows at a time. Under DistributedDataParallel the first update of a
     cycle in which rank 0 uses a module only finds its candidates. What is seen of them is clipped and unscaled as
     the gradients are.
+
+    Averages of weights over updates (`torch.optim.swa_utils.AveragedModel`) would mix the deltas of different entries, and
+    fail where their number changes: average merged weights instead.
     """
 
     peft_type: ClassVar[str] = "SPIEL"

@@ -29,7 +29,7 @@ def trainer_callback(handle):
 
 def _check_optimizer(handle, optimizer):
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    missing = [name for name, parameter in handle.named_parameters() if id(parameter) not in trained]
+    missing = [name for name, p in handle.named_parameters() if p.requires_grad and id(p) not in trained]
     if missing:
         raise RuntimeError(
             f"{len(missing)} parameters of adapter {handle.name!r} are not in the optimizer ({', '.join(missing[:5])}); "

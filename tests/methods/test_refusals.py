@@ -84,10 +84,13 @@ def test_refused_modules():
     assert not any(isinstance(module, Adapted) for module in model.modules())
 
 
-@pytest.mark.parametrize("name", ["", "a.b", "a/b", "x" * 65, "keys", 3])
-def test_adapter_names(name):
+@pytest.mark.parametrize("name", ["", "a.b", "a/b", "x" * 65, "keys", "training", "_buffers", 3])
+@pytest.mark.parametrize("method", [fastft.LoRA(target_modules=["q_proj"]), fastft.S2FT(down_ratio=0.1)], ids=str)
+def test_adapter_names(method, name):
+    model = llama()
     with pytest.raises(ValueError, match="adapter name"):
-        fastft.attach(llama(), fastft.LoRA(target_modules=["q_proj"]), name)
+        fastft.attach(model, method, name)
+    assert not any(isinstance(module, Adapted) for module in model.modules())
 
 
 def test_an_adapter_name_is_used_once():
@@ -95,6 +98,21 @@ def test_an_adapter_name_is_used_once():
     attached(model)
     with pytest.raises(ValueError, match="attached already"):
         attached(model)
+
+
+@pytest.mark.parametrize("name", ["default", "b"])
+@pytest.mark.parametrize("inner_first", [False, True])
+def test_a_part_and_the_whole_of_a_model(name, inner_first):
+    """Each would freeze the other's adapter, and detaching bring back the wrong flags."""
+    model = llama()
+    first, second = (model.model, model) if inner_first else (model, model.model)
+    handle = attached(first)
+    with pytest.raises(ValueError, match="to a part of this model or to a whole|attached already"):
+        attached(second, name)
+    assert all(p.requires_grad for p in handle.parameters())
+    handle.detach()
+    assert all(p.requires_grad for p in model.parameters())
+    attached(second, name)
 
 
 def test_tied_weights():

@@ -199,6 +199,34 @@ def test_an_optimizer_without_the_adapter_is_noticed():
         handle.step()
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("method", [fastft.S2FT(down_ratio=0.1), fastft.LIFT(density=0.05)], ids=["s2ft", "lift"])
+def test_any_optimizer_updates_what_it_holds(method, several, fused):
+    """Also without the first parameter, and several of them: what fused ones change counts no version."""
+    model = llama()
+    handle = fastft.attach(model, method)
+    frozen, *trained = handle.parameters()
+    frozen.requires_grad_(False)
+    groups = [[p] for p in trained] if several else [trained]
+    optimizers = [torch.optim.AdamW(group, lr=0.1, fused=fused) for group in groups]
+    before = model(X, labels=X).loss
+    before.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    after = model(X, labels=X).loss
+    handle.refresh()
+    assert after != before and torch.equal(model(X, labels=X).loss, after)
+    assert handle._updated
+
+
+def test_a_trainer_may_leave_out_what_is_frozen():
+    handle = attached(llama())
+    next(handle.parameters()).requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in handle.parameters() if p.requires_grad])
+    handle.callback().on_train_begin(None, transformers.TrainerState(max_steps=1), None, optimizer=optimizer)
+
+
 def test_pickling_an_attached_model():
     import pickle
 
