@@ -25,7 +25,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..ops.lora_linear import SharedInput
+from ..ops.lora_linear import SharedInput, transformed
 from ..ops.registry import Scope
 
 _slot = threading.local()  # .round: weak reference to the round that waits in this thread; .thread: a `_Thread`
@@ -188,7 +188,7 @@ class ProjectionGroup(ABC):
 
 def _circumstances(x, p):
     """What must be equal for a part of a round to be what the member would have computed. None: x can't be shared."""
-    if type(x) not in (torch.Tensor, torch.nn.Parameter) or x.dim() == 0 or x.is_inference():
+    if transformed() or type(x) not in (torch.Tensor, torch.nn.Parameter) or x.dim() == 0 or x.is_inference():
         return None  # (inference tensors don't count their changes)
     kind = x.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

@@ -10,8 +10,11 @@ with A frozen no x; with a magnitude that trains x, and the output before the ma
 """
 
 import torch
+import torch.nn.functional as F
 
 from ._lora_nodes import ExpandDoraNode, ExpandNode, LoRALinearNode, ShrinkNode, UpdateNode
+from .dora import inverse_norm
+from .lora import accumulator
 from .registry import without_autocast
 
 
@@ -36,6 +39,12 @@ class SharedInput:
         _check_input(x, factors, p)
         self.lead, self.left = x.shape[:-1], len(factors)
         rows, factors = _rows(x), [a.contiguous() for a in factors]
+        self._plainly = transformed()
+        if self._plainly:
+            wide = accumulator(rows, *factors)
+            self.x, self.s = rows, [F.dropout(rows.to(wide), p) @ a.to(wide).t() for a in factors]
+            self.dtypes = [a.dtype for a in factors]
+            return
         # On x's device, so that drawing it neither synchronises nor freezes the mask in a CUDA graph.
         seed = torch.randint(2**62, (len(factors),), device=x.device) if p > 0 else None
         alias, *self.s = ShrinkNode.apply(rows, float(p), seed, *factors)
@@ -73,6 +82,12 @@ class SharedInput:
             s, lora_B = _as_column(s, lora_B, lora_bias)
         elif lora_bias is not None:
             bias = _with_lora_bias(bias, lora_bias, scale, weight.dtype)
+        if self._plainly:
+            y = F.linear(self.x, weight, bias if magnitude is None else None).to(s.dtype) + _term(s, lora_B, scale)
+            if magnitude is not None:
+                y = magnitude.to(weight_norm.dtype) * inverse_norm(weight_norm) * y
+                y = y if bias is None else y + bias
+            return y.to(self.x.dtype).view(*self.lead, weight.shape[0])
         self.left, lora_B = self.left - 1, lora_B.contiguous()
         # Dynamo (torch 2.13) takes the alias for an in-place change of x; compiled, autograd adds the dX of the projections.
         hand_on = self.left > 0 and self.x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
@@ -98,6 +113,9 @@ class SharedInput:
                 "they must share dtype and leading dimensions"
             )
         bias = None if lora_bias is None else scale * lora_bias
+        if self._plainly:
+            total = y if bias is None else y + bias.to(y.dtype)
+            return (total.to(s.dtype) + _term(s, lora_B, scale).view(*self.lead, -1)).to(y.dtype)
         return UpdateNode.apply(_rows(y), s, bias, lora_B.contiguous(), float(scale)).view(y.shape)
 
     def _s(self, i, middle):
@@ -111,6 +129,18 @@ class SharedInput:
                 "return [T, R'] of the same dtype"
             )
         return s.contiguous()
+
+
+def transformed() -> bool:
+    """Are we inside a transform of ``torch.func`` or a forward-mode differentiation? They know PyTorch's own ops alone, so
+    that these compute then."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def _term(s, lora_B, scale):
+    return scale * (s @ lora_B.to(s.dtype).t())
 
 
 def lora_linear(
@@ -130,7 +160,8 @@ def lora_linear(
 ):
     """``x Wᵀ + bias + scale · dropout(x, p) Aᵀ Bᵀ``, differentiable in every tensor that requires a gradient.
 
-    Twice, too (``create_graph=True``), without our kernels; not where A is frozen and B trains, as no x is kept then.
+    Twice, too (``create_graph=True``), though not where A is frozen and B trains, as no x is kept then, and under the
+    transforms of ``torch.func`` and forward-mode differentiation: all these by PyTorch's ops instead of our kernels.
 
     Args:
         x: [..., K], any strides. Under autocast it is cast to the autocast dtype, as `F.linear` does.
@@ -166,7 +197,7 @@ def lora_linear(
 def _plain_linear(x, weight, bias, a, b, scale, p):
     """`lora_linear` without options as one node; None for what does not fit, which `SharedInput` refuses in words."""
     x, weight, bias, a, b = _autocast(x, weight, bias, a, b, wide=(3, 4))
-    if not x.dim() or not weight.dim() == a.dim() == b.dim() == 2:
+    if not x.dim() or not weight.dim() == a.dim() == b.dim() == 2 or transformed():
         return None
     (n, k), r = weight.shape, a.shape[0]
     if x.dim() == 1 or not (x.numel() and n):  # `view` could not tell the rows of nothing

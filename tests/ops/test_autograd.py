@@ -107,6 +107,40 @@ def test_many_gradients_at_once():
     assert_all_close(jacobians[:1], jacobians[1:])
 
 
+def test_transforms_and_forward_mode():
+    """Gradients of each sample, Jacobians, directional derivatives: as of the composition, also with a magnitude."""
+    x, w, bias, a, b = (t.double().detach() for t in layer((6,), 7, 5, 2))
+    magnitude, norm = bias + 2, w.norm(dim=1)
+
+    def dora(x, w, bias, a, b, f=lora_linear):
+        if f is composition:
+            return magnitude / norm * f(x, w, None, a, b) + bias
+        return f(x, w, bias, a, b, magnitude=magnitude, weight_norm=norm)
+
+    def update(x, w, bias, a, b):
+        return lora_update(F.linear(x, w, bias), x, a, b)
+
+    for ours, theirs in (
+        (lora_linear, composition),
+        (update, composition),
+        (dora, functools.partial(dora, f=composition)),
+    ):
+        found = []
+        for f in (ours, theirs):
+            own = lambda a, x, f=f: f(x, w, bias, a, b).tanh().sum()  # noqa: E731
+            found.append(
+                [
+                    torch.func.vmap(torch.func.grad(own), (None, 0))(a, x),
+                    torch.func.jacrev(lambda x, f=f: f(x, w, bias, a, b))(x),
+                    torch.func.jvp(lambda x, f=f: f(x, w, bias, a, b), (x,), (x.cos(),))[1],
+                    torch.autograd.functional.jacobian(
+                        lambda x, f=f: f(x, w, bias, a, b), x, strategy="forward-mode", vectorize=True
+                    ),
+                ]
+            )
+        assert_all_close(*found)
+
+
 def _of_x(inputs):
     return [lambda x, f=f: f(x, *inputs[1:]) for f in (lora_linear, composition)]
 
