@@ -1,5 +1,6 @@
-"""Backward passes of `_lora_nodes` and `sparse_linear` that are differentiated themselves (``create_graph=True``: gradient
-penalties, products with the Hessian), or that take many gradients at once (``is_grads_batched=True``, vectorised Jacobians).
+"""Backward passes of `_lora_nodes`, `sparse_linear` and `partial_linear` that are differentiated themselves
+(``create_graph=True``: gradient penalties, products with the Hessian), or that take many gradients at once
+(``is_grads_batched=True``, vectorised Jacobians).
 
 The kernels compute one backward, without a graph. Where more is asked for, a node's formula is computed again by PyTorch's
 ops from what the node saved, and autograd differentiates that. What it only adds is not saved: zeros stand in for it.
@@ -109,6 +110,71 @@ def sparse(ctx, dy):
 
     inputs = x, y, weight, weight.new_zeros(n), delta
     return *_gradients(formula, inputs, ctx.needs_input_grad[:5], (dy,)), None, None
+
+
+def partial(ctx, dy):
+    """The trained tensors stand in the weight, which the formula is told by adding what is 0 and has their gradient."""
+    x, weight, *copies = ctx.saved_tensors
+    need_x, need_weight, need_bias, _, _, _, *needed = ctx.needs_input_grad
+    for observer in filter(None, ctx.observers):
+        observer(*(t.detach() for t in ((x, dy) if ctx.transposed else (dy, x))))
+    if x is None:
+        columns = [(part.index, copy) for part, copy in zip(ctx.parts, copies) if copy is not None]
+        x = _with_columns(dy, ctx.features, columns, need_x)
+    weight = x.new_zeros(dy.shape[1], x.shape[1]) if weight is None else weight
+
+    def formula(x, weight, bias, *trained):
+        for part, t in zip(ctx.parts, trained):
+            weight = _plus_part(weight, part, t - t.detach(), ctx.transposed)
+        return (F.linear(x, weight, bias),)
+
+    inputs = x, weight, weight.new_zeros(weight.shape[0]), *ctx.trained
+    dx, dw, dbias, *found = _gradients(formula, inputs, (need_x, need_weight, need_bias, *needed), (dy,))
+    return dx, dw, dbias, None, None, None, *found
+
+
+def delta(ctx, dy):
+    kept, weight, delta = ctx.saved_tensors
+    need_x, need_y, _, need_bias, need_delta = ctx.needs_input_grad[:5]
+    x = kept
+    if kept is None or ctx.part.kind == "columns":
+        x = _with_columns(dy, ctx.features, [(ctx.part.index, kept)] if need_delta else [], need_x)
+    y = torch.zeros(dy.shape, dtype=dy.dtype, device=dy.device)
+    weight = x.new_zeros(dy.shape[1], ctx.features) if weight is None else weight
+
+    def formula(x, y, bias, delta):
+        w = _plus_part(weight, ctx.part, delta, ctx.transposed)
+        return (F.linear(x, w, bias) + y,)
+
+    inputs = x, y, weight.new_zeros(weight.shape[0]), delta
+    dx, dy, dbias, ddelta = _gradients(formula, inputs, (need_x, need_y, need_bias, need_delta), (dy,))
+    return dx, dy, None, dbias, ddelta, None, None
+
+
+def _with_columns(dy, features, columns, need_x):
+    """x of which only these [(index, columns)] were kept; zeros stand in where no gradient depends on it."""
+    if columns and need_x and torch.is_grad_enabled():  # what depends on x would be cut off from it
+        raise RuntimeError(
+            "columns of the weight train, so that of x only those columns were kept: where x requires a gradient, too, this "
+            "backward can't be differentiated in turn (create_graph=True). Let rows or single entries train, which keep all "
+            "of x, or detach the layer's input"
+        )
+    x = torch.zeros(dy.shape[0], features, dtype=dy.dtype, device=dy.device)
+    for index, values in columns:
+        x = x.index_copy(1, index.long(), values)
+    return x
+
+
+def _plus_part(weight, part, change, transposed):
+    """The weight [N, K] with `change` (oriented as the stored weight) added to its part."""
+    stored, change = weight.t() if transposed else weight, change.to(weight.dtype)
+    if part.kind == "entries":
+        stored = stored.flatten().index_add(0, part.index.flat(), change).view(stored.shape)
+    elif part.kind in ("rows", "columns"):
+        stored = stored.index_add(part.dim(transposed), part.index, change)
+    else:
+        stored = stored + (change if part.kind == "all" else change.sum())
+    return stored.t() if transposed else stored
 
 
 def _plus(y, s, b, scale):

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
+from . import _twice
 from ._written import to_write_on
 from .entries import Entries
 from .lora_linear import _autocast, _rows
@@ -100,7 +100,9 @@ class _PartialNode(torch.autograd.Function):
     def forward(ctx, x, weight, bias, parts, observers, transposed, *trained):
         y = F.linear(x, weight, bias)
         ctx.parts, ctx.observers, ctx.transposed, ctx.scope = parts, observers, transposed, Scope.captured()
-        ctx.kinds = [t.dtype for t in trained]
+        ctx.kinds, ctx.features = [t.dtype for t in trained], x.shape[1]
+        # For second derivatives, which ask whom the gradients belong to; what they hold may have changed by then.
+        ctx.trained = () if torch.compiler.is_compiling() else trained
         needed = [need and part.kind != "nothing" for part, need in zip(parts, ctx.needs_input_grad[6:])]
         # The compact copy is what lets go of x; a view of x's columns would keep all of it.
         copies = [gather_columns(x, p.index) if need and p.kind == "columns" else None for p, need in zip(parts, needed)]
@@ -110,8 +112,9 @@ class _PartialNode(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
+        if _twice.asked(dy):
+            return _twice.partial(ctx, dy)
         return Scope.run(ctx.scope, _partial_backward, ctx, dy)
 
 
@@ -168,8 +171,9 @@ class _DeltaNode(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
+        if _twice.asked(dy):
+            return _twice.delta(ctx, dy)
         return Scope.run(ctx.scope, _delta_backward, ctx, dy)
 
 

@@ -249,12 +249,71 @@ def test_under_autocast_as_f_linear():
     torch.testing.assert_close(trained.grad, take(full.grad, chosen, False), rtol=2e-2, atol=0.5)
 
 
-def test_second_derivative_is_refused():
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_derivatives(kind, transposed):
+    x, weight, bias, _ = layer(5, F64, transposed=transposed, n=6, k=9)
+    chosen, bias = part(kind, n=6, k=9, transposed=transposed), bias.requires_grad_()
+    trained = torch.zeros(chosen.shape(weight, transposed), dtype=F64, requires_grad=True)
+
+    def standing(x, bias, trained, weight=weight):
+        """As in `test_gradcheck`; numerical derivatives need the values, too."""
+        w = weight.clone()
+        if chosen.kind == "entries":
+            w.view(-1)[chosen.index.flat()] += trained.detach()
+        elif chosen.kind == "all":
+            w += trained.detach()
+        elif chosen.kind != "nothing":
+            w.index_add_(chosen.dim(transposed), chosen.index, trained.detach())
+        return partial_linear(x, w, bias, chosen, trained, fan_in_fan_out=transposed)
+
+    cases = [
+        (lambda bias, trained: standing(x.detach(), bias, trained), [bias, trained]),
+        (lambda x: standing(x, bias.detach(), trained.detach()), [x]),
+    ]
+    if kind != "columns":
+        cases.append((standing, [x, bias, trained]))
+    if kind in ("rows", "columns"):
+        option, y = {"fan_in_fan_out": transposed}, torch.randn(5, 6, dtype=F64, requires_grad=True)
+        delta = torch.randn_like(trained, requires_grad=True)
+        cases += [
+            (lambda b, d: delta_linear(x.detach(), weight, b, chosen, d, **option), [bias, delta]),
+            (lambda x, b: delta_linear(x, weight, b, chosen, delta.detach(), **option), [x, bias]),
+            (lambda y, d: delta_update(y, x.detach(), chosen, d, **option), [y, delta]),
+        ]
+    if kind == "rows":
+        cases.append((lambda x, b, d: delta_linear(x, weight, b, chosen, d, **option), [x, bias, delta]))
+        cases.append((lambda y, x, d: delta_update(y, x, chosen, d, **option), [y, x, delta]))
+    with fastft.testing.use("reference"):
+        assert all(torch.autograd.gradgradcheck(f, tensors) for f, tensors in cases)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_gradients_at_once(kind, transposed):
+    x, weight, bias, dy = layer(5, F32, transposed=transposed)
+    chosen, bias = part(kind, transposed=transposed), bias.requires_grad_()
+    trained = torch.zeros(chosen.shape(weight, transposed), requires_grad=True)
+    layers = [partial_linear(x, weight, bias, chosen, trained, fan_in_fan_out=transposed)]
+    if kind in ("rows", "columns"):
+        layers.append(delta_linear(x, weight, bias, chosen, trained, fan_in_fan_out=transposed))
+        layers.append(
+            delta_update(F.linear(bias, torch.ones(N, N)).expand(5, N), x, chosen, trained, fan_in_fan_out=transposed)
+        )
+    for y in layers:
+        both = torch.stack([dy, 2 * dy])
+        got = torch.autograd.grad(y, (x, bias, trained), both, is_grads_batched=True, retain_graph=True)
+        want = [torch.autograd.grad(y, (x, bias, trained), one, retain_graph=True) for one in both]
+        for g, w in zip(got, zip(*want, strict=True), strict=True):
+            torch.testing.assert_close(g, torch.stack(w), rtol=1e-4, atol=1e-4)
+
+
+def test_second_derivative_that_would_need_what_is_not_kept_is_refused():
     x, weight, bias, _ = layer(5, F32)
-    trained = torch.zeros(part("rows").shape(weight), requires_grad=True)
-    (g,) = torch.autograd.grad(partial_linear(x, weight, bias, part("rows"), trained).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        g.sum().backward()
+    trained = torch.zeros(part("columns").shape(weight), requires_grad=True)
+    for f in (partial_linear, delta_linear):
+        with pytest.raises(RuntimeError, match="of x only those columns were kept"):
+            torch.autograd.grad(f(x, weight, bias, part("columns"), trained).sum(), x, create_graph=True)
 
 
 def test_wrong_arguments_say_what_is_wrong():
