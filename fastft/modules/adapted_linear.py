@@ -22,7 +22,7 @@ from torch import nn
 
 from .adapter import Adapter
 from .merging import Mergeable, pristine
-from .norms import RowNorms, factor
+from .norms import RowNorms, factor, keep_wide
 from .packed import unshare
 from .parts import TrainsParts
 from .projection import Projection, project
@@ -149,7 +149,17 @@ class Adapted(Mergeable):
         return ((own, t) for holder, own, t in self.adapter_tensors(adapter) if holder == "modules_to_save")
 
     def remove(self, adapter: Adapter) -> None:
-        """Take `adapter` away; with the last one the module is again what it was before."""
+        """Take `adapter` away; with the last one the module is again what it was before.
+
+        Raises:
+            RuntimeError: something else has changed the module's class since. Nothing was changed.
+        """
+        if type(self) is not adapted_class(self.plain, self.quantized):
+            raise RuntimeError(
+                f"the module is a {type(self).__name__}: something changed the class of this {self.plain.__name__} after "
+                "adapters were attached, and would be lost. Undo that first (a parametrization, weight_norm among them: "
+                "torch.nn.utils.parametrize.remove_parametrizations), then detach"
+            )
         self.set_merged(adapter, False)
         for holder in self.holders:
             held = getattr(self, holder, {})
@@ -235,6 +245,15 @@ class AdaptedLinear(Sparse, Sliced, TrainsParts, Adapted):
         held = self._modules.get(holder)
         return held[name] if held is not None and name in held else None
 
+    def _apply(self, fn, *args, **kwargs):
+        self._norms.forget()
+        held = self._modules.get("lora_magnitude", {})
+        magnitudes = {name: magnitude.data for name, magnitude in held.items()}
+        super()._apply(fn, *args, **kwargs)
+        for name, before in magnitudes.items():
+            keep_wide(held[name], before, self.weight)
+        return self
+
     # ---- merging
 
     def edited(self, name):
@@ -269,10 +288,11 @@ class AdaptedLinear(Sparse, Sliced, TrainsParts, Adapted):
             return self._plain_forward(replaced, input)
         copied = replaced.get("weight")
         if self._merged:
-            if self._stand(names, replaced):
+            passed = self._passed()
+            if not passed and self._stand(names, replaced):
                 names = [name for name in names if name not in self._merged]
             else:
-                replaced = {**self._stored(), **replaced}
+                replaced = {**self._stored(), **passed, **replaced}
             if not names:
                 return self._plain_forward(replaced, input)
         weight, bias = replaced.get("weight", self.weight), replaced.get("bias", self.bias)

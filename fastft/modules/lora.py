@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from ..ops.lora_linear import lora_linear
-from .norms import RowNorms, factor
+from .merging import holds_pristine
+from .norms import RowNorms, factor, keep_wide
 
 _PARTS = ("lora_A", "lora_B", "lora_bias", "lora_magnitude")
 
@@ -138,19 +139,30 @@ class LoRALinear(nn.Linear):
     def _norm(self):
         return self._norms(self.weight, self.lora_A, self.lora_B, self.scaling)
 
+    def _apply(self, fn, *args, **kwargs):
+        self._norms.forget()
+        magnitude = None if self.lora_magnitude is None else self.lora_magnitude.data
+        super()._apply(fn, *args, **kwargs)
+        if magnitude is not None:
+            keep_wide(self.lora_magnitude, magnitude, self.weight)
+        return self
+
     def _own_parts(self):
         return [name for name in _PARTS if getattr(self, name) is not None]
 
     def forward(self, x):
         """x [..., K] to [..., N]."""
+        bias = self.bias
         if self.merged:
-            return super().forward(x)
+            if not holds_pristine(self.weight, self._pristine):
+                return super().forward(x)
+            bias = bias if self._pristine_bias is None else self._pristine_bias
         p = self.lora_dropout if self.training else 0.0
         norm = self._norm() if self.use_dora else None
         return lora_linear(
             x,
             self.weight,
-            self.bias,
+            bias,
             self.lora_A,
             self.lora_B,
             self.scaling,
@@ -182,10 +194,11 @@ class LoRALinear(nn.Linear):
         total.addmm_(self.lora_B.to(dtype), self.lora_A.to(dtype), alpha=self.scaling)
         if self.use_dora:
             total.mul_(factor(self.lora_magnitude, self._norm())[:, None])
-        self._pristine = self.weight.detach().clone()
+        with torch.inference_mode(False):  # the copies live longer than a block in inference mode
+            self._pristine = self.weight.detach().clone()
+            self._pristine_bias = None if self.lora_bias is None else self.bias.detach().clone()
         self.weight.copy_(total)
         if self.lora_bias is not None:
-            self._pristine_bias = self.bias.detach().clone()
             self.bias.copy_(self.bias.to(dtype) + self.scaling * self.lora_bias.to(dtype))
 
     @torch.no_grad()

@@ -28,6 +28,29 @@ def pristine(module: nn.Module, own: str) -> torch.Tensor:
     return getattr(module, own) if stored is None else stored
 
 
+def holds_pristine(value: torch.Tensor, kept: torch.Tensor) -> bool:
+    """Was the tensor into which a delta was merged replaced for this forward by one with the pristine values `kept`?
+
+    `functional_call` does so with ``state_dict``, which shows the pristine base. What it is given of ``named_parameters``
+    has the merged values, as has what FSDP gathers, so that the values have to tell.
+
+    Raises:
+        RuntimeError: another number of values.
+    """
+    if type(value) is not torch.Tensor or torch.compiler.is_compiling():  # a Parameter is the module's own
+        return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
+    if type(value) is not torch.Tensor or value.is_meta or kept.is_meta:
+        return False
+    if value.shape != kept.shape:
+        raise RuntimeError(
+            f"an adapter is merged into a tensor {list(kept.shape)}, and a transform replaced that by {list(value.shape)}: "
+            "whether these hold the adapter, too, can't be told. unmerge() it first"
+        )
+    return value is kept or torch.equal(value, kept.to(value))
+
+
 class Mergeable(nn.Module):
     """Mixed into adapted modules; `_adapters` holds the adapters by name, `_merged` the names of those that stand in the
     own tensors (parts of the weight only while active), `_store` what is kept where only such parts do."""
@@ -101,7 +124,9 @@ class Mergeable(nn.Module):
                 delattr(self, _PRISTINE + own)
         for own in whole:
             if _PRISTINE + own not in self._buffers:
-                self.register_buffer(_PRISTINE + own, getattr(self, own).detach().clone(), persistent=False)
+                with torch.inference_mode(False):  # else nothing could be loaded into the copy outside inference mode
+                    kept = getattr(self, own).detach().clone()
+                self.register_buffer(_PRISTINE + own, kept, persistent=False)
         if store is None or same:
             self.refresh()
         else:
@@ -127,13 +152,26 @@ class Mergeable(nn.Module):
         self._non_persistent_buffers_set.discard(PART)
 
     def check_whole(self) -> None:
-        """Raises RuntimeError where something sharded the weight, so that parts of it can be neither read nor written."""
-        if type(self.weight) is not nn.Parameter or self.weight.dim() != 2:
-            raise RuntimeError(
-                f"the weight is a {type(self.weight).__name__} of shape {list(self.weight.shape)}, in which no part can "
-                "train: fully_shard, FSDP and ZeRO's stage 3 don't go with adapters that train parts of the weights in "
-                "place; use DistributedDataParallel"
+        """Raises RuntimeError where the weight is not the module's own whole Parameter, so that parts of it can be neither
+        read nor written."""
+        if type(self.weight) is nn.Parameter and self.weight.dim() == 2:
+            return
+        if "weight" not in self._parameters:
+            cause = (
+                "pruning and parametrizations (weight_norm among them) compute it from others; remove them (prune.remove, "
+                "parametrize.remove_parametrizations), best before attaching"
             )
+        elif type(self.weight) is torch.Tensor and self.weight.dim() == 2:
+            cause = (
+                "functional_call put it there, or FSDP; give functional_call the adapter's tensors alone "
+                "(handle.named_parameters()), and use DistributedDataParallel instead of FSDP"
+            )
+        else:
+            cause = "it is sharded: fully_shard, FSDP and ZeRO's stage 3 don't go with this; use DistributedDataParallel"
+        raise RuntimeError(
+            f"the weight is a {type(self.weight).__name__} of shape {list(self.weight.shape)} and not the layer's own "
+            f"Parameter, in which alone adapters that train parts of the weights in place can train: {cause}"
+        )
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -194,6 +232,10 @@ class Mergeable(nn.Module):
         own = {key[len(_PRISTINE) :]: value for key, value in self._buffers.items() if key.startswith(_PRISTINE)}
         own.pop("part", None)
         return own
+
+    def _passed(self) -> dict[str, torch.Tensor]:
+        """What `functional_call` put in the place of the own tensors into which deltas were merged, where it is pristine."""
+        return {own: value for own, kept in self._stored().items() if holds_pristine(value := getattr(self, own), kept)}
 
     def _touched(self) -> list[str]:
         """The own tensors in which deltas stand."""

@@ -5,7 +5,7 @@ import weakref
 import torch
 
 from ..ops.dora import dora_norm, inverse_norm, squared_row_norm
-from .sharding import weights_come_and_go
+from .sharding import is_sharded, weights_come_and_go
 
 
 class RowNorms:
@@ -22,6 +22,10 @@ class RowNorms:
 
     def __reduce__(self):
         return RowNorms, ()
+
+    def forget(self) -> None:
+        """Hold nothing of the weight: `Module.to` may swap its tensors, and refuses those that a weak reference knows."""
+        self._kept = None
 
     def __call__(self, weight, lora_A, lora_B, scale, fan_in_fan_out=False):
         """[N] float32 (float64 of a float64 weight), no gradient; arguments as of `ops.dora.dora_norm`."""
@@ -52,6 +56,15 @@ def _keeps_count(weight) -> bool:
 def _swapping() -> bool:
     """Does `Module.to` swap tensors? It refuses those that a weak reference knows."""
     return torch.__future__.get_swap_module_params_on_conversion()
+
+
+def keep_wide(parameter, before: torch.Tensor, weight: torch.Tensor) -> None:
+    """After a cast of the model, which rounds its weights: a magnitude stays at least float32, and as it was `before`.
+
+    Not where it is sharded: fully_shard wants one dtype of all that it gathers together.
+    """
+    if not is_sharded(parameter) and parameter.dtype != (wide := torch.promote_types(weight.dtype, torch.float32)):
+        parameter.data = before.to(parameter.device, wide)
 
 
 def factor(magnitude, norm):

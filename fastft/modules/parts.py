@@ -4,6 +4,8 @@ While such an adapter is active and merged, which it is from the start, round(pr
 forward and dX are the frozen layer's. Unmerged, the weight has its pretrained bits and the delta is applied beside it.
 """
 
+import warnings
+
 import torch
 
 from ..ops.lora_linear import lora_update
@@ -103,6 +105,8 @@ class TrainsParts:
         replaced = self._copies(on)
         names = [adapter.name for adapter in on if adapter.name in self._parts or adapter.name in self._settings]
         if not torch.compiler.is_compiling():
+            if self._passed():  # a delta that it passed, too, would be written into what is kept as pristine
+                self.check_whole()
             self._write_changes()
         standing = self.standing()
         if all(name in names for name in standing) and not any(own in replaced for own in self._touched()):
@@ -111,6 +115,13 @@ class TrainsParts:
             standing, weight, bias = [], pristine(self, "weight"), pristine(self, "bias")
         weight, bias = replaced.get("weight", weight), replaced.get("bias", bias)
         trained = [name for name in standing if name in self._parts]
+        if trained and weight.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            warnings.warn(
+                "a weight requires a gradient while adapters train parts of it in place: what an optimizer changes of it at "
+                "their positions is lost when their deltas are written next. Freeze it (weight.requires_grad_(False)), or "
+                "train a full copy instead: modules_to_save",
+                stacklevel=2,
+            )
         beside = [name for name in names if name not in standing]
         if not trained and beside and beside[0] in self._parts:
             first, beside = beside[0], beside[1:]
