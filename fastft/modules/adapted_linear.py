@@ -148,18 +148,19 @@ class Adapted(Mergeable):
         """Yields (name, tensor) of the own tensors that `adapter` replaces by trained copies."""
         return ((own, t) for holder, own, t in self.adapter_tensors(adapter) if holder == "modules_to_save")
 
-    def remove(self, adapter: Adapter) -> None:
-        """Take `adapter` away; with the last one the module is again what it was before.
-
-        Raises:
-            RuntimeError: something else has changed the module's class since. Nothing was changed.
-        """
+    def check_class(self) -> None:
+        """Raises RuntimeError where something else has changed the module's class since, so that `remove` can't."""
         if type(self) is not adapted_class(self.plain, self.quantized):
             raise RuntimeError(
                 f"the module is a {type(self).__name__}: something changed the class of this {self.plain.__name__} after "
                 "adapters were attached, and would be lost. Undo that first (a parametrization, weight_norm among them: "
                 "torch.nn.utils.parametrize.remove_parametrizations), then detach"
             )
+
+    def remove(self, adapter: Adapter) -> None:
+        """Take `adapter` away; with the last one the module is again what it was before. Raises as `check_class`, before
+        anything is changed."""
+        self.check_class()
         self.set_merged(adapter, False)
         for holder in self.holders:
             held = getattr(self, holder, {})
