@@ -266,6 +266,8 @@ class Handle(AdapterFiles):
         """
         modules = self._whole("merge_and_unload")
         check_target(target, self.model)
+        for module in modules.values():
+            module.check_class()
         self._refuse_merging("merge_and_unload", self._matched.edited(), target)
         if target is None:
             for module in modules.values():
@@ -278,6 +280,8 @@ class Handle(AdapterFiles):
     def detach(self) -> None:
         """Take the adapter off: bits, classes, hooks and (with the last adapter) `requires_grad` as before `attach`."""
         modules = self._whole("detach")
+        for module in modules.values():
+            module.check_class()  # all of them before the first is changed
         self._leave_to_us(False)
         for module in modules.values():
             module.remove(self._adapter)

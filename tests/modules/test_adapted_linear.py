@@ -84,6 +84,20 @@ def test_detaching_waits_until_a_parametrization_is_removed(change):
     assert type(model[0]) is nn.Linear and model(x).shape == want.shape
 
 
+def test_no_layer_is_detached_where_one_of_them_can_not_be():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    handle = fastft.attach(model, fastft.LoRA(target_modules=["0", "1"]))
+    kinds = [type(layer) for layer in model]
+    parametrizations.weight_norm(model[1])
+    for refused in (handle.detach, handle.merge_and_unload):
+        with pytest.raises(RuntimeError, match="remove_parametrizations"):
+            refused()
+        assert handle.attached and type(model[0]) is kinds[0] and not handle.merged
+    parametrize.remove_parametrizations(model[1], "weight")
+    handle.detach()
+    assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
+
+
 @pytest.mark.parametrize("kind", ["mask", "lift"])
 @pytest.mark.parametrize("change", [lambda m: prune.l1_unstructured(m, "weight", 0.5), parametrizations.weight_norm])
 def test_a_weight_that_is_computed_is_named_as_the_obstacle(kind, change):
