@@ -134,8 +134,8 @@ setup(
     ext_modules=[Extension("fastft._native_libraries", [])] if why_not_native() is None else [],
     cmdclass={"build_ext": CMakeBuild},
     options={
-        # A path in site-packages instead of a finder: from the clone's parent folder Python would take the clone itself for an
-        # empty namespace package fastft.
+        # A path in site-packages instead of a finder: from the clone's parent folder Python would take the clone itself for
+        # an empty namespace package fastft.
         "editable_wheel": {"mode": "compat"},
         **({"bdist_wheel": {"py_limited_api": "cp310"}} if why_not_native() is None and why_no_runtime() else {}),
     },
