@@ -27,9 +27,8 @@ class Detokenizer:
         ids = list(prompt_ids[-_CONTEXT - _WHOLE :])
         pieces = [bytes_of(tokenizer, self._decoded, token) for token in ids]
         first = max(len(ids) - _CONTEXT, 0)
-        while first > 0 and continues(
-            pieces[first]
-        ):  # some decoders take all bytes in a row for wrong if the first ones are
+        # Some decoders take all bytes in a row for wrong if the first ones are.
+        while first > 0 and continues(pieces[first]):
             first -= 1
         # A prompt may end inside a character, which the first tokens then complete.
         count, alone = unfinished(pieces[first:])
