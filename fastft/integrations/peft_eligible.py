@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ..ops.lora_linear import transformed
+
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 PLAIN = frozenset((torch.Tensor, nn.Parameter))
 _AUTOCAST = frozenset(("cpu", "cuda"))  # where autocast needs not be asked for
@@ -91,7 +93,7 @@ def unfit(x) -> str | None:
 
 def watched() -> str | None:
     """What follows or changes all calls, so that each has to be made as it stands."""
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+    if transformed():
         return "inside a torch.func transform or forward-mode differentiation"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace"

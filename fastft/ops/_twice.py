@@ -9,7 +9,7 @@ ops from what the node saved, and autograd differentiates that. What it only add
 import torch
 import torch.nn.functional as F
 
-from .lora import accumulator, dropped
+from .lora import accumulator, dropped, term
 from .registry import without_autocast
 
 
@@ -55,7 +55,7 @@ def expand_dora(ctx, dy, dx):
     x = weight.new_zeros(s.shape[0], weight.shape[1]) if x is None else x
 
     def formula(x, s, weight, bias, b, magnitude):
-        u = F.linear(x, weight).to(s.dtype) + ctx.scale * (s @ b.to(s.dtype).t())
+        u = F.linear(x, weight).to(s.dtype) + term(s, b, ctx.scale)
         return ((magnitude.to(inverse.dtype) * inverse) * u + bias.to(u.dtype)).to(x.dtype), x
 
     inputs = x, s, weight, weight.new_zeros(weight.shape[0]), b, magnitude
@@ -178,7 +178,7 @@ def _plus_part(weight, part, change, transposed):
 
 
 def _plus(y, s, b, scale):
-    return (y.to(s.dtype) + scale * (s @ b.to(s.dtype).t())).to(y.dtype)
+    return (y.to(s.dtype) + term(s, b, scale)).to(y.dtype)
 
 
 def _gradients(formula, inputs, needed, grad_outputs):

@@ -1,6 +1,7 @@
 """Results of PyTorch's ops that ours write on."""
 
 import torch
+import torch.nn.functional as F
 
 
 def to_write_on(y):
@@ -19,3 +20,8 @@ def announced(y):
     if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
         torch.autograd.graph.increment_version(y)
     return y
+
+
+def output_to_write_on(x, y, weight, bias):
+    """x Wᵀ + bias, or a copy of y where that is given."""
+    return to_write_on(F.linear(x, weight, bias) if y is None else y.clone(memory_format=torch.contiguous_format))

@@ -17,12 +17,12 @@ reference also takes float64.
 
 import torch
 
-from .lora import lora_grad_a, lora_shrink, refuse_dtypes
+from .lora import lora_grad_a, lora_shrink, refuse_dtypes, term
 from .registry import Op, without_autocast
 
 
 def _expand_reference(u, s, b, g, bias, scale):
-    total = u.to(s.dtype) + scale * (s @ b.to(s.dtype).t())
+    total = u.to(s.dtype) + term(s, b, scale)
     u.copy_(total)
     y = g * total
     return (y if bias is None else y + bias.to(y.dtype)).to(u.dtype)

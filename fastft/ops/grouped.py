@@ -36,6 +36,7 @@ import struct
 
 import torch
 
+from .lora import accumulator
 from .registry import KERNEL_DTYPES, Op, forced_backend, nothing_fake
 
 NONE, LOW_RANK, COLUMNS, ROWS, ENTRIES = range(5)
@@ -55,10 +56,6 @@ def transposed(pieces):
     swapped = torch.where(kind == ENTRIES, NONE, swapped)
     count, left, right, x_first, x_width, y_first, y_width, s_first, scale = rest
     return torch.stack([swapped, count, right, left, y_first, y_width, x_first, x_width, s_first, scale], -1)
-
-
-def _accumulator(*tensors) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def _live(pieces, segments, assignments, k):
@@ -89,7 +86,7 @@ def _window(x, first, width):
 
 
 def _shrink_reference(x, store, offsets, pieces, segments, assignments, k, width):
-    acc = _accumulator(x, store)
+    acc = accumulator(x, store)
     s = x.new_empty((len(assignments), width), dtype=acc)
     for piece, at, tokens, _ in _live(pieces, segments, assignments, k):
         if piece["kind"] in (LOW_RANK, ROWS):
@@ -100,7 +97,7 @@ def _shrink_reference(x, store, offsets, pieces, segments, assignments, k, width
 
 
 def _shrink_fake(x, store, offsets, pieces, segments, assignments, k, width):
-    return x.new_empty((assignments.shape[0], width), dtype=_accumulator(x, store))
+    return x.new_empty((assignments.shape[0], width), dtype=accumulator(x, store))
 
 
 def _entries(store, offsets, columns, piece):
@@ -140,7 +137,7 @@ def _factor(piece, weights, chosen, acc):
 
 
 def _expand_reference(y, x, s, store, offsets, columns, pieces, segments, assignments, weights, k):
-    acc = _accumulator(y, store)
+    acc = accumulator(y, store)
     total, touched = torch.zeros(y.shape, dtype=acc, device=y.device), torch.zeros(len(y), dtype=torch.bool, device=y.device)
     for piece, at, tokens, chosen in _live(pieces, segments, assignments, k):
         added = _factor(piece, weights, chosen, acc) * _added(x, s, store, offsets, columns, piece, at, tokens, acc)
@@ -156,7 +153,7 @@ def _add_reference(y, x, store, offsets, columns, pieces, segments, assignments,
 
 
 def _outer_reference(grad, values, other, s, offsets, pieces, segments, assignments, weights, k):
-    acc = _accumulator(values, grad)
+    acc = accumulator(values, grad)
     for piece, at, tokens, chosen in _live(pieces, segments, assignments, k):
         if piece["kind"] not in (LOW_RANK, ROWS):
             continue

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from ._written import to_write_on
+from ._written import output_to_write_on
 from .entries import Entries
 from .grouped import (
     ENTRIES,
@@ -173,7 +173,7 @@ class GroupedNode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, y, weight, bias, store, weights, tables, routing):
-        out = to_write_on(F.linear(x, weight, bias) if y is None else y.clone(memory_format=torch.contiguous_format))
+        out = output_to_write_on(x, y, weight, bias)
         pieces, plan = tables.pieces, (routing.segments, routing.assignments)
         s = grouped_shrink(x, store, tables.offsets, pieces, *plan, routing.k, tables.width)
         weights = None if weights is None else weights.detach().to(_wide(x)).contiguous()

@@ -24,7 +24,7 @@ for gradcheck. The autograd and public functions on top are in `lora_linear`.
 import torch
 
 from ._philox import dropout_mask, unpack_mask
-from .registry import KERNEL_DTYPES, Op
+from .registry import KERNEL_DTYPES, Op, nothing_fake
 
 
 def accumulator(*tensors) -> torch.dtype:
@@ -43,7 +43,12 @@ def _kept(x, mask, p, dtype):
 
 def dropped(x, mask, p, dtype):
     """drop(x) in `dtype` of each group; of all together without dropout."""
-    return [kept * _inverse_keep(p) for kept in _kept(x, mask, p, dtype)] if p > 0 else _kept(x, mask, p, dtype)
+    return [kept * _inverse_keep(p) for kept in _kept(x, mask, p, dtype)]
+
+
+def term(s, b, scale):
+    """scale · S Bᵀ in S's dtype."""
+    return scale * (s @ b.to(s.dtype).t())
 
 
 def _groups(t, ranks, p):
@@ -66,7 +71,7 @@ def _shrink_fake(x, a, ranks, p, seed):
 
 
 def _expand_reference(y, s, b, scale):
-    y.copy_(y.to(s.dtype) + scale * (s @ b.to(s.dtype).t()))
+    y.copy_(y.to(s.dtype) + term(s, b, scale))
 
 
 def _grad_sb_reference(dy, s, b, scale):
@@ -96,10 +101,6 @@ def _grad_x_reference(dx, ds, a, ranks, mask, p):
     parts = torch.stack([coefficients @ part for coefficients, part in zip(ds.split(ranks, 1), a.split(ranks))])
     total = wide + _inverse_keep(p) * torch.where(keep, parts, 0.0).sum(0)
     dx.copy_(torch.where(keep.any(0), total, wide))  # what every group drops keeps its bits
-
-
-def nothing_fake(*args):
-    return None
 
 
 def refuse_dtypes(act, adapter):

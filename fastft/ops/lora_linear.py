@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from ._lora_nodes import ExpandDoraNode, ExpandNode, LoRALinearNode, ShrinkNode, UpdateNode
 from .dora import inverse_norm
-from .lora import accumulator
+from .lora import accumulator, term
 from .registry import without_autocast
 
 
@@ -83,7 +83,7 @@ class SharedInput:
         elif lora_bias is not None:
             bias = _with_lora_bias(bias, lora_bias, scale, weight.dtype)
         if self._plainly:
-            y = F.linear(self.x, weight, bias if magnitude is None else None).to(s.dtype) + _term(s, lora_B, scale)
+            y = F.linear(self.x, weight, bias if magnitude is None else None).to(s.dtype) + term(s, lora_B, scale)
             if magnitude is not None:
                 y = magnitude.to(weight_norm.dtype) * inverse_norm(weight_norm) * y
                 y = y if bias is None else y + bias
@@ -115,7 +115,7 @@ class SharedInput:
         bias = None if lora_bias is None else scale * lora_bias
         if self._plainly:
             total = y if bias is None else y + bias.to(y.dtype)
-            return (total.to(s.dtype) + _term(s, lora_B, scale).view(*self.lead, -1)).to(y.dtype)
+            return (total.to(s.dtype) + term(s, lora_B, scale).view(*self.lead, -1)).to(y.dtype)
         return UpdateNode.apply(_rows(y), s, bias, lora_B.contiguous(), float(scale)).view(y.shape)
 
     def _s(self, i, middle):
@@ -137,10 +137,6 @@ def transformed() -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
-
-
-def _term(s, lora_B, scale):
-    return scale * (s @ lora_B.to(s.dtype).t())
 
 
 def lora_linear(

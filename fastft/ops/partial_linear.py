@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from . import _twice
-from ._written import to_write_on
+from ._written import output_to_write_on
 from .entries import Entries
 from .lora_linear import _autocast, _rows
 from .partial import gather_columns, scatter_add_columns_
@@ -163,7 +163,7 @@ class _DeltaNode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, weight, bias, delta, part, transposed):
         ctx.part, ctx.transposed, ctx.scope = part, transposed, Scope.captured()
-        out = to_write_on(F.linear(x, weight, bias) if y is None else y.clone(memory_format=torch.contiguous_format))
+        out = output_to_write_on(x, y, weight, bias)
         d = (delta.t() if transposed else delta).to(x.dtype)
         kept = add_delta_(out, x, d, part)
         ctx.save_for_backward(kept if ctx.needs_input_grad[4] else None, weight if ctx.needs_input_grad[0] else None, delta)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from . import _twice
-from ._written import to_write_on
+from ._written import output_to_write_on
 from .entries import Entries
 from .lora_linear import _autocast, _rows
 from .partial import gather_columns
@@ -172,7 +172,7 @@ class _SparseNode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, weight, bias, delta, observer, ways):
         ctx.ways, ctx.observer, ctx.scope = ways, observer, Scope.captured()
-        out = to_write_on(F.linear(x, weight, bias) if y is None else y.clone(memory_format=torch.contiguous_format))
+        out = output_to_write_on(x, y, weight, bias)
         add_delta_(out, x, delta, *ways.forth)
         keep_x = ctx.needs_input_grad[4] or ctx.needs_input_grad[2] or observer is not None
         keep_weight = ctx.needs_input_grad[0]

@@ -96,6 +96,18 @@ def test_slices_that_are_padded_for_tensor_cores(monkeypatch, kind, transposed):
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+def standing(x, weight, bias, chosen, trained, transposed):
+    """The trained values stand in the weight, which autograd doesn't know of; numerical derivatives need them there."""
+    w = weight.clone()
+    if chosen.kind == "entries":
+        w.view(-1)[chosen.index.flat()] += trained.detach()
+    elif chosen.kind == "all":
+        w += trained.detach()
+    elif chosen.kind != "nothing":
+        w.index_add_(chosen.dim(transposed), chosen.index, trained.detach())
+    return partial_linear(x, w, bias, chosen, trained, fan_in_fan_out=transposed)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_gradcheck(kind, transposed):
@@ -104,15 +116,7 @@ def test_gradcheck(kind, transposed):
     trained = torch.zeros(chosen.shape(weight, transposed), dtype=F64, requires_grad=True)
 
     def with_values(x, bias, trained):
-        """The trained values stand in the weight, which autograd doesn't know of."""
-        w = weight.clone()
-        if chosen.kind == "entries":
-            w.view(-1)[chosen.index.flat()] += trained.detach()
-        elif chosen.kind == "all":
-            w += trained.detach()
-        elif chosen.kind != "nothing":
-            w.index_add_(chosen.dim(transposed), chosen.index, trained.detach())
-        return partial_linear(x, w, bias, chosen, trained, fan_in_fan_out=transposed)
+        return standing(x, weight, bias, chosen, trained, transposed)
 
     with fastft.testing.use("reference"):
         assert torch.autograd.gradcheck(with_values, (x, bias, trained))
@@ -256,23 +260,15 @@ def test_second_derivatives(kind, transposed):
     chosen, bias = part(kind, n=6, k=9, transposed=transposed), bias.requires_grad_()
     trained = torch.zeros(chosen.shape(weight, transposed), dtype=F64, requires_grad=True)
 
-    def standing(x, bias, trained, weight=weight):
-        """As in `test_gradcheck`; numerical derivatives need the values, too."""
-        w = weight.clone()
-        if chosen.kind == "entries":
-            w.view(-1)[chosen.index.flat()] += trained.detach()
-        elif chosen.kind == "all":
-            w += trained.detach()
-        elif chosen.kind != "nothing":
-            w.index_add_(chosen.dim(transposed), chosen.index, trained.detach())
-        return partial_linear(x, w, bias, chosen, trained, fan_in_fan_out=transposed)
+    def with_values(x, bias, trained):
+        return standing(x, weight, bias, chosen, trained, transposed)
 
     cases = [
-        (lambda bias, trained: standing(x.detach(), bias, trained), [bias, trained]),
-        (lambda x: standing(x, bias.detach(), trained.detach()), [x]),
+        (lambda bias, trained: with_values(x.detach(), bias, trained), [bias, trained]),
+        (lambda x: with_values(x, bias.detach(), trained.detach()), [x]),
     ]
     if kind != "columns":
-        cases.append((standing, [x, bias, trained]))
+        cases.append((with_values, [x, bias, trained]))
     if kind in ("rows", "columns"):
         option, y = {"fan_in_fan_out": transposed}, torch.randn(5, 6, dtype=F64, requires_grad=True)
         delta = torch.randn_like(trained, requires_grad=True)

@@ -49,17 +49,21 @@ def test_headers_have_to_arrive(engine, sent, monkeypatch):
         assert reader.read(1) == b""
 
 
+def is_closed_while_bytes_trickle_in(one):
+    one.settimeout(0.05)
+    with contextlib.suppress(ConnectionError):
+        for _ in range(400):
+            one.sendall(b"x")
+            with contextlib.suppress(TimeoutError):
+                if one.recv(1) == b"":
+                    return
+        raise AssertionError("the connection was kept open for 20 seconds")
+
+
 def test_pieces_of_a_header_do_not_extend_its_time(engine, monkeypatch):
     monkeypatch.setattr(connections, "HEADER_SECONDS", 1.0)
     with serving(engine) as (url, _), connect(url) as one:
-        one.settimeout(0.05)
-        with contextlib.suppress(ConnectionError):
-            for _ in range(400):
-                one.sendall(b"x")
-                with contextlib.suppress(TimeoutError):
-                    if one.recv(1) == b"":
-                        return
-            raise AssertionError("a header of 20 seconds was waited for")
+        is_closed_while_bytes_trickle_in(one)
 
 
 def test_a_body_nobody_reads_does_not_keep_a_connection(engine, monkeypatch):
@@ -68,14 +72,7 @@ def test_a_body_nobody_reads_does_not_keep_a_connection(engine, monkeypatch):
     with serving(engine, api_keys=("k" * 20,)) as (url, _), connect(url) as one:
         one.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000000\r\n\r\n")
         assert answered(one.makefile("rb")) == 401
-        one.settimeout(0.05)
-        with contextlib.suppress(ConnectionError):
-            for _ in range(400):
-                one.sendall(b"x")
-                with contextlib.suppress(TimeoutError):
-                    if one.recv(1) == b"":
-                        return
-            raise AssertionError("the connection was kept open for 20 seconds")
+        is_closed_while_bytes_trickle_in(one)
 
 
 def test_requests_in_progress_take_their_time(engine, monkeypatch):
