@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from torch import nn
 
-from .peft_layers import FallbackError, accelerate_layers
+from .peft_eligible import linear_classes
+from .peft_layers import REPLACED, FallbackError, FastLinear, accelerate_layers
 from .peft_report import report
-from .peft_sparse import accelerate_sparse_layers, sparse_kinds
+from .peft_sparse import FastSparse, accelerate_sparse_layers, sparse_kinds
 from .peft_tuner import FastLoraModel, FastTuner, TunerRecord, follow_hotswapping, forget_banks
-from .swapping import Swapped, swap, unswap
+from .swapping import Swapped, replaced, swap, unswap
 
 __all__ = ["FallbackError", "accelerate", "report", "restore"]
 
@@ -30,7 +31,7 @@ def accelerate(peft_model: nn.Module, *, strict: bool = False, group_projections
     Args:
         peft_model: PeftModel, PeftMixedModel, or a module with injected adapters (after adding some, accelerate that again).
         strict: a layer that would run PEFT's own forward raises instead. Layers of other classes (embeddings, convolutions)
-            and forwards without adapters (disabled, merged) don't.
+            and forwards without adapters (disabled, merged) don't. A forward that was replaced on a layer raises at once.
         group_projections: layers that read one input (q, k and v; gate and up) share the read of it and its dX, though each
             computes in its own call. Switch it off if backward runs through them one by one.
         check: a batch, as a dict of the model's arguments with labels or as a function of the model that returns the loss.
@@ -40,7 +41,7 @@ def accelerate(peft_model: nn.Module, *, strict: bool = False, group_projections
         `peft_model` itself.
 
     Raises:
-        ValueError: there is no such layer of PEFT in it. FallbackError: at a call, with `strict`.
+        ValueError: there is no such layer of PEFT in it. FallbackError: with `strict`, mostly at a call.
         CheckError: the comparison failed; the model is restored.
     """
     from peft.tuners.lora.layer import LoraLayer
@@ -68,6 +69,8 @@ def _accelerate(model, strict, share):
     from peft.tuners.lora.model import LoraModel
     from peft.tuners.mixed.model import MixedModel
 
+    if strict:
+        _refuse_replaced(model)
     follow_hotswapping()
     accelerate_layers(model, strict, share)
     accelerate_sparse_layers(model, strict)
@@ -77,6 +80,15 @@ def _accelerate(model, strict, share):
         elif isinstance(module, FastTuner):
             module._fastft.strict, module._fastft.share = strict, share
     return model
+
+
+def _refuse_replaced(model):
+    """At once, since a layer that is not reached can't raise at a call."""
+    kinds = *linear_classes(), *sparse_kinds()
+    for name, module in model.named_modules():
+        ours = type(module) in kinds or isinstance(module, (FastLinear, FastSparse))
+        if ours and replaced(module):
+            raise FallbackError(f"{name}: {REPLACED}; strict=True forbids that")
 
 
 def restore(peft_model: nn.Module) -> nn.Module:

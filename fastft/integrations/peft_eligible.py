@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..ops.lora_linear import transformed
+from .swapping import is_bound
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 PLAIN = frozenset((torch.Tensor, nn.Parameter))
@@ -112,7 +113,7 @@ def bare(module, kind) -> bool:
         or own["_forward_pre_hooks"]
         or own["_backward_hooks"]
         or own["_backward_pre_hooks"]
-        or "forward" in own
+        or ("forward" in own and not is_bound(own["forward"], kind.forward, module))  # (accelerate leaves that behind)
     )
 
 
@@ -134,7 +135,9 @@ def base_obstacle(base, given: Input) -> str | None:
         return unfit_weight(base, given)
     if type(base) in (nn.Linear, kinds_of_peft().conv1d):
         return "the base layer is hooked, or its forward replaced"
-    return f"the base layer is a {type(base).__name__}"
+    kind = type(base)
+    other = f"{kind.__module__}.{kind.__name__}" if kind.__name__ in ("Linear", "Conv1D") else kind.__name__
+    return f"the base layer is a {other}"  # (PEFT's tuners call theirs Linear too)
 
 
 def unfit_weight(base, given: Input) -> str | None:

@@ -35,6 +35,7 @@ from .swapping import Swapped, swap
 # Where PEFT's forward has no low-rank part either; `strict` lets them pass.
 DISABLED, MERGED, INACTIVE = "adapters are disabled", "merged into the base weight", "no active adapter in this layer"
 IDLE = frozenset((DISABLED, MERGED, INACTIVE))
+REPLACED = "its forward was replaced on the instance, as X-LoRA does, so that what runs is not up to us"
 _ROUTED = ("adapter_names", "alora_offsets")  # arguments that PEFT doesn't hand to the base layer
 
 

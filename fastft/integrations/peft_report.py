@@ -12,8 +12,9 @@ from torch import nn
 
 from ..modules.adapted_linear import Adapted, AdaptedLinear
 from .peft_eligible import DTYPES, Input, base_obstacle, linear_classes
-from .peft_layers import FastLinear
+from .peft_layers import REPLACED, FastLinear
 from .peft_sparse import FastSparse, sparse_kinds
+from .swapping import replaced
 
 FUSED, LOW_RANK, PEFT, PLAIN = "fused", "low-rank part", "peft", "plain"
 
@@ -90,8 +91,13 @@ def report(model: nn.Module) -> Report:
     peft = sys.modules.get("peft.tuners.lora.layer")  # a model can't hold its layers if it was never imported
     rows, sparse = [], sparse_kinds()
     linears = linear_classes() if peft is not None else ()
-    for name, module in model.named_modules():
-        if isinstance(module, (FastLinear, FastSparse)):
+    modules = dict(model.named_modules())
+    attentions = [m for m in modules.values() if peft is not None and isinstance(m, peft.MultiheadAttention)]
+    merged = {m.get_base_layer().out_proj for m in attentions}
+    for name, module in modules.items():
+        if module in merged:
+            rows.append(Row(name, _kind(type(module)), PEFT, "lora.MultiheadAttention merges it for each forward"))
+        elif isinstance(module, (FastLinear, FastSparse)):
             rows.append(_accelerated(name, module))
         elif isinstance(module, Adapted):
             rows.append(_attached(name, module))
@@ -111,7 +117,7 @@ def _kind(cls) -> str:
 def _accelerated(name, module) -> Row:
     record, given = module._fastft, Input.of(_probe(module))
     calls = {FUSED: record.fused, LOW_RANK: record.beside, PEFT: record.peft}
-    plan = module.plan(given)
+    plan = REPLACED if replaced(module) else module.plan(given)
     path, reason = (PEFT, plan) if isinstance(plan, str) else (FUSED, "")
     if path == FUSED and isinstance(module, FastLinear) and (obstacle := base_obstacle(module.base_layer, given)):
         path, reason = LOW_RANK, obstacle

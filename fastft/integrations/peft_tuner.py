@@ -13,7 +13,7 @@ from .peft_bank import Bank
 from .peft_layers import FastLinear, accelerate_layers
 from .peft_mixed import Index, Routed, using
 from .peft_watch import tell_of_unseen_writes
-from .swapping import Swapped, swap
+from .swapping import Swapped, replaced, swap
 
 # Not in the modules: a copy of a model lays its adapters out anew.
 _banks: "weakref.WeakKeyDictionary[nn.Module, Bank]" = weakref.WeakKeyDictionary()
@@ -58,7 +58,12 @@ class FastLoraModel(FastTuner):
         names, beams = kwargs.get("adapter_names"), kwargs.get("num_beams")
         beams = beams if isinstance(beams, int) else 1
         adapted = [] if names is None else _adapted(self)
-        if names is None or kwargs.get("alora_offsets") is not None or self._will_refuse(adapted, names, beams):
+        if (
+            names is None
+            or kwargs.get("alora_offsets") is not None
+            or self._will_refuse(adapted, names, beams)
+            or any(map(replaced, adapted))  # whoever replaced a forward gets the names as PEFT hands them over
+        ):
             with super()._enable_peft_forward_hooks(*args, **kwargs):
                 yield
             return

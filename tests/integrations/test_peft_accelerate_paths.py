@@ -120,6 +120,46 @@ def nobody(lin):
     lin._active_adapter = []
 
 
+def test_a_forward_that_was_replaced_on_the_layer():
+    """As X-LoRA does: ours is never reached, which the report says, and `strict`; and a mixed batch is PEFT's."""
+    model = layer(adapters=("default", "b")).eval()
+    forward = one(model).forward
+    one(model).forward = lambda *args, **kwargs: 2 * forward(*args, **kwargs)
+    names = ["default", "b", "__base__", "b", "b"]
+    want, mixed = model(X), model(X, adapter_names=names)
+    with pytest.raises(FallbackError, match="lin: its forward was replaced on the instance"):
+        fastft.accelerate(model, strict=True)
+    fastft.accelerate(model)
+    assert torch.equal(model(X), want)
+    torch.testing.assert_close(model(X, adapter_names=names), mixed)
+    (row,) = fastft.report(model)
+    assert row.path == "peft" and "its forward was replaced on the instance" in row.reason
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_hooks_of_accelerate(before):
+    """They keep the forward that they found. (`dispatch_model` hangs them on every layer.)"""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = layer(adapters=("default", "b")).eval()
+    names, act = ["default", "b", "__base__", "b", "b"], [fastft.accelerate, fastft.restore]
+    want, mixed = model(X), model(X, adapter_names=names)
+    act.insert(not before, lambda model: hooks.add_hook_to_module(one(model), hooks.ModelHook()))
+    for change in (*act, fastft.accelerate, hooks.remove_hook_from_submodules):
+        change(model)
+        torch.testing.assert_close(model(X), want)
+        torch.testing.assert_close(model(X, adapter_names=names), mixed)
+    (row,) = fastft.report(model)
+    assert row.path == "fused" and row.calls == {"fused": 2, "low-rank part": 2, "peft": 0}
+
+
+def test_hooks_of_accelerate_that_are_gone_from_the_base_layer():
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = layer()
+    hooks.add_hook_to_module(one(model).base_layer, hooks.ModelHook())
+    hooks.remove_hook_from_submodules(model)  # leaves the forward on the instance
+    assert "forward" in one(model).base_layer.__dict__ and compare(model, accelerated(model)).path == "fused"
+
+
 FALLBACKS = {
     "lora_A or lora_B is hooked": hook_factor,
     "lora_A or lora_B is hooked or no plain Linear": parametrise_factor,
@@ -226,6 +266,8 @@ def test_report_of_all_kinds_of_layers():
     assert report["base_model.model.lin"].path == "fused"
     for kind in ("Embedding", "Conv2d", "MultiheadAttention"):
         assert rows[f"lora.{kind}"].path == "peft" and "left to PEFT" in rows[f"lora.{kind}"].reason
+    inner = report["base_model.model.mha.base_layer.out_proj"]
+    assert inner.path == "peft" and inner.reason == "lora.MultiheadAttention merges it for each forward"
     with pytest.raises(KeyError, match="is no adapted layer of this model"):
         fastft.report(model)["mha.in_proj"]
 

@@ -184,8 +184,11 @@ def test_other_kinds_of_models():
     want = output(randomize(mixed))
     fastft.accelerate(mixed)
     torch.testing.assert_close(output(mixed), want)
-    mixed.add_adapter("third", peft.LoraConfig(r=4, target_modules=["up_proj"]))
+    mixed.add_adapter("third", peft.LoraConfig(r=4, target_modules=["up_proj", "v_proj"]))
     assert {row.path for row in fastft.report(mixed)} <= {"fused", "low-rank part", "peft"}
+    mixed.set_adapter(["default", "other", "third"])
+    reason = fastft.report(mixed)["base_model.model.model.layers.0.self_attn.v_proj"].reason
+    assert reason == "the base layer is a peft.tuners.loha.layer.Linear"
     injected = peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["q_proj"]), llama())
     want = step(randomize(injected))
     assert_same_step(step(fastft.accelerate(injected)), want)
