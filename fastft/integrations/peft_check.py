@@ -97,7 +97,7 @@ def _undisturbed(model):
 
 @contextmanager
 def _rounding_noise(model):
-    """Yields the set of the dtypes that outputs of LoRA layers turn out to have."""
+    """Yields the set of the dtypes that outputs of LoRA layers, and of 16-bit factors in them, turn out to have."""
     from peft.tuners.lora.layer import LoraLayer
 
     dtypes = set()
@@ -111,7 +111,14 @@ def _rounding_noise(model):
         noise = torch.randn(y.shape, dtype=wide, device=y.device) * (_NOISE[y.dtype] * torch.finfo(y.dtype).eps)
         return (y.to(wide) * (1 + noise)).to(y.dtype)
 
-    handles = [m.register_forward_hook(round_again) for m in model.modules() if isinstance(m, LoraLayer)]
+    def round_factor(module, args, y):
+        """PEFT rounds what A and B give to their dtype, which may be narrower than that of the layer's output."""
+        return round_again(module, args, y) if y.dtype.itemsize == 2 else y
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    factors = [part for layer in layers for part in (*layer.lora_A.values(), *layer.lora_B.values())]
+    handles = [layer.register_forward_hook(round_again) for layer in layers]
+    handles += [part.register_forward_hook(round_factor) for part in factors]
     try:
         yield dtypes
     finally:

@@ -361,6 +361,14 @@ def test_check_at_bfloat16_and_under_autocast():
     fastft.accelerate(peft.get_peft_model(llama(), peft.LoraConfig(target_modules="all-linear")), check=loss)  # B is zero
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_check_allows_what_peft_rounds_in_adapters_narrower_than_the_base(dtype):
+    model = peft_llama()
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtype if "lora_" in name else parameter.dtype)
+    fastft.accelerate(model, check={"input_ids": tokens(), "labels": tokens()})
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_check_finds_errors(dtype, monkeypatch, capsys):
     model = peft_llama(dtype=dtype)
