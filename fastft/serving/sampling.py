@@ -6,6 +6,7 @@ import torch
 
 _MASK = (1 << 64) - 1
 _FIRST = 256
+_COLDEST = 1e-30  # of a temperature, relative to the largest logit, and of top_p: below it float32 has no room
 
 
 def uniform(seed: int, position: int) -> float:
@@ -24,6 +25,7 @@ def draw(logits, temperature, top_p, u, nucleus: bool = True) -> torch.Tensor:
     """
     p = torch.softmax(logits / temperature[:, None], -1)
     if nucleus:
+        top_p = top_p.clamp_min(_COLDEST)  # the likeliest token is always among them
         falling = _falling(p, top_p)
         before = falling.cumsum(-1) - falling
         cut = torch.where(before < top_p[:, None], falling, torch.inf).amin(-1)
@@ -58,6 +60,8 @@ def choose(logits, knobs: torch.Tensor | None, nucleus: bool, logprobs: bool) ->
     if knobs is not None:
         temperature, top_p, u = knobs
         drawn = temperature > 0
+        # Closer to 0 the logits would become infinite, all shares NaN, and the token 0.
+        temperature = torch.maximum(temperature, best.abs().clamp_min(1.0) * _COLDEST)
         tokens = torch.where(drawn, draw(logits, torch.where(drawn, temperature, 1.0), top_p, u, nucleus), tokens)
     bad = best - best  # NaN if the largest is NaN or infinite, and NaN is the largest wherever it stands
     if logprobs:

@@ -61,6 +61,13 @@ def test_extreme_u_and_certain_rows():
     assert draw(certain, torch.ones(1), torch.ones(1), torch.zeros(1)).item() == 1
 
 
+@pytest.mark.parametrize("temperature,top_p", [(1e-39, 1.0), (1e-45, 0.5), (1e-30, 0.5), (1.0, 0.0), (0.5, 1e-45)])
+def test_next_to_0_is_the_likeliest_token(temperature, top_p):
+    scores = torch.tensor([[1.0, 30.0, 29.0], [-7e5, -8e5, -6e5]])
+    knobs = torch.tensor([[temperature] * 2, [top_p] * 2, [0.5] * 2])  # in float32, where 1e-50 is 0
+    assert choose(scores, knobs, True, False)[0].tolist() == [1, 2]
+
+
 def test_rows_keep_their_tokens_whatever_is_beside_them():
     scores = logits(6)
     knobs = torch.tensor([[0.0, 0.7, 1.0, 0.0, 2.0, 0.3], [1.0, 0.9, 1.0, 1.0, 0.5, 1.0], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]])
