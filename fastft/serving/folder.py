@@ -23,9 +23,14 @@ class AdapterFolder:
     """
 
     def __init__(self, root):
-        self.root = None if root is None else Path(os.path.realpath(root))
-        if self.root is not None and not self.root.is_dir():
+        self._given = None if root is None else os.path.abspath(root)
+        if root is not None and not self.root.is_dir():
             raise FileNotFoundError(f"no adapter folder {str(root)!r}")
+
+    @property
+    def root(self) -> Path | None:
+        """Where it is now: an operator may put a link in its place, or lead a link elsewhere, to switch to a new release."""
+        return None if self._given is None else Path(os.path.realpath(self._given))
 
     def path(self, name: str) -> Path:
         """Where an adapter lies. Raises UnknownAdapter, also for what is no name and for what lies elsewhere;
@@ -43,22 +48,23 @@ class AdapterFolder:
         return sorted(name for name in self._entries() if self._find(name) is not None)
 
     def _entries(self) -> list[str]:
-        if self.root is None:
+        if self._given is None:
             return []
         try:
-            return os.listdir(self.root)
+            return os.listdir(self._given)
         except OSError as error:  # renamed, or unmounted
-            raise AdaptersUnavailable(f"the adapter folder {str(self.root)!r} can't be read: {error.strerror}") from error
+            raise AdaptersUnavailable(f"the adapter folder {self._given!r} can't be read: {error.strerror}") from error
 
     def _find(self, name: str) -> Path | None:
-        if self.root is None or not NAME.fullmatch(name):
+        if self._given is None or not NAME.fullmatch(name):
             return None
         for _ in range(3):  # a writer may be switching its files just now
+            root = self.root
             with suppress(OSError):
-                folder = Path(os.path.realpath(self.root / name, strict=True))
+                folder = Path(os.path.realpath(root / name, strict=True))
                 # Its files are checked too: a link among them could hand out what lies outside.
                 inside = [folder, *(Path(os.path.realpath(entry)) for entry in _files(folder))]
-                if not all(path.is_relative_to(self.root) for path in inside):
+                if not all(path.is_relative_to(root) for path in inside):
                     return None
                 if current(folder, CONFIG).is_file():
                     return folder

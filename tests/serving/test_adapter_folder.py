@@ -87,6 +87,17 @@ def test_the_root_itself_may_be_a_link(root):
     assert AdapterFolder(root.parent / "link").names() == ["one"]
 
 
+def test_the_root_may_become_a_link_and_lead_elsewhere(root):
+    folder = AdapterFolder(root)
+    root.rename(root.parent / "v1")
+    root.symlink_to(root.parent / "v1")
+    assert folder.names() == ["one"] and folder.path("one") == root.parent / "v1" / "one"
+    adapter(root.parent / "v2" / "two")
+    root.unlink()
+    root.symlink_to(root.parent / "v2")
+    assert folder.names() == ["two"] and "one" not in folder
+
+
 def test_no_folder(root):
     assert AdapterFolder(None).names() == []
     refused(AdapterFolder(None), "one")
