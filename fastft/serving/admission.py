@@ -35,7 +35,7 @@ class Admission:
         self.memory, self.slots, self.max_running = memory, slots, max_running
         self.max_waiting, self.patience, self.clock = max_waiting, patience, clock
         self.lock = threading.RLock()
-        self.idle = threading.Condition(self.lock)  # told whenever a request leaves
+        self.idle = threading.Condition(self.lock)  # told whenever a request leaves, or waits no more
         self.running: dict[str, Request] = {}
         self.longest_wait = 0.0
         self._waiting: OrderedDict[str, Request] = OrderedDict()
@@ -94,6 +94,8 @@ class Admission:
             admitted.append(request)
         if overdue is not None:
             self._used |= taken
+        if admitted:
+            self.idle.notify_all()
         return admitted
 
     def _drain_for(self, request: Request) -> Request:
@@ -107,7 +109,7 @@ class Admission:
         try:
             lease = self.memory.acquire(name)
             reason = None if lease is not None else self.memory.error(name)
-        except KeyError as error:  # forgotten, or its folder was removed, while the request waited
+        except (KeyError, RuntimeError) as error:  # its folder was removed while the request waited, or the memory closed
             lease, reason = None, error
         if reason is not None:
             self._waiting.pop(request.id, None)
@@ -148,6 +150,11 @@ class Admission:
         """Whether nothing runs or waits any more, at the latest after `timeout` seconds."""
         with self.lock:
             return self.idle.wait_for(lambda: not self.running and not self._waiting, timeout)
+
+    def wait_for_room(self) -> None:
+        """Until fewer wait than may."""
+        with self.lock:
+            self.idle.wait_for(lambda: len(self._waiting) < self.max_waiting)
 
     def __len__(self):
         return len(self._waiting)

@@ -23,10 +23,13 @@ _salt = threading.local()
 
 def salt_of(lease) -> int | None:
     """What a request's first block counts as the hash of its parent: 64 bits of adapter name and content. None: the base."""
-    if lease is None:
-        return None
-    name = lease.name.encode()
-    content = len(name).to_bytes(8, "little") + name + lease.digest.encode()
+    return None if lease is None else _salt_of(lease.name, lease.digest)
+
+
+@functools.lru_cache(1024)  # every block of every request asks
+def _salt_of(name: str, digest: str) -> int:
+    name = name.encode()
+    content = len(name).to_bytes(8, "little") + name + digest.encode()
     return int.from_bytes(hashlib.blake2b(content, digest_size=8, key=b"fastft adapter").digest(), "little")
 
 
@@ -48,12 +51,6 @@ class Steps:
         self.count = self.tokens = self.errors = 0
         self.beat = None  # time.monotonic() of the last pass of the loop
         self.current: StepBuffers | None = None
-        self._salts: dict[str, int | None] = {}
-
-    def salt(self, request: Request) -> int | None:
-        if request.id not in self._salts:
-            self._salts[request.id] = salt_of(request.lease)
-        return self._salts[request.id]
 
     def prepare(self, buffers: StepBuffers, requests, rows: int, heads: int, cache) -> None:
         """Fill the buffers for the library's next batch of `rows` tokens and `heads` rows of logits, before it moves the
@@ -107,7 +104,6 @@ class Steps:
 
     def end(self, request: Request, reason: str, error: Exception | None = None) -> None:
         self.errors += reason == "error"
-        self._salts.pop(request.id, None)
         # A step in flight may still read its adapter. It was issued, so the memory waits for it before it writes there.
         self.admission.left(request)
         request._finish(reason, error)
@@ -119,8 +115,12 @@ class Steps:
     def stopped(self, error: Exception | None) -> None:
         """The library's thread is over: so are all requests."""
         reason = _over(error)
-        self.admission.end_all(lambda request: request._finish("error", reason))
         self.on_end(error)
+
+        def end(request):
+            self.errors += request._finish("error", reason)
+
+        self.admission.end_all(end)
 
 
 def _over(error: Exception | None) -> EngineStopped:
@@ -236,6 +236,10 @@ def library():
                 self.add(request)
             return super()._generation_loop_body(batch_processor, bootstrapping)
 
+        def _handle_critical_error(self, error, batch_processor):
+            self.steps.on_end(error)  # before it tells the requests, whose owners may ask what has happened
+            super()._handle_critical_error(error, batch_processor)
+
         def _run_generation_loop(self):
             try:
                 super()._run_generation_loop()
@@ -274,11 +278,11 @@ def _hook(processor, steps: Steps, config) -> None:
 
     def search_prefix_match(request_id, prompt_ids):
         state = scheduler.waiting_requests[request_id]
-        return _salted(steps.salt(state.request), search, request_id, prompt_ids)
+        return _salted(salt_of(state.request.lease), search, request_id, prompt_ids)
 
     def mark_complete_blocks(state, complete_blocks):
         if complete_blocks:
-            _salted(steps.salt(state.request), mark, state, complete_blocks)
+            _salted(salt_of(state.request.lease), mark, state, complete_blocks)
 
     def clear_cancelled_requests():
         states = clear() if scheduler._requests_to_cancel else []

@@ -17,6 +17,7 @@ CALLED = {
     "continuous_api.ContinuousBatchingManager._create_batch_processor": "",
     "continuous_api.ContinuousBatchingManager._generation_loop_body": "batch_processor bootstrapping",
     "continuous_api.ContinuousBatchingManager._run_generation_loop": "",
+    "continuous_api.ContinuousBatchingManager._handle_critical_error": "error batch_processor",
     "continuous_api.ContinuousBatchingManager.cancel_request": "request_id",
     "continuous_api.ContinuousBatchingManager.is_running": "",
     "continuous_api.ContinuousBatchingManager.stop": "block timeout keep_for_next_session hard_stop",
@@ -47,7 +48,9 @@ USES = {
         "input_queue output_router background_thread_status batch_processor _generation_thread _wake_up_loop "
         "_original_attn_impl switch_to_cb_friendly_attn continuous_batching_config"
     ),
-    "continuous_api.ContinuousBatchingManager._run_generation_loop": "_create_batch_processor _generation_loop_body",
+    "continuous_api.ContinuousBatchingManager._run_generation_loop": (
+        "_create_batch_processor _generation_loop_body _handle_critical_error"
+    ),
     "continuous_api.ContinuousBatchingManager._create_batch_processor": "batch_processor output_router input_queue",
     "continuous_api.ContinuousBatchProcessor.__init__": (
         "cache scheduler inputs_and_outputs model_runner use_async_batching max_batch_tokens model_device compute_stream"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import secrets
+import threading
 import time
 import weakref
 from collections.abc import Sequence
@@ -78,7 +79,8 @@ class Engine:
         )
         self._stops = limits.stop_tokens(model, tokenizer)
         self._manager = self._failure = None
-        self._closed = False
+        self._closed = self._stopping = False
+        self._switching = threading.RLock()  # one thread at a time starts the engine's thread, or ends it
         self._ids = itertools.count()
         self.adapters = self._routed = None
         if adapter_dir is not None:
@@ -114,46 +116,65 @@ class Engine:
         """Make the cache and start the engine's thread. Raises what is wrong with the sizes or the device."""
         from transformers import GenerationConfig
 
-        if self._closed:
-            raise EngineStopped("the engine was closed; make a new one")
-        if self._manager is not None:
-            return self
-        self._failure = None
-        self._steps.stopping = False
-        # Drawing and stopping are ours: the library is to take every token as it comes.
-        generation = GenerationConfig(do_sample=False, eos_token_id=-1)
-        manager = library()(self._steps, self.model, generation, self._config)
-        manager.batch_processor = manager._create_batch_processor()
-        self._manager = manager
-        manager.start()
+        with self._switching:
+            if self._closed:
+                raise EngineStopped("the engine was closed; make a new one")
+            if self._manager is not None and self._manager.is_running():
+                if self._stopping:
+                    raise EngineStopped("the engine is being stopped: start it when stop() has returned")
+                return self
+            self.stop(drain=False)  # what is left of a thread that failed
+            self._failure = None
+            self._steps.stopping = self._stopping = False
+            # Drawing and stopping are ours: the library is to take every token as it comes.
+            generation = GenerationConfig(do_sample=False, eos_token_id=-1)
+            manager = library()(self._steps, self.model, generation, self._config)
+            manager.batch_processor = manager._create_batch_processor()
+            manager.start()
+            self._manager = manager
         stop = weakref.WeakMethod(self.stop)
         atexit.register(lambda: stop() and stop()(drain=False, timeout=5))
         return self
 
     def stop(self, drain: bool = True, timeout: float | None = None) -> None:
-        """Take no more requests; finish those that are there (`drain`) for at most `timeout` seconds, and end the rest."""
-        manager, self._manager = self._manager, None
+        """Take no more requests; finish those that are there (`drain`) for at most `timeout` seconds, and end the rest.
+
+        Another thread may end a drain with ``stop(drain=False)`` or `close`. Not from a callback of a request: RuntimeError.
+        """
+        manager = self._manager
         if manager is None:
             return
-        drained = drain and manager.is_running() and self._admission.wait_empty(timeout)
-        self._steps.stopping = True
-        manager.stop(block=True, hard_stop=not drained)
+        if threading.current_thread() is manager._generation_thread:
+            raise RuntimeError("a callback of a request can't stop the engine, whose thread it is called from")
+        self._stopping = True
+        drained = False
+        try:
+            drained = drain and manager.is_running() and self._admission.wait_empty(timeout)
+        finally:  # also where Ctrl-C ends the wait: the thread would go on on a model that is used otherwise
+            with self._switching:
+                if self._manager is manager:
+                    self._steps.stopping = True
+                    manager.stop(block=True, hard_stop=not drained)
+                    self._manager = None
 
     def close(self) -> None:
         """Stop at once, free the adapters' memory and give the model its own linears back."""
-        self.stop(drain=False)
-        if not self._closed:
-            self._closed = True
-            if self.adapters is not None:
-                self.adapters.close()
-                self._routed.uninstall()
+        with self._switching:
+            self.stop(drain=False)
+            if not self._closed:
+                self._closed = True
+                if self.adapters is not None:
+                    self.adapters.close()
+                    self._routed.uninstall()
 
     def __enter__(self) -> Engine:
         return self.start()
 
     def __exit__(self, kind, *_):
-        self.stop(drain=kind is None)
-        self.close()
+        try:
+            self.stop(drain=kind is None)
+        finally:
+            self.close()
 
     @property
     def max_length(self) -> int:
@@ -209,18 +230,24 @@ class Engine:
         return request
 
     def generate(self, prompts, adapters=None, **sampling) -> list[Completion]:
-        """Complete all prompts (token ids, or texts if there is a tokenizer), in order; see `submit` for the rest."""
+        """Complete all prompts (token ids, or texts if there is a tokenizer), in order; see `submit` for the rest. Waits
+        where the queue is full. If one is refused, none goes on."""
         adapters = [None] * len(prompts) if adapters is None else adapters
         requests = []
-        for prompt, adapter in zip(prompts, adapters, strict=True):
-            ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
-            while True:
-                try:
-                    requests.append(self.submit(ids, adapter=adapter, **sampling))
-                    break
-                except QueueFull:
-                    next(r for r in requests if r.finish_reason is None).result()
-        return [request.result() for request in requests]
+        try:
+            for prompt, adapter in zip(prompts, adapters, strict=True):
+                ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+                while True:
+                    try:
+                        requests.append(self.submit(ids, adapter=adapter, **sampling))
+                        break
+                    except QueueFull:
+                        self._admission.wait_for_room()
+            return [request.result() for request in requests]
+        except BaseException:  # Ctrl-C too: nobody will read the others
+            for request in requests:
+                request.cancel()
+            raise
 
     def adapter_names(self) -> list[str]:
         """Names of the adapters in the adapter folder."""
@@ -229,7 +256,8 @@ class Engine:
     def stats(self) -> dict[str, float]:
         """Numbers: requests running and waiting, the longest wait for admission, steps and tokens so far, the cache."""
         steps, numbers = self._steps, {}
-        processor = None if self._manager is None else self._manager.batch_processor
+        manager = self._manager
+        processor = None if manager is None else manager.batch_processor
         if processor is not None:
             numbers = {
                 "cache_blocks": processor.cache.num_blocks,
@@ -246,13 +274,20 @@ class Engine:
             **numbers,
         }
 
+    @property
+    def failure(self) -> Exception | None:
+        """What the engine's thread died of. Nothing runs any more until `start`."""
+        return self._failure
+
     def healthy(self) -> str | None:
         """None, or in a line why requests don't get on. Looks, and waits for nothing."""
         if self._failure is not None:
             return f"the engine's thread failed: {self._failure!r}"
         manager = self._manager
-        if manager is None or not manager.is_running():
+        if manager is None or self._stopping or not manager.is_running():
             return "the engine is not running"
+        if self.adapters is not None and self.adapters.closed is not None:
+            return f"adapters can't be loaded any more: {self.adapters.closed}"
         since = time.monotonic() - (self._steps.beat or time.monotonic())
         if since > _STALLED_SECONDS:
             return f"the engine's thread has been in one step for {since:.0f} s"
@@ -262,7 +297,7 @@ class Engine:
         manager = self._manager
         if self._failure is not None:
             raise EngineStopped(f"the engine failed: {self._failure!r}") from self._failure
-        if manager is None or not manager.is_running():
+        if manager is None or self._stopping or not manager.is_running():
             raise EngineStopped("the engine is not running: call start(), or use it in a with statement")
         return manager
 

@@ -33,9 +33,9 @@ class Loader:
         while self.closed is None:
             try:
                 self.step(60.0)
-            except Exception:
+            except Exception as error:
                 _log.exception("adapters can't be loaded any more")
-                return
+                self.close(f"the adapter memory failed: {type(error).__name__}: {error}")
 
     def step(self, seconds: float) -> bool:
         """Do one thing that is to be done, waiting for it for at most `seconds`; whether there was one."""
@@ -86,3 +86,4 @@ class Loader:
         """No more loads; whoever waits for one is told why. Can be repeated."""
         self.closed = self.closed or why
         self._table.close()
+        self._changed()

@@ -281,6 +281,11 @@ class AdapterMemory:
             except Exception:
                 _log.exception("a callback of the adapter memory failed")
 
+    @property
+    def closed(self) -> str | None:
+        """Why there are no more loads, or None."""
+        return self._loader.closed
+
     def _open(self) -> None:
         if self._loader.closed:
             raise RuntimeError(self._loader.closed)

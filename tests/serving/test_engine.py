@@ -1,5 +1,6 @@
 """The engine on a tiny model: every request gets the tokens of the model with its adapter merged, whatever else goes on."""
 
+import contextlib
 import threading
 
 import pytest
@@ -153,6 +154,13 @@ def test_cancel_gives_everything_back(make):
     assert len(engine.submit(prompt(9, 1), max_tokens=3).result(5).tokens) == 3
 
 
+def test_nothing_is_kept_of_requests_that_ended(make):
+    engine = make()
+    engine.generate([prompt(9, s) for s in range(3)], ["lora4", None, "s2ft"], max_tokens=8)
+    kept = {name: value for name, value in vars(engine._steps).items() if isinstance(value, dict | list | set)}
+    assert kept and not any(kept.values()), kept
+
+
 def test_what_can_never_run_is_refused_at_once(make):
     engine = make(max_waiting=2, max_running=1)
     for bad, says in (
@@ -182,6 +190,18 @@ def test_what_can_never_run_is_refused_at_once(make):
     assert len(engine.generate([[1]] * 6, max_tokens=2)) == 6  # generate waits for places
 
 
+def test_generate_waits_for_places_that_others_have_and_leaves_nothing_running(make):
+    engine = make(max_running=1, max_waiting=1)
+    others = [engine.submit(prompt(4, s), max_tokens=100) for s in range(1)]
+    next(iter(others[0]))
+    others.append(engine.submit(prompt(4, 1), max_tokens=5))
+    assert len(engine.generate([prompt(4, 2)], max_tokens=3)[0].tokens) == 3
+    with pytest.raises(ValueError, match="no tokens"):
+        engine.generate([prompt(4, 1), []], max_tokens=200)
+    waits_until(lambda: engine.stats()["running"] == engine.stats()["waiting"] == 0)
+    assert engine.stats()["tokens_total"] < 100 + 5 + 3 + 200
+
+
 def test_requests_need_a_running_engine(make):
     engine = make()
     engine.stop()
@@ -205,6 +225,58 @@ def test_stop_drains_or_ends(make):
         assert request.result(0).finish_reason == "error" and isinstance(request.error, EngineStopped)
     engine.start()
     assert engine.adapters.unload("lora1", timeout=5) > 0  # nothing was left behind
+
+
+@pytest.mark.parametrize("end", ["cancel", "close", "Ctrl-C"])
+def test_a_drain_can_be_ended(make, references, monkeypatch, end):
+    engine = make()
+    request = engine.submit(prompt(4, 1), adapter="lora16", max_tokens=250)
+    next(iter(request))
+    if end == "Ctrl-C":
+        monkeypatch.setattr(engine._admission, "wait_empty", lambda _: _interrupt())
+        with pytest.raises(KeyboardInterrupt):
+            engine.stop()
+    else:
+        drain = threading.Thread(target=engine.stop)
+        drain.start()
+        waits_until(lambda: engine.healthy() is not None)
+        with pytest.raises(EngineStopped, match="being stopped"):
+            engine.start()
+        request.cancel() if end == "cancel" else engine.close()
+        drain.join(20)
+        assert not drain.is_alive()
+    assert request.result(5).finish_reason == ("cancelled" if end == "cancel" else "error")
+    assert 0 < len(request.tokens) < 250 and not any(t.name == "fastft-engine" for t in threading.enumerate())
+    assert request.tokens == greedy(references["lora16"], prompt(4, 1), len(request.tokens))
+
+
+def _interrupt():
+    raise KeyboardInterrupt
+
+
+def test_a_callback_cant_stop_the_engine_it_is_called_from(make, caplog):
+    engine = make()
+    request = engine.submit(prompt(4, 1), max_tokens=100)
+    request.on_token(lambda token: engine.stop())
+    assert request.result(20).finish_reason == "length" and "can't stop the engine" in caplog.text
+
+
+def test_threads_that_start_and_stop_have_one_engine(make):
+    engine = make()
+
+    def switch():
+        for _ in range(2):
+            engine.stop(drain=False)
+            with contextlib.suppress(EngineStopped):  # another one is just stopping it
+                engine.start()
+
+    threads = [threading.Thread(target=switch) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    engine.stop()
+    assert not any(thread.name == "fastft-engine" for thread in threading.enumerate())
 
 
 def test_close_gives_the_model_back(folder):
@@ -235,10 +307,12 @@ def test_a_failing_step_ends_all_requests_and_says_why(make):
     for request in requests:
         completion = request.result(5)
         assert completion.finish_reason == "error" and "the sampler broke" in str(completion.error)
-    waits_until(lambda: engine.healthy() is not None)
-    assert "the sampler broke" in engine.healthy()
+        assert "the sampler broke" in engine.healthy()  # whoever was told finds it failed
     with pytest.raises(EngineStopped, match="the sampler broke"):
         engine.submit([1], max_tokens=1)
+    waits_until(lambda: not engine._manager.is_running())
+    assert engine.stats()["errors_total"] == 3 and isinstance(engine.failure, ArithmeticError)
+    assert engine.start().failure is None and len(engine.generate([[1]], max_tokens=3)[0].tokens) == 3
 
 
 def test_a_cache_too_small_for_all_still_gives_right_tokens(make, references):

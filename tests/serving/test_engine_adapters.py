@@ -222,6 +222,29 @@ def test_cache_blocks_of_a_sick_request_hurt_nobody_later(folder):
             assert completion.tokens == greedy(llama(), prompt(30, seed), 4)
 
 
+@pytest.mark.parametrize("where", ["clear", "read_done"])
+def test_without_its_loading_thread_the_base_goes_on_and_others_are_told(make, monkeypatch, where):
+    engine = make()
+    running = engine.submit(prompt(4, 1), max_tokens=200)
+    assert engine.generate([prompt(4, 1)], ["lora1"], max_tokens=3)[0].finish_reason == "length"
+
+    def broken(*_):
+        raise ArithmeticError("the device broke")
+
+    if where == "clear":
+        monkeypatch.setattr(engine.adapters.pool, "clear", broken)
+        engine.adapters._table.evict("lora1")
+    else:
+        monkeypatch.setattr(engine.adapters._loader, "step", broken)
+    request = engine.submit(prompt(4, 1), adapter="lora4", max_tokens=3)
+    for name in ("lora4", "s2ft") if where == "read_done" else ("s2ft",):
+        request = engine.submit(prompt(4, 1), adapter=name, max_tokens=3)
+        if request.result(20).finish_reason == "error":
+            break
+    assert "the device broke" in str(request.error) and "the device broke" in engine.healthy()
+    assert running.result(20).finish_reason == "length" and engine.failure is None
+
+
 def test_newer_requests_dont_keep_slots_for_ever(make):
     """Two threads ask for two adapters all the time, and hold both slots; a third adapter's request gets its turn."""
     engine = make(slots=2, patience=0.2)

@@ -185,11 +185,23 @@ def test_loads_dont_push_each_other_out():
 def test_a_failed_load_and_a_forgotten_adapter_end_their_requests_alone():
     world = World()
     broken, gone, fine = world.submit("a"), world.submit("f"), world.submit("b")
+    closed = world.submit("c")
     world.memory.failures["a"], world.memory.ticks = ValueError("damaged"), 1
+    world.memory.acquire = unless_closed(world.memory.acquire)
     world.memory.known.discard("f")
     world.until(lambda: fine.finish_reason is not None)
     assert broken.finish_reason == gone.finish_reason == "error" and fine.finish_reason == "length"
     assert broken.error is world.memory.failures["a"] and isinstance(gone.error, KeyError)
+    assert closed.finish_reason == "error" and "closed" in str(closed.error)
+
+
+def unless_closed(acquire):
+    def of(name):
+        if name == "c":
+            raise RuntimeError("the adapter memory was closed")
+        return acquire(name)
+
+    return of
 
 
 def test_withdrawn_requests_are_not_admitted():
