@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def run(config: ServeConfig) -> None:
     """Serve until a signal. Returns after the requests in progress have ended.
 
     Raises:
-        UserError: anything the user can put right; nothing is served then.
+        UserError: anything the user can put right; nothing is served then. SystemExit: with 1, the engine has failed.
     """
     from ..serving.api.config import ConfigError
     from ..serving.connections import allow_connections
@@ -56,6 +57,8 @@ def run(config: ServeConfig) -> None:
         finally:
             engine.stop(drain=False)
             engine.close()
+    if engine.failure is not None:
+        sys.exit(f"fastft: the engine failed: {engine.failure!r}; the log above says where")
     print("Stopped.", flush=True)
 
 
@@ -92,7 +95,7 @@ def start_engine(config: ServeConfig, name: str) -> tuple[Any, Any]:
     from ..serving import Engine
     from .train import choose_device_and_dtype
 
-    if config.adapters is not None and not Path(config.adapters).expanduser().is_dir():
+    if config.adapters is not None and not (config.adapters and Path(config.adapters).expanduser().is_dir()):
         raise UserError(f"adapters {config.adapters}: no such folder; give the folder that holds the adapters' folders")
     device, dtype = choose_device_and_dtype(config)
     tokenizer = load("AutoTokenizer", config.model)
@@ -110,7 +113,7 @@ def start_engine(config: ServeConfig, name: str) -> tuple[Any, Any]:
             max_running=config.max_running,
             max_waiting=config.max_waiting,
         )
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         raise UserError(f"the engine can't be made: {error}") from error
     try:
         if name in engine.adapter_names():
@@ -119,7 +122,7 @@ def start_engine(config: ServeConfig, name: str) -> tuple[Any, Any]:
         engine.generate([[0]], max_tokens=1)
     except BaseException as error:
         engine.close()
-        if isinstance(error, ValueError | RuntimeError):
+        if isinstance(error, ValueError | OSError | RuntimeError | MemoryError):
             raise UserError(f"the engine can't be started: {error}") from error
         raise
     return engine, tokenizer

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from .config import _coerce, _option
 from .errors import UserError
 
+_MOST, _MOST_BYTES = 2**31 - 1, 2**60  # what tensors and the runtime count
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -67,8 +68,8 @@ class ServeConfig:
             "max_tokens",
         ):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UserError(f"{name} must be positive, not {value}")
+            if value is not None and not 0 < value <= _MOST:
+                raise UserError(f"{name} must be positive and at most {_MOST:,}, not {value}")
         if not 0 <= self.port < 65536:
             raise UserError(f"port must be 0 to 65535, not {self.port}")
         if not 0 <= self.drain <= 3600:
@@ -86,10 +87,10 @@ class ServeConfig:
         if text is None:
             return None
         match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-        size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
-        if size <= 0:
-            raise UserError(f"{name} must be a size such as 512MiB or 2GiB, not {text!r}")
-        return size
+        size = float(match[1]) * _UNITS[match[2].upper()] if match else 0
+        if not 1 <= size <= _MOST_BYTES:
+            raise UserError(f"{name} must be a size such as 512MiB or 2GiB, not {text[:80]!r}")
+        return int(size)
 
 
 def make_serve_config(options: dict[str, Any]) -> ServeConfig:

@@ -72,7 +72,8 @@ def _openapi(app: FastAPI, config: ServerConfig) -> dict[str, Any]:
 
 class Server(uvicorn.Server):
     """The first SIGTERM or SIGINT: no new connections and requests; what runs may finish within the drain time. The second
-    ends the process at once. After a drain `run` returns, so that the process can exit with 0."""
+    ends the process at once. After a drain `run` returns, so that the process can exit with 0. It also returns when the
+    engine has failed, which nothing mends: whoever watches the process can start another."""
 
     def __init__(self, app: FastAPI, *, on_stop: Callable[[int], None] = lambda running: None, access_log: bool = False):
         """on_stop: called with the number of unfinished sequences when the server begins to stop."""
@@ -97,6 +98,10 @@ class Server(uvicorn.Server):
     def stop(self) -> None:
         """Begin to stop, from any thread."""
         self.should_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        self.should_exit = self.should_exit or self.service.engine.failure is not None
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.service.stopping = True

@@ -94,7 +94,7 @@ class FakeEngine:
         self.script = script or self._random
         weight = torch.empty(len(tokenizer), 1)
         self.model = types.SimpleNamespace(get_input_embeddings=lambda: types.SimpleNamespace(weight=weight))
-        self.submitted, self.cancelled, self.fail, self.reason = [], [], {}, None
+        self.submitted, self.cancelled, self.fail, self.reason, self.failure = [], [], {}, None, None
         self.running, self._lock, self._stopped = set(), threading.Lock(), False
         self._free = threading.Event()
         self._free.set()
@@ -162,3 +162,6 @@ class FakeEngine:
 
     def stop(self, drain=True, timeout=None):
         self._stopped = True
+
+    def close(self):
+        self.stop()

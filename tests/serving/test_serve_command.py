@@ -17,6 +17,8 @@ import torch
 from typer.testing import CliRunner
 
 import fastft
+import fastft.serving
+from fastft.cli import serve
 from fastft.cli.errors import UserError
 from fastft.cli.serve import Welcome, make_server_config
 from fastft.cli.serve_config import ServeConfig
@@ -33,7 +35,6 @@ def key_file(path, key=KEY):
 @pytest.fixture
 def command(monkeypatch):
     """Run `fastft serve ARGUMENTS`, which has to be refused before anything is loaded; its message."""
-    from fastft.cli import serve
     from fastft.cli.app import app
 
     monkeypatch.setattr(serve, "load", lambda *_: pytest.fail("a model was loaded"))
@@ -53,13 +54,16 @@ def test_wrong_options_are_refused_before_anything_is_loaded(command, tmp_path):
     assert "no such folder" in command("--model", tmp_path / "none")
     assert "--api-key-file or FASTFT_API_KEY" in command(*model, "--host", "0.0.0.0")
     assert "size such as 512MiB" in command(*model, "--device-memory", "lots")
-    assert "slots must be positive" in command(*model, "--slots", 0)
+    for slots in (0, 10**30):
+        assert "slots must be positive" in command(*model, "--slots", slots)
+    assert "size such as 512MiB" in command(*model, "--max-body", "9" * 400)
     assert "No such file" in command(*model, "--api-key-file", tmp_path / "none")
     assert "at least 16" in command(*model, "--api-key-file", key_file(tmp_path / "short", "secret"))
     both = key_file(tmp_path / "both")
     assert "also an API key" in command(*model, "--api-key-file", both, "--admin-token-file", both)
     assert "one admin token" in command(*model, "--admin-token-file", key_file(tmp_path / "two", f"{KEY}\n{ADMIN}"))
-    assert "adapters /nowhere: no such folder" in command(*model, "--adapters", "/nowhere", "--port", 0)
+    for folder in ("/nowhere", ""):
+        assert f"adapters {folder}: no such folder" in command(*model, "--adapters", folder, "--port", 0)
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
         assert "Address already in use; try another --port" in command(*model, "--port", taken.getsockname()[1])
 
@@ -178,6 +182,31 @@ def folders(tmp_path_factory):
     shutil.copytree(root / "adapters" / "lora", root / "adapters" / "damaged")
     (root / "adapters" / "damaged" / "adapter_model.safetensors").write_bytes(b"no tensors")
     return root / "tiny", root / "adapters"
+
+
+@pytest.mark.parametrize("error", [MemoryError("too much"), OSError(12, "Cannot allocate memory")])
+def test_memory_that_is_not_there_is_said_in_a_line(monkeypatch, error):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(serve, "load", lambda *_: None)
+    monkeypatch.setattr(serve, "load_base", lambda *_: torch.nn.Linear(1, 1))
+    monkeypatch.setattr(fastft.serving, "Engine", refuse)
+    with pytest.raises(UserError, match="the engine can't be made: .*(too much|Cannot allocate)"):
+        serve.start_engine(ServeConfig(str(TOKENIZER)), "base")
+    engine = FakeEngine(load_tokenizer())
+    engine.start, engine.close = refuse, lambda: None
+    monkeypatch.setattr(fastft.serving, "Engine", lambda *_, **__: engine)
+    with pytest.raises(UserError, match="the engine can't be started: .*(too much|Cannot allocate)"):
+        serve.start_engine(ServeConfig(str(TOKENIZER)), "base")
+
+
+def test_a_failed_engine_ends_the_command_with_1(monkeypatch, capsys):
+    engine = FakeEngine(load_tokenizer())
+    monkeypatch.setattr(serve, "start_engine", lambda config, name: (engine, engine.tokenizer))
+    monkeypatch.setattr(serve.Welcome, "show", lambda *_: setattr(engine, "failure", ArithmeticError("the step broke")))
+    with pytest.raises(SystemExit, match="the engine failed: .*the step broke"):
+        serve.run(ServeConfig(str(TOKENIZER), port=0))
 
 
 def expected(model, adapter, prompt):

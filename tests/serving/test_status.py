@@ -30,6 +30,13 @@ def test_health_asks_the_engine_for_a_token(engine, monkeypatch):
     assert answer.status_code == 503 and answer.json()["reason"] == "the step thread died"
 
 
+def test_a_dead_engine_is_told_of_at_once(engine):
+    http = client(engine)
+    assert http.get("/health").status_code == 200
+    engine.reason = "the step thread died"
+    assert http.get("/health").json()["reason"] == "the step thread died"
+
+
 def test_health_of_an_engine_that_hangs(engine, monkeypatch):
     monkeypatch.setattr(status, "_PROBE_SECONDS", 0.1)
     engine.hold()

@@ -91,6 +91,9 @@ class Probe:
         """Why the server can't be used now, or None."""
         if self._service.stopping:
             return "the server is stopping"
+        reason = self._service.engine.healthy()  # costs nothing: an engine that has died is told of at once
+        if reason is not None:
+            return reason
         async with self._lock:
             if time.monotonic() - self._asked > _FRESH:
                 self._reason = await self._ask()
@@ -98,9 +101,6 @@ class Probe:
             return self._reason
 
     async def _ask(self) -> str | None:
-        reason = self._service.engine.healthy()
-        if reason is not None:
-            return reason
         quiet = time.monotonic() - self._service.last_token
         if quiet < _FRESH:
             return None
