@@ -206,9 +206,10 @@ def _train(
     if config.gradient_checkpointing:
         _recompute(model)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    handle = attach(config, model, train_rows.rows, pad, checkpoint)
     steps = _steps(config, len(train_rows.rows))
+    # First, as processes know each other from here on, and methods agree on what trains while they are attached.
     arguments = _arguments(config, out, device, steps, bool(eval_rows.rows), start=checkpoint is None)
+    handle = attach(config, model, train_rows.rows, pad, checkpoint)
     trainer = make_trainer(model, handle, arguments, train_rows.rows, eval_rows.rows, pad_token_id=pad)
     launch.wait()  # from here on the folder changes, which all have looked at
     if launch.rank() == 0:

@@ -95,6 +95,14 @@ def test_a_stopped_run_is_continued(two, tmp_path, fastft_command):
     assert curves(expected) == curves(out)
 
 
+def test_processes_know_each_other_when_the_method_looks(tiny_model, text_data, tmp_path):
+    """What doesn't go with several is refused. (Without the -- torchrun would take --r for one of its own options.)"""
+    options = ["--model", tiny_model, "--data", text_data, "--method", "spiel", "--selection-accumulation-steps", "1"]
+    process = launch(*TORCHRUN, "-m", "--", *TRAIN[1:], *options, *OPTIONS[2:], "--out", tmp_path / "out")
+    assert process.returncode and not (tmp_path / "out").exists()
+    assert "fastft: selection_accumulation_steps=1 on several processes" in process.stderr
+
+
 def test_what_is_not_for_processes_is_refused(tiny_model, text_data, tmp_path, fastft_command, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     result = fastft_command("train", "--model", tiny_model, "--data", text_data, "--out", tmp_path / "out", *OPTIONS)
