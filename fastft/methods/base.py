@@ -21,6 +21,7 @@ from ..modules.sharding import shares
 from ..modules.slices import Buffers
 from .grouping import check_packable
 from .handle import Handle, handles
+from .processes import check_unwrapped
 from .targets import Matched, TargetOptions, match
 
 __all__ = ["AdapterFileError", "Handle", "Method", "attach", "handles", "load"]
@@ -275,7 +276,9 @@ def read_folder(model, directory, look=None, accept=None, max_bytes: int | None 
 def plain_model(model):
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model must be an nn.Module, not {type(model).__name__}")
-    return getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    check_unwrapped(model)
+    return model
 
 
 def check_name(model, name):

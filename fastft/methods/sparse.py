@@ -19,6 +19,7 @@ from ..modules.sparse import SUMS, SparseEntries
 from ..ops.entries import Entries
 from ..optim.sparse import SparseAdamW
 from .base import Method
+from .processes import check_whole_state
 from .sparse_files import pack_index, unpack_index
 from .targets import tied_names
 
@@ -184,7 +185,7 @@ class SparseMethod(Method):
         tensors = {
             "delta": held.delta,
             "index": pack_index(held.entries),
-            "progress": held.get_extra_state().to(held.delta.device),
+            "progress": held.progress().to(held.delta.device),
         }
         if self.remembers_first:
             tensors["first"] = held.first
@@ -263,6 +264,8 @@ class SparseMethod(Method):
     # ---- schedules
 
     def after_update(self, handle):
+        if self.scheduled and handle._optimizer is not None:  # at once, not when the first choice is due
+            check_whole_state(handle._optimizer())
         held = {name: module.sparse[handle.name] for name, module in handle.targets.items()}
         for one in held.values():
             one.updates += 1

@@ -169,11 +169,15 @@ class SparseEntries(nn.Module):
         kept = self.kept
         return [(self.entries, self.delta), *([] if kept is None else [(kept, self.kept_delta)])]
 
-    def get_extra_state(self):
+    def progress(self) -> torch.Tensor:
         return torch.tensor([self.updates, self.observed])
 
+    def get_extra_state(self):
+        sizes = (0 if entries is None else len(entries) for entries in (self.kept, self.candidates))
+        return torch.cat([self.progress(), torch.tensor([*sizes])])
+
     def set_extra_state(self, state):
-        self.updates, self.observed = map(int, state)
+        self.updates, self.observed = map(int, state[:2])
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         delta = state_dict.get(prefix + "delta", self.delta)
@@ -183,6 +187,15 @@ class SparseEntries(nn.Module):
                 "with the options of the run that wrote it"
             )
             return
+        # Whoever reads only what the model names, as torch.distributed.checkpoint does, leaves out what came while training.
+        for part, size in zip(("kept", "candidate"), state_dict.get(prefix + "_extra_state", ())[2:]):
+            held = len(state_dict.get(f"{prefix}{part}_columns", ()))
+            if held != int(size):
+                errors.append(
+                    f"{prefix}{part}_columns: {held} entries were read, but {int(size)} saved; torch.distributed.checkpoint "
+                    "reads no tensors that a model just attached has not: save with handle.save, and attach by fastft.load"
+                )
+                return
         if prefix + "columns" in state_dict:
             device = self.columns.device
             for name in list(self._buffers):

@@ -91,6 +91,23 @@ def test_a_state_with_another_number_of_entries_leaves_everything_as_it_is():
     assert_same_bits(bits(net), before)
 
 
+@pytest.mark.parametrize("kind, steps", [("accumulated", 1), ("lift", 5)])
+def test_a_state_without_what_came_while_training_is_refused(kind, steps):
+    """torch.distributed.checkpoint reads what the state dict of a model just attached names, and that is not all."""
+    net, handle = attached(kind)
+    train(net, handle, steps)
+    fresh = attached(kind)[0]
+    before, saved = bits(fresh), net.state_dict()
+    own = [name for name in before if name.startswith("a.sparse")]
+    assert saved.keys() > fresh.state_dict().keys()
+    with pytest.raises(RuntimeError, match="0 entries were read, but .* saved"):
+        fresh.load_state_dict({name: saved[name] for name in fresh.state_dict()})
+    after = bits(fresh)
+    assert_same_bits({name: before[name] for name in own}, {name: after[name] for name in after if name in own})
+    fresh.load_state_dict(saved)
+    assert_same_bits(bits(fresh), bits(net))
+
+
 def test_a_layer_is_used_twice_while_gradients_accumulate():
     torch.manual_seed(0)
     linear, x = nn.Linear(8, 8), torch.randn(4, 8, requires_grad=True)
