@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..ops.partial_linear import Part
-from .stores import EntryStore, SliceStore
+from .stores import EntryStore, SliceStore, version_of
 
 _PRISTINE = "_pristine_"
 PART = "_pristine_part"
@@ -135,11 +135,14 @@ class Mergeable(nn.Module):
     def _exchange(self, store) -> None:
         """Let these parts stand in the weight instead of those that do, if any."""
         self.check_whole()
+        first = self._store is None and store.is_zero(self) and not self.weight.is_inference()
         base = store.exchange(self, self._store, self._buffers.get(PART))
         torch.autograd.graph.increment_version(self.weight)  # a graph that saved the weight must notice
         self._store = store
         self.register_buffer(PART, base, persistent=False)
         self.note_written(store.names)
+        if first:
+            store.untouched = version_of(self.weight)
 
     def _drop_parts(self, restore: bool) -> None:
         """Forget the store; with `restore` put the pristine bits back before."""

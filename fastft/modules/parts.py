@@ -10,12 +10,8 @@ import torch
 
 from ..ops.lora_linear import lora_update
 from ..ops.partial_linear import partial_linear
-from .merging import pristine
-
-
-def version_of(tensor) -> tuple[int, int]:
-    """Changes with every change in place, and is another's for a copy, whose counter starts anew."""
-    return id(tensor), tensor._version
+from .merging import PART, pristine
+from .stores import version_of
 
 
 class PartSettings:
@@ -69,6 +65,8 @@ class TrainsParts:
     def note_written(self, names):
         for name in names:
             self._written[name] = version_of(self.delta_of(name))
+        if self._store is not None:
+            self._store.untouched = None
 
     def forget_indices(self) -> None:
         """The indices may have other values now."""
@@ -162,6 +160,21 @@ class TrainsParts:
                 settings.forget()
                 if self._store is not None:
                     self._store.forget()
+        store = self._store
+        if store is not None and store.untouched is not None:
+            self._follow_weight()
         for name, version in self._written.items():
             if version_of(self.delta_of(name)) != version:
                 return self.refresh()
+
+    @torch.no_grad()
+    def _follow_weight(self) -> None:
+        """Something else wrote into the weight, in which no delta but 0 stood: that is the base from now on.
+
+        DistributedDataParallel sends rank 0's weights when it is made, and other ranks may have had others (a head with new
+        values), which would come back at the adapter's places with its first update. Of entries it sends nothing else.
+        """
+        weight, (known, version) = self.weight, self._store.untouched
+        if id(weight) == known and weight._version != version:  # another than that is functional_call's, for this forward
+            self._buffers[PART].copy_(self._store.gather(self))
+            self._store.untouched = version_of(weight)

@@ -1,7 +1,8 @@
 """What is kept of a weight in which a part of it trains: whose parts stand in it, and how their pristine values come back.
 
 A store knows what to write where; the pristine values themselves (`base`) are a buffer of the module, to follow it.
-`module` is always the adapted linear layer; deltas are float32 (float64 on a float64 weight).
+`module` is always the adapted linear layer; deltas are float32 (float64 on a float64 weight). `untouched`: the version of
+the weight while all that was ever written into it is zeros, else None.
 """
 
 from dataclasses import dataclass, field
@@ -11,6 +12,11 @@ import torch
 from ..ops.entries import Entries
 from ..ops.partial import exchange_slice_, write_slice_
 from ..ops.sparse import gather_entries, write_entries_
+
+
+def version_of(tensor) -> tuple[int, int]:
+    """Changes with every change in place, and is another's for a copy, whose counter starts anew."""
+    return id(tensor), tensor._version
 
 
 def _wide(module) -> torch.dtype:
@@ -24,6 +30,7 @@ class SliceStore:
     names: tuple[str, ...]
     dim: int
     union: torch.Tensor | None = None  # of their indices, ascending; on the weight's device
+    untouched: tuple[int, int] | None = None
 
     def index(self, module) -> torch.Tensor:
         if self.union is None or self.union.device != module.weight.device:
@@ -55,6 +62,13 @@ class SliceStore:
         """Put the pristine bits into `weight`, the module's or a copy of it."""
         write_slice_(weight, self.index(module), self.dim, base, None)
 
+    def gather(self, module) -> torch.Tensor:
+        """What stands in the weight now, as a base."""
+        return module.weight.detach().index_select(self.dim, self.index(module))
+
+    def is_zero(self, module) -> bool:
+        return not any(bool(module.delta_of(name).any()) for name in self.names)
+
     def _total(self, module) -> torch.Tensor:
         """The deltas of all slices on the union."""
         wide = _wide(module)
@@ -80,6 +94,7 @@ class EntryStore:
     is the union. base [E]: one after the other as `parts` are."""
 
     names: tuple[str, ...]
+    untouched: tuple[int, int] | None = None
     _parts: list[Entries] = field(default_factory=list, repr=False)
 
     def parts(self, module) -> list[Entries]:
@@ -100,10 +115,17 @@ class EntryStore:
         return False
 
     def exchange(self, module, old, base) -> torch.Tensor:
-        weight = module.weight.detach()
-        base = torch.cat([gather_entries(weight, part.starts, part.columns) for part in self.parts(module)])
+        base = self.gather(module)
         self.write(module, base)
         return base
+
+    def gather(self, module) -> torch.Tensor:
+        """What stands in the weight now, as a base."""
+        weight = module.weight.detach()
+        return torch.cat([gather_entries(weight, part.starts, part.columns) for part in self.parts(module)])
+
+    def is_zero(self, module) -> bool:
+        return not any(bool(delta.any()) for name in self.names for _, delta in module.entry_deltas(name))
 
     def write(self, module, base) -> None:
         for part, delta, values in zip(self.parts(module), self._deltas(module), self._split(module, base)):

@@ -1,11 +1,13 @@
 """SpIEL, LIFT and SparseMask on two processes: both choose the same entries, hold the same bits; fully_shard is refused."""
 
+import warnings
 from contextlib import nullcontext
 
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import fastft
@@ -74,14 +76,35 @@ def job(rank):
             handle = attach(method)
             model = DistributedDataParallel(handle.model)
             found[method, accumulate] = outcome(handle, train(handle, model, rows, accumulate))
+    for method in OTHER_WEIGHTS:
+        handle = fastft.attach(llama(seed=rank, num_key_value_heads=2), METHODS[method]())
+        found[method, "own weights"] = outcome(handle, train(handle, DistributedDataParallel(handle.model), rows))
+    handle = attach("lift")
+    optimizer = ZeroRedundancyOptimizer(handle.parameters(), torch.optim.AdamW, lr=1e-2)
+    DistributedDataParallel(handle.model)(input_ids=rows, labels=rows).loss.backward()
+    optimizer.step()
+    found["divided state"] = refusal(handle.step)
+    wrapped = DistributedDataParallel(llama())
+    found["wrapped"] = refusal(lambda: fastft.attach(wrapped, METHODS["lift"]()))
+    with warnings.catch_warnings(record=True) as found["warned"]:
+        warnings.simplefilter("always")
+        fastft.attach(wrapped.module, METHODS["lift"]())
+    found["warned"] = [str(warning.message) for warning in found["warned"]]
     handle = attach("mask")
     for layer in handle.model.model.layers:
         fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
-    try:
-        handle.optimizer()
-    except RuntimeError as error:
-        found["sharded"] = str(error)
+    found["sharded"] = refusal(handle.optimizer)
     return found
+
+
+def refusal(call):
+    try:
+        call()
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+
+
+OTHER_WEIGHTS = "momentum", "lift"
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +142,18 @@ def test_two_processes_are_one(ranks, method):
 def test_sharded_weights_are_refused_with_what_to_use_instead(ranks):
     for rank in ranks:
         assert "DTensor" in rank["sharded"] and "use DistributedDataParallel" in rank["sharded"]
+
+
+@pytest.mark.parametrize("method", OTHER_WEIGHTS)
+def test_ranks_that_attached_to_other_weights_train_rank_0s(ranks, method):
+    """As heads have that are new: DistributedDataParallel sends rank 0's, and what is kept as pristine follows."""
+    one, other = (rank[method, "own weights"] for rank in ranks)
+    for kind in ("entries", "deltas", "weights"):
+        assert all(torch.equal(value, other[kind][name]) for name, value in one[kind].items()), kind
+
+
+def test_what_would_train_ranks_apart_is_said(ranks):
+    for rank in ranks:
+        assert "ZeroRedundancyOptimizer divides the optimizer's state" in rank["divided state"]
+        assert "wrapped in DistributedDataParallel already" in rank["wrapped"] and "then wrap it" in rank["wrapped"]
+        assert any("Wrap the model again" in message for message in rank["warned"])
