@@ -4,8 +4,8 @@ Environment:
     FASTFT_NATIVE  0: pure-Python install; 1: fail without a compiler; default: build where cmake, ninja and a compiler are.
     FASTFT_CUDA    0 or 1: without or with the CUDA library; default: with it where nvcc is found.
     FASTFT_HOSTCUDA  1: also the test-only host build of the CUDA sources (make setup sets it).
-    FASTFT_ISAS    instruction sets to build CPU libraries for, separated by semicolons (default: all). Each takes a minute
-                   of a core, so that fastft bench --base builds this machine's alone.
+    FASTFT_ISAS    instruction sets to build CPU libraries for, separated by semicolons (default: all; amx needs avx512_bf16
+                   beside it). Each takes a minute of a core, so that fastft bench --base builds this machine's alone.
     FASTFT_JOBS    parallel compile jobs (default: the number of processors).
 """
 

@@ -91,7 +91,7 @@ def _copy_native(tree: Path) -> None:
 def _build_native(tree: Path, device: str, log: Path) -> None:
     print(f"building the native code of {log.stem}, which takes minutes once; output in {log}", flush=True)
     env = os.environ | {"FASTFT_HOSTCUDA": "0", "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"}
-    env["FASTFT_ISAS"] = os.environ.get("FASTFT_CPU_ISA") or _native.supported_isas()[0]  # the one that is loaded here
+    env["FASTFT_ISAS"] = ";".join(_native.with_extended(_native.chosen_isa))  # what is loaded here
     if device == "cpu":
         env["FASTFT_CUDA"] = "0"
     with open(log, "w") as output:

@@ -1,20 +1,24 @@
 """Loads the csrc libraries for this CPU and GPU. Importing never fails: what could not be loaded has a reason.
 
 The libraries lie in ``fastft/lib``: one CPU library per instruction set, built from the same sources, and one CUDA
-library. ``FASTFT_CPU_ISA=default|avx2|avx512|avx512_bf16`` overrides the choice (for tests and bug reports),
-``FASTFT_LIB`` the folder.
+library. That of AMX holds only what AMX makes faster; the other ops come from the library that it `EXTENDS`.
+``FASTFT_CPU_ISA=default|avx2|avx512|avx512_bf16|amx`` overrides the choice (for tests and bug reports), ``FASTFT_LIB`` the
+folder.
 """
 
+import ctypes
 import functools
 import importlib
 import os
+import platform
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-ISAS = ("avx512_bf16", "avx512", "avx2", "default")
+ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "default")
+EXTENDS = {"amx": "avx512_bf16"}
 LIB = Path(os.environ.get("FASTFT_LIB") or Path(__file__).parent / "lib")
 
 
@@ -27,6 +31,12 @@ def _cpu_flags() -> frozenset[str]:
         if line.startswith(("flags", "Features")):
             return frozenset(line.split(":", 1)[1].split())
     return frozenset()
+
+
+def _may_use_tiles() -> bool:
+    """Ask Linux to let this process use AMX's registers, which it keeps back until somebody asks."""
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return platform.machine() == "x86_64" and ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
 @functools.cache
@@ -45,7 +55,14 @@ def supported_isas() -> tuple[str, ...]:
             isas.insert(0, "avx512")
             if "avx512_bf16" in flags:
                 isas.insert(0, "avx512_bf16")
+                # Compilers older than GCC 11 and Clang 11 can't build it.
+                if {"amx_tile", "amx_bf16"} <= flags and _path("amx").exists() and _may_use_tiles():
+                    isas.insert(0, "amx")
     return tuple(isas)
+
+
+def _path(isa: str) -> Path:
+    return LIB / f"libfastft_cpu_{isa}.so"
 
 
 @functools.cache
@@ -67,7 +84,7 @@ def _cpu_library(isa: str) -> tuple[str | None, str | None]:
         return None, f"unknown instruction set {isa!r}; known: {', '.join(ISAS)}"
     if isa not in supported_isas():
         return None, f"this CPU does not run {isa} (it runs {', '.join(supported_isas())})"
-    reason = _load(f"libfastft_cpu_{isa}.so")
+    reason = _load(_path(isa).name)
     return (None, reason) if reason else (f"fastft_cpu_{isa}", None)
 
 
@@ -77,6 +94,23 @@ chosen_isa = os.environ.get("FASTFT_CPU_ISA") or supported_isas()[0]
 def cpu_library() -> tuple[str | None, str | None]:
     """(dispatcher namespace, None) of the loaded CPU library, or (None, reason)."""
     return _cpu_library(chosen_isa)
+
+
+def with_extended(isa: str) -> tuple[str, ...]:
+    """That instruction set and those whose libraries its own extends, in the order in which an op is looked for."""
+    return (isa, *with_extended(EXTENDS[isa])) if isa in EXTENDS else (isa,)
+
+
+@functools.cache
+def _cpu_libraries(isa: str) -> tuple[tuple[str, ...], str | None]:
+    found = [_cpu_library(name) for name in with_extended(isa)]
+    reason = next((reason for _, reason in found if reason is not None), None)
+    return ((), reason) if reason else (tuple(namespace for namespace, _ in found), None)
+
+
+def cpu_libraries() -> tuple[tuple[str, ...], str | None]:
+    """(dispatcher namespaces of the loaded CPU library and of what it extends, None), or ((), reason)."""
+    return _cpu_libraries(chosen_isa)
 
 
 @functools.cache

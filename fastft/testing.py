@@ -29,7 +29,7 @@ def record():
 
 @contextmanager
 def cpu_isa(name: str):
-    """Run the C++ kernels of one instruction set (``default``, ``avx2``, ``avx512``, ``avx512_bf16``) in this process.
+    """Run the C++ kernels of one instruction set (``default``, ``avx2``, ``avx512``, ``avx512_bf16``, ``amx``) inside.
 
     Raises:
         RuntimeError: that library is not built, or this CPU can't run it.

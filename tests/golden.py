@@ -12,9 +12,13 @@ from fastft.ops import registry
 FROBENIUS, MAXIMUM = 1.5, 2.0  # allowed error, as a multiple of the plain PyTorch composition's
 
 
-def backends():
-    """Every backend x device that could run in this process, named; those that can't are skipped with their reason."""
-    names = ["reference", *(f"cpu_{isa}" for isa in _native.ISAS), "triton"]
+def backends(*extending):
+    """Every backend x device that could run in this process, named; those that can't are skipped with their reason.
+
+    Of the CPU's libraries that extend another, those of `extending` alone: the tests of other ops would run the same again.
+    """
+    isas = (isa for isa in _native.ISAS if isa not in _native.EXTENDS or isa in extending)
+    names = ["reference", *(f"cpu_{isa}" for isa in isas), "triton"]
     if torch.cuda.is_available():
         names += ["reference_on_gpu", "cuda_on_gpu", "triton_on_gpu"]
     return names
@@ -37,7 +41,7 @@ def run_on(name):
         with (
             fastft.testing.cpu_isa(place),
             fastft.testing.use("cpu"),
-            ran("cpu", f"tests on {place}", f"fastft_cpu_{place}"),
+            ran_on_cpu(place),
         ):
             yield device
     else:
@@ -47,6 +51,17 @@ def run_on(name):
         how = f"tests on {torch.cuda.get_device_name()}" if device == "cuda" else "tests in the interpreter"
         with fastft.testing.use(kind), ran(kind, how):
             yield device
+
+
+@contextmanager
+def ran_on_cpu(isa):
+    """Check that every launch inside was of that instruction set's library or of what it extends; note what it proves."""
+    libraries = {f"fastft_cpu_{name}": name for name in _native.with_extended(isa)}
+    with fastft.testing.record() as calls:
+        yield
+    assert all(c.backend == "cpu" and c.config in libraries for c in calls), calls
+    for call in calls:
+        prove(call.op, "cpu", f"tests on {libraries[call.config]}")
 
 
 @contextmanager

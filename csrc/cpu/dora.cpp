@@ -52,7 +52,7 @@ Tensor dora_expand_(Tensor u, const Tensor& s, const Tensor& b, const Tensor& g,
   const auto* factors = static_cast<const float*>(g.const_data_ptr());
   dispatch_units(u, b, [&](auto* type, auto* unit) {
     using Unit = std::remove_pointer_t<decltype(unit)>;
-    const TransposedPanel<Unit> panel(b);  // [R][N]
+    const TransposedPanel<Unit> panel(b, parts_for_activation<Unit>(b));  // [R][N]
     auto *to_u = mutable_data(u, type), *to_y = mutable_data(y, type);
     const auto* added = bias ? data(*bias, type) : nullptr;
     const int64_t ld = u.stride(0);
@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor> dora_grad_y(const Tensor& dy, const Tensor& u, const 
   check_rows(op, "u", u, Where::cpu, {dy.scalar_type()}, {T, N});
   check(op, "g", g, Where::cpu, {f32}, {N});
   Tensor dyg = torch::stable::new_empty(dy, {T, N}), dots = torch::stable::new_empty(g, {N});
-  const TokenParts parts(T, 1, N, blocks(N, update_c));
+  const TokenParts parts(T, 1, N, blocks(N, update_c), block_t);
   const auto* factors = static_cast<const float*>(g.const_data_ptr());
   dispatch(dy, [&](auto* type) {
     const auto *dy_data = data(dy, type), *u_data = data(u, type);

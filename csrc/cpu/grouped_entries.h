@@ -12,7 +12,7 @@ namespace fastft {
 
 constexpr int64_t gathering_tokens = 3;  // at most
 
-inline vi gather_indices(const uint16_t* at) { return __builtin_convertvector(load_bytes<vu16>(at), vi); }
+inline vi gather_indices(const uint16_t* at) { return (vi)widen(load_bytes<vu16>(at)); }
 
 inline vf gather(const float* p, vi at) {
 #if defined(__AVX512F__)

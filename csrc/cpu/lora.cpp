@@ -62,15 +62,15 @@ std::tuple<Tensor, Tensor> lora_shrink(const Tensor& x, const Tensor& a, const s
   const uint32_t threshold = philox::threshold(p);
   const float factor = philox::inverse_keep(p);
   auto* out = static_cast<float*>(s.mutable_data_ptr());
-  const int64_t tall = tile_tokens(R);
 
   dispatch_units(x, a, [&](auto* type, auto* unit) {
     using Unit = std::remove_pointer_t<decltype(unit)>;
+    const int64_t tall = tile_tokens<Unit>(R);
     std::vector<TransposedPanel<Unit>> panels;  // [K][R] of each group
     std::vector<int64_t> widths, offsets;
     int64_t total = 0;
     for (const Group& g : all) {
-      panels.emplace_back(a, g.first, g.ranks);
+      panels.emplace_back(a, g.first, g.ranks, parts_beside_activation<Unit>(a));
       widths.push_back(round_up(g.ranks, VL)), offsets.push_back(total * tall);
       total += widths.back();
     }
@@ -92,8 +92,8 @@ std::tuple<Tensor, Tensor> lora_shrink(const Tensor& x, const Tensor& a, const s
           Ahead ahead;
           if (g == 0 && next_t < T)
             ahead = Ahead(from + next_t * K + next, std::min(tall, T - next_t), std::min(block_c, K - next) * sizeof(*from),
-                          K * sizeof(*from), product_steps(rows, widths[g], units<Unit>(cols)));
-          panel_product(rows, widths[g], units<Unit>(cols),
+                          K * sizeof(*from), product_steps<Unit>(rows, widths[g], units<Unit>(cols)));
+          panel_product(rows, widths[g], product_units<Unit>(cols),
                         feature_tile<Unit>(from, K, t, rows, c, cols, all[g].mask, tile.get()),
                         panels[g].at(c / terms<Unit>, 0), AddTo{sum.get() + offsets[g], widths[g]}, ahead);
         }
@@ -152,7 +152,7 @@ void lora_expand_(Tensor y, const Tensor& s, const Tensor& b, double scale) {
   if (gemm_pays(y, b, 0, R)) return gemm(y, s, transposed(b), 1, scale);
   dispatch_units(y, b, [&](auto* type, auto* unit) {
     using Unit = std::remove_pointer_t<decltype(unit)>;
-    const TransposedPanel<Unit> panel(b);  // [R][N]
+    const TransposedPanel<Unit> panel(b, parts_for_activation<Unit>(b));  // [R][N]
     add_low_rank<Unit>(T, N, Coefficients(s), panel, static_cast<float>(scale),
                        add_to_activation<false>(mutable_data(y, type), y.stride(0), {}));
   });
@@ -164,23 +164,25 @@ template <class T, class Unit>
 void add_masked_groups(T* dx, int64_t K, const Tensor& ds, const Tensor& a, const std::vector<Group>& all, float factor,
                        const Unit*) {
   const int64_t tokens = ds.size(0);
+  constexpr int64_t tall = update_t<Unit>;
   std::vector<Panel<Unit>> panels;
-  for (const Group& g : all) panels.emplace_back(a, g.first, g.ranks);
+  for (const Group& g : all) panels.emplace_back(a, g.first, g.ranks, parts_for_activation<Unit>(a));
   const double cost = read_cost(4.0 * tokens * K) + product_cost(1.0 * tokens * K * ds.size(1));
-  parallel_for(blocks(tokens, block_t) * blocks(K, block_c), cost, [&](int64_t task) {
+  parallel_for(blocks(tokens, tall) * blocks(K, block_c), cost, [&](int64_t task) {
     const int64_t c = task % blocks(K, block_c) * block_c, cols = std::min(block_c, K - c);
-    const int64_t t = task / blocks(K, block_c) * block_t, rows = std::min(block_t, tokens - t);
-    alignas(64) float sum[block_t * block_c];
+    const int64_t t = task / blocks(K, block_c) * tall, rows = std::min(tall, tokens - t);
+    alignas(64) float sum[tall * block_c];
     const bool in_place = std::is_same_v<T, float> && cols % VL == 0;
-    if (!in_place) std::fill_n(sum, block_t * block_c, -0.0f);
+    if (!in_place) std::fill_n(sum, tall * block_c, -0.0f);
     for (size_t g = 0; g < all.size(); ++g) {
       const Coefficients s(ds, all[g].first, all[g].ranks);
-      Scratch<Unit> scaled(rows * round_up(s.ranks, VL));
+      Scratch<Unit> scaled(rows * rank_floats<Unit>(s.ranks, panels[g].parts()));
       AddToActivation<float, true, false> to{sum, block_c, cols, all[g].mask, t, c};
       if constexpr (std::is_same_v<T, float>)
         if (in_place) to.to = dx + t * K + c, to.ld = K;
-      panel_product(rows, round_up(cols, VL), units<Unit>(s.ranks),
-                    rank_coefficients<Unit>(s, t, rows, factor, scaled.get()), panels[g].at(0, c), to, Ahead());
+      panel_product(rows, round_up(cols, VL), product_units<Unit>(s.ranks),
+                    rank_coefficients<Unit>(s, t, rows, factor, panels[g].parts(), scaled.get()), panels[g].at(0, c), to,
+                    Ahead());
     }
     for (int64_t i = 0; i < rows && !in_place; ++i)
       for (int64_t v = 0; v < cols; v += VL) {
@@ -208,7 +210,7 @@ void lora_grad_x_(Tensor dx, const Tensor& ds, const Tensor& a, const std::vecto
     using Unit = std::remove_pointer_t<decltype(unit)>;
     auto* to = mutable_data(dx, type);
     if (all.size() > 1) return add_masked_groups(to, K, ds, a, all, factor, unit);
-    const Panel<Unit> panel(a);  // [R][K]
+    const Panel<Unit> panel(a, parts_for_activation<Unit>(a));  // [R][K]
     if (p > 0)
       add_low_rank<Unit>(T, K, Coefficients(ds), panel, factor, add_to_activation<true>(to, K, all[0].mask));
     else
@@ -233,15 +235,17 @@ std::tuple<Tensor, Tensor> lora_grad_sb(const Tensor& dy, const Tensor& s, const
     return {ds, db};
   }
   const float factor = static_cast<float>(scale);
-  const Coefficients coefficients(s);
   const int64_t slab = round_up(std::clamp<int64_t>(8 * R, 512, 1024), block_c), slabs = blocks(N, slab);
-  const int64_t row = round_up(R, VL), tall = tile_tokens(R);
-  const TokenParts db_parts(T, R, N, slabs);
+  const int64_t row = round_up(R, VL);
   const Scratch<float> ds_parts(slabs * T * row);
+  std::optional<TokenParts> db_sums;
 
   dispatch_units(dy, b, [&](auto* type, auto* unit) {
     using Unit = std::remove_pointer_t<decltype(unit)>;
-    const Panel<Unit> panel(b);  // [N][R]
+    const int64_t tall = tile_tokens<Unit>(R);
+    const TokenParts& db_parts = db_sums.emplace(T, R, N, slabs, tall);
+    const TokenCoefficients<Unit> coefficients(Coefficients(s), T, tall, b);
+    const Panel<Unit> panel(b, parts_beside_activation<Unit>(b));  // [N][R]
     const auto* from = data(dy, type);
     const double cost = read_cost(4.0 * T * N) + product_cost(2.0 * T * N * R);
     parallel_for(slabs * db_parts.count, cost, [&](int64_t task) {
@@ -254,7 +258,7 @@ std::tuple<Tensor, Tensor> lora_grad_sb(const Tensor& dy, const Tensor& s, const
       Scratch<Unit> words(tall * R);
       for (int64_t t = t0; t < t1; t += tall) {
         const int64_t rows = std::min(tall, t1 - t);
-        const auto tokens = token_coefficients<Unit>(coefficients, t, rows, words.get());
+        const auto tokens = coefficients.at(t, rows, words.get());
         for (int64_t n = n0; n < n1; n += block_c) {
           const int64_t cols = std::min(block_c, n1 - n), next = n + block_c < n1 ? n + block_c : n0;
           const int64_t next_t = next > n ? t : t + tall;
@@ -262,15 +266,15 @@ std::tuple<Tensor, Tensor> lora_grad_sb(const Tensor& dy, const Tensor& s, const
           if (next_t < t1)
             ahead =
                 Ahead(from + next_t * N + next, std::min(tall, t1 - next_t), std::min(block_c, n1 - next) * sizeof(*from),
-                      N * sizeof(*from), product_steps(rows, row, units<Unit>(cols)));
+                      N * sizeof(*from), product_steps<Unit>(rows, row, units<Unit>(cols)));
           const auto features = feature_tile<Unit>(from, N, t, rows, n, cols, {}, tile.get());
-          panel_product(rows, row, units<Unit>(cols), features, panel.at(n / terms<Unit>, 0), AddTo{ds_part + t * row, row},
-                        ahead);
+          panel_product(rows, row, product_units<Unit>(cols), features, panel.at(n / terms<Unit>, 0),
+                        AddTo{ds_part + t * row, row}, ahead);
           Strips<Unit> channels{features.p, features.row};  // in float32 the same block, if its rows end with a vector
           if (!std::is_same_v<Unit, float> || (features.p != tile.get() && cols % VL))
             channels = token_tile<Unit>(from, N, t, rows, n, cols, {}, tile.get());
-          panel_product(R, round_up(cols, VL), units<Unit>(rows), tokens, channels, AddTo{db_part + (n - n0), db_parts.row},
-                        Ahead());
+          panel_product(R, round_up(cols, VL), product_units<Unit>(rows), tokens, channels,
+                        AddTo{db_part + (n - n0), db_parts.row}, Ahead());
         }
       }
     });
@@ -292,7 +296,7 @@ std::tuple<Tensor, Tensor> lora_grad_sb(const Tensor& dy, const Tensor& s, const
       std::fill_n(line.get(), VL * row, 0.0f);
       for (int64_t n = begin * VL; n < std::min(end * VL, N); n += VL) {
         for (int64_t r = 0; r < R; ++r) {
-          vf sum = factor * db_parts.total(r, n);
+          vf sum = factor * db_sums->total(r, n);
           for (int l = 0; l < VL; ++l) line.get()[l * row + r] = sum[l];
         }
         for (int64_t l = 0; l < std::min<int64_t>(VL, N - n); ++l)
@@ -319,11 +323,14 @@ Tensor lora_grad_a(const Tensor& ds, const Tensor& x, const Tensor& a, const std
     gemm(da, transposed(ds), x, 0, 1);
     return da;
   }
-  const TokenParts parts(T, R, K, blocks(K, block_c));
-  const int64_t tall = tile_tokens(R);
+  std::optional<TokenParts> sums;
 
   dispatch_units(x, a, [&](auto* type, auto* unit) {
     using Unit = std::remove_pointer_t<decltype(unit)>;
+    const int64_t tall = tile_tokens<Unit>(R);
+    const TokenParts& parts = sums.emplace(T, R, K, blocks(K, block_c), tall);
+    std::vector<TokenCoefficients<Unit>> coefficients;
+    for (const Group& g : all) coefficients.emplace_back(Coefficients(ds, g.first, g.ranks), T, tall, a);
     const auto* from = data(x, type);
     const double cost = read_cost(4.0 * T * K) + product_cost(1.0 * T * K * R);
     parallel_for(parts.count * blocks(K, block_c), cost, [&](int64_t task) {
@@ -334,13 +341,13 @@ Tensor lora_grad_a(const Tensor& ds, const Tensor& x, const Tensor& a, const std
       Scratch<Unit> words(tall * R);
       for (int64_t t = t0; t < t1; t += tall) {
         const int64_t rows = std::min(tall, t1 - t);
-        for (const Group& g : all) {
+        for (size_t i = 0; i < all.size(); ++i) {
+          const Group& g = all[i];
           Ahead ahead;
-          if (g.first == 0 && t + tall < t1)
+          if (i == 0 && t + tall < t1)
             ahead = Ahead(from + (t + tall) * K + k, std::min(tall, t1 - t - tall), cols * sizeof(*from), K * sizeof(*from),
-                          product_steps(g.ranks, padded, units<Unit>(rows)));
-          panel_product(g.ranks, padded, units<Unit>(rows),
-                        token_coefficients<Unit>(Coefficients(ds, g.first, g.ranks), t, rows, words.get()),
+                          product_steps<Unit>(g.ranks, padded, units<Unit>(rows)));
+          panel_product(g.ranks, padded, product_units<Unit>(rows), coefficients[i].at(t, rows, words.get()),
                         token_tile<Unit>(from, K, t, rows, k, cols, g.mask, tile.get()),
                         AddTo{to + g.first * parts.row, parts.row}, ahead);
         }
@@ -351,8 +358,8 @@ Tensor lora_grad_a(const Tensor& ds, const Tensor& x, const Tensor& a, const std
   dispatch(da, [&](auto* type) {
     auto* out = const_cast<std::remove_pointer_t<decltype(type)>*>(data(da, type));
     const float factor = philox::inverse_keep(p);
-    parallel_for(R, read_cost(4.0 * parts.count * R * K), [&](int64_t r) {
-      for (int64_t k = 0; k < K; k += VL) store(out + r * K + k, factor * parts.total(r, k), K - k);
+    parallel_for(R, read_cost(4.0 * sums->count * R * K), [&](int64_t r) {
+      for (int64_t k = 0; k < K; k += VL) store(out + r * K + k, factor * sums->total(r, k), K - k);
     });
   });
   return da;

@@ -17,7 +17,16 @@ constexpr int64_t update_c = 1024;              // channels of Y and dX that one
 
 // Tokens of a tile where a rank is large: sums over tokens that go to memory once a tile would spend their time there, and
 // panels larger than L2 be read from memory once a tile.
-inline int64_t tile_tokens(int64_t ranks) { return ranks <= 64 ? block_t : ranks <= 128 ? 2 * block_t : 4 * block_t; }
+// AMX's products are so fast that sums which go to memory cost more than they do at any rank.
+template <class Unit>
+inline int64_t tile_tokens(int64_t ranks) {
+  if (in_tiles<Unit>) return 64;
+  return ranks <= 64 ? block_t : ranks <= 128 ? 2 * block_t : 4 * block_t;
+}
+
+// Tokens of a tile of Y and dX: whole tiles of AMX's.
+template <class Unit>
+constexpr int64_t update_t = in_tiles<Unit> ? 2 * tiles::rows : block_t;
 
 // Fetches what a tile of two vectors a few tiles further along this row will read and write.
 // Always inlined: GCC drops calls of functions that do nothing but prefetch (measured: twice the time on cold memory).
@@ -28,20 +37,23 @@ template <class T>
   if (panel_vectors * VL * sizeof(T) > 64) __builtin_prefetch(reinterpret_cast<const char*>(row) + bytes + 64, 1, 3);
 }
 
-// For tile(t, c, cols, part) made by the caller, every task of 24 tokens x 1024 channels of an activation [T, C] gets the
-// product of factor · S [T, R] with a panel [units(R)][C]. `part`: the last vector of a row, of which `cols` columns exist.
+// For tile(t, c, cols, part) made by the caller, every task of update_t tokens x 1024 channels of an activation [T, C] gets
+// the product of factor · S [T, R] with a panel [units(R)][C]. `part`: the last vector of a row, of which `cols` columns
+// exist.
 template <class Unit, class P, class MakeTile>
 void add_low_rank(int64_t tokens, int64_t C, Coefficients s, const P& panel, float factor, const MakeTile& make_tile) {
+  constexpr int64_t tall = update_t<Unit>;
+  const int64_t depth = product_units<Unit>(s.ranks);
   const double cost = read_cost(4.0 * tokens * C) + product_cost(1.0 * tokens * C * s.ranks);
-  parallel_for(blocks(tokens, block_t) * blocks(C, update_c), cost, [&](int64_t task) {
+  parallel_for(blocks(tokens, tall) * blocks(C, update_c), cost, [&](int64_t task) {
     const int64_t c = task % blocks(C, update_c) * update_c, cols = std::min(update_c, C - c), whole = cols / VL * VL;
-    const int64_t t = task / blocks(C, update_c) * block_t, rows = std::min(block_t, tokens - t);
-    Scratch<Unit> scaled(rows * round_up(s.ranks, VL));
-    const auto x = rank_coefficients<Unit>(s, t, rows, factor, scaled.get());
-    panel_product(rows, whole, units<Unit>(s.ranks), x, panel.at(0, c), make_tile(t, c, whole, std::false_type()), Ahead());
+    const int64_t t = task / blocks(C, update_c) * tall, rows = std::min(tall, tokens - t);
+    Scratch<Unit> scaled(rows * rank_floats<Unit>(s.ranks, panel.parts()));
+    const auto x = rank_coefficients<Unit>(s, t, rows, factor, panel.parts(), scaled.get());
+    panel_product(rows, whole, depth, x, panel.at(0, c), make_tile(t, c, whole, std::false_type()), Ahead());
     if (whole < cols)
-      panel_product(rows, VL, units<Unit>(s.ranks), x, panel.at(0, c + whole),
-                    make_tile(t, c + whole, cols - whole, std::true_type()), Ahead());
+      panel_product(rows, VL, depth, x, panel.at(0, c + whole), make_tile(t, c + whole, cols - whole, std::true_type()),
+                    Ahead());
   });
 }
 
@@ -50,15 +62,15 @@ struct TokenParts {
   // As many chunks as it takes for 16 tasks of `slabs` columns each, so that several threads find work; of a length that
   // keeps what the parts move under a quarter of the activation's bytes up to rank 60, from where on products cost more than
   // bytes; and below 2016 tokens, so that they stay in a cache.
-  TokenParts(int64_t tokens, int64_t r, int64_t c, int64_t slabs)
-      : chunk(chunk_length(tokens, r, slabs)),
+  TokenParts(int64_t tokens, int64_t r, int64_t c, int64_t slabs, int64_t block)
+      : chunk(chunk_length(tokens, r, slabs, block)),
         count(blocks(tokens, chunk)),
         rows(r),
         row(round_up(c, VL)),
         parts(count * r * row) {}
 
-  static int64_t chunk_length(int64_t tokens, int64_t r, int64_t slabs) {
-    const int64_t shortest = std::clamp<int64_t>(8 * r, 240, 480), block = tile_tokens(r);
+  static int64_t chunk_length(int64_t tokens, int64_t r, int64_t slabs, int64_t block) {
+    const int64_t shortest = std::clamp<int64_t>(8 * r, 240, 480);
     const int64_t wanted = std::max(blocks(16, std::max<int64_t>(slabs, 1)), blocks(tokens, 2016));
     const int64_t count = std::max<int64_t>(1, std::min(wanted, tokens / shortest));
     return std::max(block, round_up(blocks(tokens, count), block));

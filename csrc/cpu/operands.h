@@ -5,13 +5,14 @@
 #pragma once
 
 #include "common/check.h"
-#include "panel.h"
+#include "panel_tiles.h"
 #include "transpose.h"
 
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdlib>
 #include <memory>
+#include <optional>
 #include <type_traits>
 
 namespace fastft {
@@ -35,6 +36,7 @@ struct Scratch {
 template <class F>
 inline void parallel_for(int64_t n, const F& body) {  // body(task) for task in [0, n), shared among threads
   torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    const tiles::Scope scope;
     for (int64_t task = begin; task < end; ++task) body(task);
   });
 }
@@ -50,6 +52,7 @@ constexpr double serial_cost = 16000;
 template <class F>
 inline void parallel_for(int64_t n, double cost, const F& body) {  // the same, where all of it costs about so much
   if (cost >= serial_cost) return parallel_for(n, body);
+  const tiles::Scope scope;
   for (int64_t task = 0; task < n; ++task) body(task);
 }
 
@@ -78,10 +81,29 @@ template <class F>
 inline void dispatch_units(const Tensor& activations, const Tensor& adapter, const F& f) {
   dispatch(activations, [&](auto* type) {
     if constexpr (has_pairs && std::is_same_v<decltype(type), bf16*>) {
-      if (adapter.scalar_type() == ScalarType::BFloat16) return f(type, static_cast<bf16x2*>(nullptr));
+      if (in_tiles<bf16x2> || adapter.scalar_type() == ScalarType::BFloat16) return f(type, static_cast<bf16x2*>(nullptr));
     }
     f(type, static_cast<float*>(nullptr));
   });
+}
+
+// In how many bfloat16 parts a float32 factor is multiplied with a bfloat16 one, and with another of its kind for a bfloat16
+// result (panel_tiles.h).
+template <class Unit>
+inline int parts_beside_activation(const Tensor& adapter) {
+  return in_tiles<Unit> && adapter.scalar_type() == ScalarType::Float ? 3 : 1;
+}
+template <class Unit>
+inline int parts_for_activation(const Tensor& adapter) {
+  return in_tiles<Unit> && adapter.scalar_type() == ScalarType::Float ? 2 : 1;
+}
+
+// The next bfloat16 part of v, in the low half of each lane, which v loses. The last one is rounded, the others are cut off.
+inline vu take_part(vf& v, bool last) {
+  if (last) return bf16_bits(v);
+  const vu high = reinterpret_cast<vu>(v) >> 16;
+  v -= reinterpret_cast<vf>(high << 16);
+  return high;
 }
 
 // Rows j and j + 1 of a matrix as one row of units: their floats, or pairs of their elements in each lane.
@@ -107,21 +129,30 @@ struct Mask {
 };
 
 // A packed operand of `depth` units: strips of contiguous memory, or rows far apart would each be on a page of their own.
+// Units up to what a product takes are zeros.
 template <class Unit>
 class Packed {
  public:
-  Packed(int64_t depth, int64_t cols)
-      : row_(std::min(strip_cols, round_up(cols, unit_step))),
-        strip_(depth * row_),
-        memory(blocks(cols, strip_cols) * strip_) {}
-  Strips<Unit> at(int64_t unit, int64_t col) const { return {to(unit, col), row_, strip_}; }
-  Unit* to(int64_t unit, int64_t col) const {
-    return memory.get() + col / strip_cols * strip_ + unit * row_ + col % strip_cols;
+  Packed(int64_t depth, int64_t cols, int parts)
+      : depth(depth),
+        row_(std::min(strip_cols, round_up(cols, unit_step))),
+        part_(product_units<Unit>(depth * terms<Unit>) * row_),
+        strip_(parts * part_),
+        parts_(parts),
+        memory(blocks(cols, strip_cols) * strip_) {
+    for (int64_t strip = 0; part_ > depth * row_ && strip < blocks(cols, strip_cols) * strip_; strip += part_)
+      std::memset(memory.get() + strip + depth * row_, 0, (part_ - depth * row_) * sizeof(Unit));
+  }
+  Strips<Unit> at(int64_t unit, int64_t col) const { return {to(unit, col), row_, strip_, part_, parts_}; }
+  Unit* to(int64_t unit, int64_t col, int part = 0) const {
+    return memory.get() + col / strip_cols * strip_ + part * part_ + unit * row_ + col % strip_cols;
   }
   int64_t row() const { return row_; }
+  int parts() const { return parts_; }
 
  private:
-  int64_t row_, strip_;
+  const int64_t depth, row_, part_, strip_;
+  const int parts_;
   Scratch<Unit> memory;
 };
 
@@ -129,8 +160,8 @@ class Packed {
 template <class Unit>
 class Panel : public Packed<Unit> {
  public:
-  explicit Panel(const Tensor& t) : Panel(t, 0, t.size(0)) {}
-  Panel(const Tensor& t, int64_t first, int64_t rows) : Packed<Unit>(units<Unit>(rows), t.size(1)) {
+  Panel(const Tensor& t, int parts) : Panel(t, 0, t.size(0), parts) {}
+  Panel(const Tensor& t, int64_t first, int64_t rows, int parts) : Packed<Unit>(units<Unit>(rows), t.size(1), parts) {
     const int64_t cols = t.size(1);
     dispatch(t, [&](auto* type) {
       auto* from = data(t, type) + first * cols;
@@ -139,8 +170,15 @@ class Panel : public Packed<Unit> {
             for (int64_t u = begin; u < end; ++u)
               for (int64_t j = 0; j < cols; j += VL) {
                 const int64_t i = u * terms<Unit>;
+                vf one = load(from + i * cols + j, cols - j);
                 vf second = terms<Unit> == 2 && i + 1 < rows ? load(from + (i + 1) * cols + j, cols - j) : vf{};
-                store_unit_row(this->to(u, j), load(from + i * cols + j, cols - j), second);
+                if constexpr (in_tiles<Unit>)
+                  for (int part = 0; part < parts; ++part) {
+                    const vu low = take_part(one, part + 1 == parts);
+                    store(this->to(u, j, part), low | take_part(second, part + 1 == parts) << 16);
+                  }
+                else
+                  store_unit_row(this->to(u, j), one, second);
               }
           });
     });
@@ -151,11 +189,14 @@ class Panel : public Packed<Unit> {
 template <class Unit>
 class TransposedPanel : public Packed<Unit> {
  public:
-  explicit TransposedPanel(const Tensor& t) : TransposedPanel(t, 0, t.size(0)) {}
-  TransposedPanel(const Tensor& t, int64_t first, int64_t rows) : Packed<Unit>(units<Unit>(t.size(1)), rows) {
+  TransposedPanel(const Tensor& t, int parts) : TransposedPanel(t, 0, t.size(0), parts) {}
+  TransposedPanel(const Tensor& t, int64_t first, int64_t rows, int parts)
+      : Packed<Unit>(units<Unit>(t.size(1)), rows, parts) {
     const int64_t cols = t.size(1);
     if constexpr (std::is_same_v<Unit, float>)
-      dispatch(t, [&](auto* type) { fill(data(t, type) + first * cols, cols, rows, cols); });
+      dispatch(t, [&](auto* type) { fill(data(t, type) + first * cols, cols, rows, cols, 0); });
+    else if (t.scalar_type() == ScalarType::Float)
+      fill_parts(static_cast<const float*>(t.const_data_ptr()) + first * cols, rows, cols);
     else
       fill_pairs(static_cast<const uint16_t*>(t.const_data_ptr()) + first * cols, rows, cols);
   }
@@ -164,25 +205,44 @@ class TransposedPanel : public Packed<Unit> {
   // Neighbours in a row are a pair, so rows are words of half as many columns.
   void fill_pairs(const uint16_t* from, int64_t rows, int64_t cols) {
     const int64_t words = units<Unit>(cols);
-    if (cols % 2 == 0) return fill(reinterpret_cast<const float*>(from), words, rows, words);
+    if (cols % 2 == 0) return fill(reinterpret_cast<const float*>(from), words, rows, words, 0);
     const Scratch<float> even(rows * words);
     auto* to = reinterpret_cast<uint16_t*>(even.get());
     for (int64_t i = 0; i < rows; ++i, to += cols + 1, from += cols) {
       std::memcpy(to, from, cols * 2);
       to[cols] = 0;
     }
-    fill(even.get(), words, rows, words);
+    fill(even.get(), words, rows, words, 0);
+  }
+
+  void fill_parts(const float* from, int64_t rows, int64_t cols) {
+    const int64_t words = round_up(units<Unit>(cols), VL), ld = 2 * words;
+    const Scratch<float> split(this->parts() * rows * words);
+    auto* to = reinterpret_cast<uint16_t*>(split.get());
+    torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(cols, 1)),
+                                [&](int64_t begin, int64_t end) {
+                                  for (int64_t i = begin; i < end; ++i)
+                                    for (int64_t j = 0; j < ld; j += VL) {
+                                      vf v = j < cols ? load(from + i * cols + j, cols - j) : vf{};
+                                      for (int part = 0; part < this->parts(); ++part) {
+                                        const vu16 bits = narrow(take_part(v, part + 1 == this->parts()));
+                                        std::memcpy(to + (part * rows + i) * ld + j, &bits, sizeof bits);
+                                      }
+                                    }
+                                });
+    for (int part = 0; part < this->parts(); ++part)
+      fill(split.get() + part * rows * words, words, rows, units<Unit>(cols), part);
   }
 
   template <class T>
-  void fill(const T* from, int64_t ld, int64_t rows, int64_t cols) {
+  void fill(const T* from, int64_t ld, int64_t rows, int64_t cols, int part) {
     constexpr int64_t together = 64;
     const int64_t across = blocks(cols, together);
     torch::stable::parallel_for(0, blocks(rows, strip_cols) * across, 8, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t c = task % across * together, r = task / across * strip_cols;
         transpose<float>(from + r * ld + c, ld, std::min(strip_cols, rows - r), std::min(together, cols - c),
-                         reinterpret_cast<float*>(this->to(c, r)), this->row());
+                         reinterpret_cast<float*>(this->to(c, r, part)), this->row());
       }
     });
   }
@@ -195,13 +255,15 @@ inline DepthInRows<Unit> feature_tile(const T* x, int64_t ld, int64_t t, int64_t
   constexpr bool own = std::is_same_v<Unit, float> ? std::is_same_v<T, float> : std::is_same_v<T, bf16>;
   if constexpr (own) {
     const bool aligned = reinterpret_cast<uintptr_t>(x + t * ld + k) % alignof(Unit) == 0;  // a view may start between pairs
-    if (!mask.bits && aligned && cols % terms<Unit> == 0 && ld % terms<Unit> == 0)
+    const bool whole = cols % terms<Unit> == 0 && units<Unit>(cols) == product_units<Unit>(cols);
+    if (!mask.bits && aligned && whole && ld % terms<Unit> == 0)
       return {reinterpret_cast<const Unit*>(x + t * ld + k), ld / terms<Unit>};
   }
-  const int64_t row = round_up(cols, VL);
+  const int64_t row = round_up(product_units<Unit>(cols) * terms<Unit>, VL);
   auto* elements = reinterpret_cast<std::conditional_t<std::is_same_v<Unit, float>, float, bf16>*>(tile);
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < cols; j += VL) store(elements + i * row + j, mask.load_kept(x, ld, t + i, k + j, cols - j));
+    for (int64_t j = 0; j < row; j += VL)
+      store(elements + i * row + j, j < cols ? mask.load_kept(x, ld, t + i, k + j, cols - j) : vf{});
   return {tile, row / terms<Unit>};
 }
 
@@ -227,6 +289,7 @@ inline Strips<Unit> token_tile(const T* x, int64_t ld, int64_t t, int64_t rows, 
       vf second = terms<Unit> == 2 && i + 1 < rows ? mask.load_kept(x, ld, t + i + 1, k + j, cols - j) : vf{};
       store_unit_row(to, mask.load_kept(x, ld, t + i, k + j, cols - j), second);
     }
+  for (int64_t u = units<Unit>(rows); u < product_units<Unit>(rows); ++u) std::memset(tile + u * row, 0, row * sizeof(Unit));
   return {tile, row};
 }
 
@@ -239,32 +302,87 @@ struct Coefficients {
   int64_t ld, ranks;
 };
 
-// Coefficients of tokens [t, t + rows), transposed: ranks x tokens, tokens as depth.
+// Coefficients of tokens [t, t + rows), t a multiple of `tall`, transposed: ranks x tokens, tokens as depth.
 template <class Unit>
-inline DepthInColumns<Unit> token_coefficients(Coefficients s, int64_t t, int64_t rows, Unit* tile) {
-  const int64_t r = s.ranks;
-  if constexpr (std::is_same_v<Unit, float>) {
-    return {s.p + t * s.ld, s.ld};
-  } else {
-    for (int64_t i = 0; i < rows; i += 2)
-      for (int64_t j = 0; j < r; j += VL) {
-        const float* at = s.p + (t + i) * s.ld + j;
-        vf second = i + 1 < rows ? load(at + s.ld, r - j) : vf{};
-        vu words = bf16_bits(load(at, r - j)) | bf16_bits(second) << 16;
-        std::memcpy(tile + i / 2 * r + j, &words, std::min<int64_t>(VL, r - j) * 4);
-      }
-    return {tile, r};
+class TokenCoefficients {
+ public:
+  TokenCoefficients(Coefficients s, int64_t tokens, int64_t tall, const Tensor& adapter) : s(s), tall(tall) {
+    if constexpr (in_tiles<Unit>) pack(tokens, parts_beside_activation<Unit>(adapter));
   }
-}
 
-// factor · s of tokens [t, t + rows), ranks as depth. `tile` holds rows x round_up(R, VL) floats.
+  // `tile` holds tall x ranks floats.
+  auto at(int64_t t, int64_t rows, Unit* tile) const {
+    const int64_t r = s.ranks;
+    if constexpr (in_tiles<Unit>) {
+      const int64_t row = units<Unit>(tall), part = r * row;
+      return DepthInRows<Unit>{packed->get() + t / tall * parts * part, row, part, parts};
+    } else if constexpr (std::is_same_v<Unit, float>) {
+      return DepthInColumns<Unit>{s.p + t * s.ld, s.ld};
+    } else {
+      for (int64_t i = 0; i < rows; i += 2)
+        for (int64_t j = 0; j < r; j += VL) {
+          const float* at = s.p + (t + i) * s.ld + j;
+          vf second = i + 1 < rows ? load(at + s.ld, r - j) : vf{};
+          vu words = bf16_bits(load(at, r - j)) | bf16_bits(second) << 16;
+          std::memcpy(tile + i / 2 * r + j, &words, std::min<int64_t>(VL, r - j) * 4);
+        }
+      return DepthInColumns<Unit>{tile, r};
+    }
+  }
+
+ private:
+  // Tiles are read along their depth: blocks of `tall` tokens, in each the parts, in each the ranks.
+  void pack(int64_t tokens, int how_many) {
+    parts = how_many;
+    const int64_t r = s.ranks, row = units<Unit>(tall), part = r * row;
+    packed.emplace(blocks(tokens, tall) * parts * part);
+    const auto block = [&](int64_t task) {
+      const int64_t t = task * tall, rows = std::min(tall, tokens - t), ld = round_up(r, VL);
+      const Scratch<float> pairs(parts * row * ld);
+      for (int64_t u = 0; u < units<Unit>(rows); ++u)
+        for (int64_t j = 0; j < r; j += VL) {
+          const float* at = s.p + (t + 2 * u) * s.ld + j;
+          vf first = load(at, r - j), second = 2 * u + 1 < rows ? load(at + s.ld, r - j) : vf{};
+          for (int q = 0; q < parts; ++q) {
+            const vu low = take_part(first, q + 1 == parts);
+            const vu words = low | take_part(second, q + 1 == parts) << 16;
+            std::memcpy(pairs.get() + (q * row + u) * ld + j, &words, sizeof words);
+          }
+        }
+      for (int q = 0; q < parts; ++q)
+        transpose<float>(pairs.get() + q * row * ld, ld, units<Unit>(rows), r,
+                         reinterpret_cast<float*>(packed->get()) + (task * parts + q) * part, row);
+    };
+    parallel_for(blocks(tokens, tall), product_cost(8.0 * parts * tokens * r), block);
+  }
+
+  Coefficients s;
+  int64_t tall;
+  int parts = 1;
+  std::optional<Scratch<Unit>> packed;
+};
+
+// factor · s of tokens [t, t + rows), ranks as depth. `tile` holds rows x rank_floats(R, parts) floats.
 template <class Unit>
-inline DepthInRows<Unit> rank_coefficients(Coefficients s, int64_t t, int64_t rows, float factor, Unit* tile) {
-  const int64_t r = s.ranks, row = round_up(r, VL);
+constexpr int64_t rank_floats(int64_t ranks, int parts) {
+  return parts * round_up(product_units<Unit>(ranks), VL);
+}
+template <class Unit>
+inline DepthInRows<Unit> rank_coefficients(Coefficients s, int64_t t, int64_t rows, float factor, int parts, Unit* tile) {
+  const int64_t r = s.ranks, row = round_up(product_units<Unit>(r) * terms<Unit>, VL), part = rows * row;
   auto* elements = reinterpret_cast<std::conditional_t<std::is_same_v<Unit, float>, float, bf16>*>(tile);
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < r; j += VL) store(elements + i * row + j, factor * load(s.p + (t + i) * s.ld + j, r - j));
-  return {tile, row / terms<Unit>};
+    for (int64_t j = 0; j < row; j += VL) {
+      vf v = j < r ? factor * load(s.p + (t + i) * s.ld + j, r - j) : vf{};
+      if constexpr (in_tiles<Unit>)
+        for (int q = 0; q < parts; ++q) {
+          const vu16 bits = narrow(take_part(v, q + 1 == parts));
+          std::memcpy(elements + q * part + i * row + j, &bits, sizeof bits);
+        }
+      else
+        store(elements + i * row + j, v);
+    }
+  return {tile, row / terms<Unit>, part / terms<Unit>, parts};
 }
 
 }  // namespace fastft

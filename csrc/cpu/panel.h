@@ -6,6 +6,7 @@
 // multiplies those (avx512_bf16) and the adapter is bfloat16 too; operands.h makes either from tensors.
 #pragma once
 
+#include "tiles.h"
 #include "vec.h"
 
 #include <algorithm>
@@ -24,18 +25,31 @@ constexpr int64_t units(int64_t n) {
   return (n + terms<Unit> - 1) / terms<Unit>;
 }
 
+// Whether products of such units are AMX's.
+template <class Unit>
+constexpr bool in_tiles = tiles::exist && terms<Unit> == 2;
+
+// Units that a product of n terms has.
+template <class Unit>
+constexpr int64_t product_units(int64_t n) {
+  return in_tiles<Unit> ? tiles::padded(units<Unit>(n)) : units<Unit>(n);
+}
+
 constexpr int panel_vectors = 2;               // vectors of P that one register tile spans
 constexpr int panel_rows = VL == 16 ? 12 : 6;  // rows of X in it: 24 sums in AVX-512's 32 registers, 12 in 16
 constexpr int64_t chain = 32;  // units added one by one before they join the total: rounding error grows with
                                // sqrt(chain) + sqrt(depth / chain), as in a vendor GEMM, not with sqrt(depth)
 
-// The broadcast operand in one of two orders. Element (i, j) at p[i * row + j]:
+// The broadcast operand in one of two orders. Element (i, j) at p[i * row + j]; with tiles (panel_tiles.h) it may be the sum
+// of several parts, `part` units apart.
 template <class UnitT>
 struct DepthInRows {
   using Unit = UnitT;
   const Unit* p;
   int64_t row;
-  DepthInRows from(int64_t i, int64_t j) const { return {p + i * row + j, row}; }
+  int64_t part = 0;
+  int parts = 1;
+  DepthInRows from(int64_t i, int64_t j) const { return {p + i * row + j, row, part, parts}; }
 };
 
 // Element (i, j) at p[i + j * row]:
@@ -173,13 +187,15 @@ inline void tile_product(X x, int64_t depth, const typename X::Unit* p, int64_t 
 }
 
 // The operand read as vectors: strips of `strip_cols` columns, `strip` units apart, in each of which element (j, v) is at
-// p[j * row + v], readable to a whole vector. A matrix in rows has its strips side by side.
+// p[j * row + v], readable to a whole vector. A matrix in rows has its strips side by side. Parts as in DepthInRows.
 constexpr int64_t strip_cols = 32;
 
 template <class Unit>
 struct Strips {
   const Unit* p;
   int64_t row, strip = strip_cols;
+  int64_t part = 0;
+  int parts = 1;
   const Unit* at(int64_t v) const { return p + v / strip_cols * strip + v % strip_cols; }
 };
 
@@ -224,7 +240,11 @@ inline void panel_product(int64_t rows, int64_t cols, int64_t depth, X x, Strips
 }
 
 // How many times a panel_product calls Ahead::step.
+template <class Unit>
 inline int64_t product_steps(int64_t rows, int64_t cols, int64_t depth) {
+  if (in_tiles<Unit>)
+    return (rows + tiles::rows - 1) / tiles::rows * ((cols + 4 * VL - 1) / (4 * VL)) *
+           ((depth + tiles::depth - 1) / tiles::depth);
   const int64_t span = panel_vectors * VL;
   return (rows + panel_rows - 1) / panel_rows * (cols / span + (cols % span + VL - 1) / VL) * ((depth + chain - 1) / chain);
 }

@@ -126,7 +126,7 @@ inline void store_moment(float* to, vf value, vu, int64_t n) { store(to, value, 
 inline void store_moment(bf16* to, vf value, vu added, int64_t n) {
   const vu bits = reinterpret_cast<vu>(value), rounded = (bits + added) >> 16;
   const vu kept = (bits & 0x7f800000u) == 0x7f800000u ? bf16_bits(value) : rounded;
-  const vu16 halves = __builtin_convertvector(kept, vu16);
+  const vu16 halves = narrow(kept);
   std::memcpy(to, &halves, std::min<int64_t>(n, VL) * sizeof(bf16));
 }
 

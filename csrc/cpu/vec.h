@@ -45,7 +45,25 @@ inline V load_bytes(const T* p) {
 inline vf load(const float* p) { return load_bytes<vf>(p); }
 inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 
-inline vu load_bits(const bf16* p) { return __builtin_convertvector(load_bytes<vu16>(p), vu); }
+// 16 bits of each lane, the others 0. GCC widens a vector that fills a register of AVX-512 in two halves and joins them.
+inline vu widen(vu16 v) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_cvtepu16_epi32((__m256i)v);
+#else
+  return __builtin_convertvector(v, vu);
+#endif
+}
+
+// The low 16 bits of each lane.
+inline vu16 narrow(vu v) {
+#if defined(__AVX512F__)
+  return (vu16)_mm512_cvtepi32_epi16((__m512i)v);
+#else
+  return __builtin_convertvector(v, vu16);
+#endif
+}
+
+inline vu load_bits(const bf16* p) { return widen(load_bytes<vu16>(p)); }
 inline vf load(const bf16* p) { return reinterpret_cast<vf>(load_bits(p) << 16); }
 
 // Nearest bfloat16, ties to even, in the low half of each lane; a NaN stays a (quiet) NaN.
@@ -62,7 +80,7 @@ inline void store(bf16* p, vf v) {
   if (!_mm512_fpclass_ps_mask((__m512)v, 0x20)) [[likely]]
     return _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
 #endif
-  vu16 h = __builtin_convertvector(bf16_bits(v), vu16);
+  vu16 h = narrow(bf16_bits(v));
   std::memcpy(p, &h, sizeof h);
 }
 

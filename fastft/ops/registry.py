@@ -75,34 +75,43 @@ class ReferenceBackend:
 class NativeBackend:
     """Implementations compiled from csrc, found by asking the dispatcher, so that nothing is listed twice."""
 
-    def __init__(self, library, device: str, dispatch_key: str):
-        self.library, self.device, self.dispatch_key = library, device, dispatch_key
-        self._overloads: dict[tuple[str, str], Any] = {}
+    def __init__(self, libraries, device: str, dispatch_key: str):
+        self.libraries, self.device, self.dispatch_key = libraries, device, dispatch_key
+        self._found: dict[tuple[tuple[str, ...], str], Any] = {}
 
     def missing(self, op, device):
         if device != self.device:
             return f"runs on {self.device} tensors, these are on {device}"
-        namespace, reason = self.library()
-        if namespace is None:
+        namespaces, reason = self.libraries()
+        if reason is not None:
             return reason
-        define_native(namespace)
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{op.name}", self.dispatch_key):
-            return f"no kernel of that name in the {namespace} library"
+        if self._namespace(op, namespaces) is None:
+            return f"no kernel of that name in the {' or the '.join(namespaces)} library"
         return None
 
     def run(self, op, args):
-        namespace, _ = self.library()
-        return self._overload(namespace, op.name)(*args), namespace
+        namespace, overload = self._find(op)
+        return overload(*args), namespace
 
     def function(self, op):
-        return self._overload(self.library()[0], op.name)
+        return self._find(op)[1]
 
-    def _overload(self, namespace, name):
-        overload = self._overloads.get((namespace, name))
-        if overload is None:
+    def _namespace(self, op, namespaces):
+        for namespace in namespaces:
+            define_native(namespace)
+            if torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{op.name}", self.dispatch_key):
+                return namespace
+        return None
+
+    def _find(self, op):
+        namespaces, _ = self.libraries()
+        found = self._found.get((namespaces, op.name))
+        if found is None:
+            namespace = self._namespace(op, namespaces)
             # The operator itself: an OpOverload's __call__ is a Python frame around it.
-            overload = self._overloads[namespace, name] = getattr(getattr(torch.ops, namespace), name).default._op
-        return overload
+            overload = getattr(getattr(torch.ops, namespace), op.name).default._op
+            found = self._found[namespaces, op.name] = namespace, overload
+        return found
 
 
 class TritonBackend:
@@ -142,10 +151,15 @@ class TritonBackend:
         return importlib.import_module(f"fastft.kernels.{op.family}")
 
 
+def _cuda_libraries():
+    namespace, reason = _native.cuda_library()
+    return (namespace,), reason
+
+
 BACKENDS = {
     "reference": ReferenceBackend(),
-    "cpu": NativeBackend(_native.cpu_library, "cpu", "CPU"),
-    "cuda": NativeBackend(_native.cuda_library, "cuda", "CUDA"),
+    "cpu": NativeBackend(_native.cpu_libraries, "cpu", "CPU"),
+    "cuda": NativeBackend(_cuda_libraries, "cuda", "CUDA"),
     "triton": TritonBackend(),
 }
 

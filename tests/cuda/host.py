@@ -21,7 +21,7 @@ def need_library():
 def register():
     """Load the library and add the backend `cuda_host`; only in a process started by `under_sanitizer`."""
     torch.ops.load_library(str(LIBRARY))
-    registry.BACKENDS["cuda_host"] = registry.NativeBackend(lambda: ("fastft_cuda_host", None), "cpu", "CPU")
+    registry.BACKENDS["cuda_host"] = registry.NativeBackend(lambda: (("fastft_cuda_host",), None), "cpu", "CPU")
 
 
 @pytest.fixture

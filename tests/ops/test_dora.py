@@ -28,7 +28,7 @@ SHAPES = [
 LARGE = [(1100, 550, 8), (130, 1023, 33), (1023, 100, 100)]
 
 
-@pytest.fixture(params=backends())
+@pytest.fixture(params=backends("amx"))
 def backend(request):
     with run_on(request.param) as device:
         yield device

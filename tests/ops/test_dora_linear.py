@@ -13,7 +13,7 @@ from tests.ops.layers import BF16, F16, F32, F64, grads, layer, saved_bytes, see
 SCALE = 0.5
 
 
-@pytest.fixture(params=backends())
+@pytest.fixture(params=backends("amx"))
 def device(request):
     with run_on(request.param) as device:
         yield device

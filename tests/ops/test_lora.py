@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fastft
+from fastft import _native
 from fastft.ops import lora
 from fastft.ops._philox import dropout_mask, philox4x32, unpack_mask
 from tests.golden import assert_close, backends, plain_product, poisoned, run_on
@@ -30,7 +31,7 @@ SHAPES = [
 LARGE = [(1100, 320, 550, 8), (130, 1536, 513, 33), (40, 48, 60, 256)]
 
 
-@pytest.fixture(params=backends())
+@pytest.fixture(params=backends("amx"))
 def backend(request):
     with run_on(request.param) as device:
         yield device
@@ -55,6 +56,18 @@ def inputs(shape, act, adapter, device, seed=0):
         "s": draw(t, r, dtype=F32),
         "seed": torch.tensor([0x123456789ABCDEF + seed], device=device),
     }
+
+
+@pytest.mark.parametrize("isa", _native.supported_isas())
+def test_products_of_torch_between_ours(isa):
+    """Both may keep AMX's registers in shapes of their own, on the same threads."""
+    x, w = torch.randn(70, 100).bfloat16(), torch.randn(90, 100).bfloat16()
+    want = [x[:n] @ w.t() for n in (70, 33, 5)]
+    with run_on(f"cpu_{isa}"):
+        for rank in (3, 16, 40):
+            for rows, y in zip((70, 33, 5), want, strict=True):
+                torch.ops.fastft.lora_shrink(x[:rows], w[:rank].contiguous(), [rank], 0.0, None)
+                assert torch.equal(x[:rows] @ w.t(), y)
 
 
 def shapes_for(device):

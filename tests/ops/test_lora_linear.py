@@ -13,7 +13,7 @@ from tests.golden import assert_close, backends, run_on
 from tests.ops.layers import BF16, F16, F32, F64, composition, grads, layer, saved_bytes, seeded
 
 
-@pytest.fixture(params=backends())
+@pytest.fixture(params=backends("amx"))
 def device(request):
     with run_on(request.param) as device:
         yield device

@@ -133,13 +133,23 @@ def test_a_new_op_needs_no_existing_file():
 
     op = registry.Op("fastft_test_scale(Tensor x, float s) -> Tensor", reference, lambda x, s: torch.empty_like(x))
     try:
-        assert op.missing("cpu", "cpu") == f"no kernel of that name in the {registry._native.cpu_library()[0]} library"
+        namespaces, _ = registry._native.cpu_libraries()
+        assert op.missing("cpu", "cpu") == f"no kernel of that name in the {' or the '.join(namespaces)} library"
         with use("reference"), record() as calls:
             assert torch.equal(torch.ops.fastft.fastft_test_scale(torch.ones(2), 3.0), torch.full((2,), 3.0))
         assert calls == [Call("fastft_test_scale", "reference", None)]
     finally:
         del registry.OPS["fastft_test_scale"]
     assert "fastft_test_scale" not in fastft.testing.available("cpu")
+
+
+@pytest.mark.skipif("amx" not in registry._native.supported_isas(), reason="this CPU, or what built the libraries, has no AMX")
+def test_a_library_takes_what_it_lacks_from_the_one_that_it_extends():
+    x, index = torch.randn(20, 40).bfloat16(), torch.tensor([3, 1], dtype=torch.int32)
+    with fastft.testing.cpu_isa("amx"), use("cpu"), record() as calls:
+        torch.ops.fastft.gather_columns(x, index)
+        torch.ops.fastft.lora_shrink(x, x[:8].contiguous(), [8], 0.0, None)
+    assert [c.config for c in calls] == ["fastft_cpu_avx512_bf16", "fastft_cpu_amx"]
 
 
 def test_the_function_behind_an_op():

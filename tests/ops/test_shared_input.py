@@ -14,7 +14,7 @@ from tests.ops.layers import BF16, F16, F32, F64, composition, saved_bytes, seed
 RANKS, OUT, SCALES = (4, 0, 3), (24, 8, 17), (0.5, 1.0, 2.0)
 
 
-@pytest.fixture(params=backends())
+@pytest.fixture(params=backends("amx"))
 def device(request):
     with run_on(request.param) as device:
         yield device
