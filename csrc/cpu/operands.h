@@ -215,23 +215,29 @@ class TransposedPanel : public Packed<Unit> {
     fill(even.get(), words, rows, words, 0);
   }
 
+  // One task splits a block and transposes its parts.
   void fill_parts(const float* from, int64_t rows, int64_t cols) {
-    const int64_t words = round_up(units<Unit>(cols), VL), ld = 2 * words;
-    const Scratch<float> split(this->parts() * rows * words);
-    auto* to = reinterpret_cast<uint16_t*>(split.get());
-    torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(cols, 1)),
-                                [&](int64_t begin, int64_t end) {
-                                  for (int64_t i = begin; i < end; ++i)
-                                    for (int64_t j = 0; j < ld; j += VL) {
-                                      vf v = j < cols ? load(from + i * cols + j, cols - j) : vf{};
-                                      for (int part = 0; part < this->parts(); ++part) {
-                                        const vu16 bits = narrow(take_part(v, part + 1 == this->parts()));
-                                        std::memcpy(to + (part * rows + i) * ld + j, &bits, sizeof bits);
-                                      }
-                                    }
-                                });
-    for (int part = 0; part < this->parts(); ++part)
-      fill(split.get() + part * rows * words, words, rows, units<Unit>(cols), part);
+    constexpr int64_t together = 64;
+    const int64_t words = units<Unit>(cols), across = blocks(words, together);
+    torch::stable::parallel_for(0, blocks(rows, strip_cols) * across, 8, [&](int64_t begin, int64_t end) {
+      alignas(64) float split[strip_cols * together];
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t u = task % across * together, r = task / across * strip_cols;
+        const int64_t high = std::min(strip_cols, rows - r), wide = std::min(together, words - u);
+        for (int part = 0; part < this->parts(); ++part) {
+          for (int64_t i = 0; i < high; ++i)
+            for (int64_t j = 0; j < wide; j += VL / 2) {
+              const int64_t k = 2 * (u + j);
+              vf v = load(from + (r + i) * cols + k, cols - k);
+              vu bits = take_part(v, this->parts() == 1);
+              for (int p = 0; p < part; ++p) bits = take_part(v, p + 2 == this->parts());
+              const vu16 halves = narrow(bits);
+              std::memcpy(split + i * together + j, &halves, sizeof halves);
+            }
+          transpose<float>(split, together, high, wide, reinterpret_cast<float*>(this->to(u, r, part)), this->row());
+        }
+      }
+    });
   }
 
   template <class T>
@@ -353,7 +359,7 @@ class TokenCoefficients {
         transpose<float>(pairs.get() + q * row * ld, ld, units<Unit>(rows), r,
                          reinterpret_cast<float*>(packed->get()) + (task * parts + q) * part, row);
     };
-    parallel_for(blocks(tokens, tall), product_cost(8.0 * parts * tokens * r), block);
+    parallel_for(blocks(tokens, tall), product_cost(32.0 * parts * tokens * r), block);
   }
 
   Coefficients s;
