@@ -1,9 +1,5 @@
 """What several processes that train one model have to agree on, where torch.distributed runs."""
 
-import gc
-import sys
-import warnings
-
 import torch
 
 # What is wrapped around a model, by module (so that nothing is imported), and has looked at its parameters by then.
@@ -19,22 +15,13 @@ def check_unwrapped(model: torch.nn.Module) -> None:
     """Parameters that come after a model was wrapped would train in each process by itself.
 
     Raises:
-        ValueError: the model is such a wrapper. One around it that was made before is only warned of: it may be given up.
+        ValueError: the model is such a wrapper. (One that is around the model given here can't be seen from it.)
     """
     if any(kind.__module__ in _WRAPPERS for kind in type(model).__mro__):
         raise ValueError(
             f"the model is wrapped in {type(model).__name__} already, which would not see the adapter's parameters: attach "
             "to the model itself first, then wrap it, then make the optimizer"
         )
-    wrapper = getattr(sys.modules.get("torch.nn.parallel.distributed"), "DistributedDataParallel", None)
-    if several() and wrapper is not None:
-        around = (one for one in gc.get_objects() if issubclass(type(one), wrapper))
-        if any(module is model for one in around for module in one.modules()):
-            warnings.warn(
-                "a DistributedDataParallel was made of this model before the adapter is attached: it does not average the "
-                "gradients of the adapter, so each process would train its own. Wrap the model again, now",
-                stacklevel=4,
-            )
 
 
 def check_whole_state(optimizer: torch.optim.Optimizer) -> None:
