@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from fastft import _native
+
 from . import runner
 from .runner import Case, Measurement
 
@@ -266,12 +268,15 @@ def _version(package: str) -> str:
 
 
 def _cpu_name() -> str:
+    """With "AMX" where there is: CPUs of one model name have it or not (virtual machines), and products in bfloat16 differ
+    tenfold."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else os.uname().machine
+    name = models[0] if models else os.uname().machine
+    return f"{name}, AMX" if "amx_bf16" in _native.cpu_flags() else name
 
 
 def _commit() -> str:

@@ -22,7 +22,8 @@ EXTENDS = {"amx": "avx512_bf16"}
 LIB = Path(os.environ.get("FASTFT_LIB") or Path(__file__).parent / "lib")
 
 
-def _cpu_flags() -> frozenset[str]:
+def cpu_flags() -> frozenset[str]:
+    """What Linux says that this CPU has."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -47,7 +48,7 @@ def supported_isas() -> tuple[str, ...]:
     avx512_bf16, which Intel's server CPUs before Sapphire Rapids lack.
     """
     capability = torch.backends.cpu.get_cpu_capability()
-    flags = _cpu_flags()
+    flags = cpu_flags()
     isas = ["default"]
     if capability in ("AVX2", "AVX512") and {"avx2", "fma", "f16c"} <= flags:
         isas.insert(0, "avx2")

@@ -86,6 +86,13 @@ def test_environment_says_where_and_what():
     assert set(env) <= set(results.FIELDS)
 
 
+def test_a_cpu_with_amx_is_a_device_of_its_own(monkeypatch):
+    monkeypatch.setattr(results._native, "cpu_flags", lambda: frozenset({"avx512f"}))
+    plain = results.environment("cpu")["device"]
+    monkeypatch.setattr(results._native, "cpu_flags", lambda: frozenset({"avx512f", "amx_bf16"}))
+    assert results.environment("cpu")["device"] == f"{plain}, AMX"
+
+
 def test_commit_can_be_given(monkeypatch):
     monkeypatch.setenv("FASTFT_COMMIT", "0123456789ab")
     assert results.environment("cpu")["commit"] == "0123456789ab"
