@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..cli.quiet import quiet_torchao
+from ..cli.quiet import quiet_imports
 from . import calibration, graphs, page, quality, results, revision, runner, shapes, stats
 
 QUICK_ROUNDS = 5
@@ -100,7 +100,7 @@ def _parser():
 
 def main(argv=None) -> int:
     """Run ``fastft bench`` with these arguments (default: the command line's); returns the exit status."""
-    quiet_torchao()
+    quiet_imports()
     given = sys.argv[1:] if argv is None else list(argv)
     if given and given[0] in WHOLE_RUNS:
         return WHOLE_RUNS[given[0]](given[1:])

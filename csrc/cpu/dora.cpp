@@ -52,7 +52,7 @@ Tensor dora_expand_(Tensor u, const Tensor& s, const Tensor& b, const Tensor& g,
   const auto* factors = static_cast<const float*>(g.const_data_ptr());
   dispatch_units(u, b, [&](auto* type, auto* unit) {
     using Unit = std::remove_pointer_t<decltype(unit)>;
-    const TransposedPanel<Unit> panel(b, parts_for_activation<Unit>(b));  // [R][N]
+    const TransposedPanel<Unit> panel(b);  // [R][N]
     auto *to_u = mutable_data(u, type), *to_y = mutable_data(y, type);
     const auto* added = bias ? data(*bias, type) : nullptr;
     const int64_t ld = u.stride(0);

@@ -63,14 +63,14 @@ std::tuple<Tensor, Tensor> lora_shrink(const Tensor& x, const Tensor& a, const s
   const float factor = philox::inverse_keep(p);
   auto* out = static_cast<float*>(s.mutable_data_ptr());
 
-  dispatch_units(x, a, [&](auto* type, auto* unit) {
+  dispatch_exact_units(x, a, [&](auto* type, auto* unit) {
     using Unit = std::remove_pointer_t<decltype(unit)>;
     const int64_t tall = tile_tokens<Unit>(R);
     std::vector<TransposedPanel<Unit>> panels;  // [K][R] of each group
     std::vector<int64_t> widths, offsets;
     int64_t total = 0;
     for (const Group& g : all) {
-      panels.emplace_back(a, g.first, g.ranks, parts_beside_activation<Unit>(a));
+      panels.emplace_back(a, g.first, g.ranks, parts_of<Unit>(a));
       widths.push_back(round_up(g.ranks, VL)), offsets.push_back(total * tall);
       total += widths.back();
     }
@@ -152,7 +152,7 @@ void lora_expand_(Tensor y, const Tensor& s, const Tensor& b, double scale) {
   if (gemm_pays(y, b, 0, R)) return gemm(y, s, transposed(b), 1, scale);
   dispatch_units(y, b, [&](auto* type, auto* unit) {
     using Unit = std::remove_pointer_t<decltype(unit)>;
-    const TransposedPanel<Unit> panel(b, parts_for_activation<Unit>(b));  // [R][N]
+    const TransposedPanel<Unit> panel(b);  // [R][N]
     add_low_rank<Unit>(T, N, Coefficients(s), panel, static_cast<float>(scale),
                        add_to_activation<false>(mutable_data(y, type), y.stride(0), {}));
   });
@@ -166,7 +166,7 @@ void add_masked_groups(T* dx, int64_t K, const Tensor& ds, const Tensor& a, cons
   const int64_t tokens = ds.size(0);
   constexpr int64_t tall = update_t<Unit>;
   std::vector<Panel<Unit>> panels;
-  for (const Group& g : all) panels.emplace_back(a, g.first, g.ranks, parts_for_activation<Unit>(a));
+  for (const Group& g : all) panels.emplace_back(a, g.first, g.ranks);
   const double cost = read_cost(4.0 * tokens * K) + product_cost(1.0 * tokens * K * ds.size(1));
   parallel_for(blocks(tokens, tall) * blocks(K, block_c), cost, [&](int64_t task) {
     const int64_t c = task % blocks(K, block_c) * block_c, cols = std::min(block_c, K - c);
@@ -176,13 +176,12 @@ void add_masked_groups(T* dx, int64_t K, const Tensor& ds, const Tensor& a, cons
     if (!in_place) std::fill_n(sum, tall * block_c, -0.0f);
     for (size_t g = 0; g < all.size(); ++g) {
       const Coefficients s(ds, all[g].first, all[g].ranks);
-      Scratch<Unit> scaled(rows * rank_floats<Unit>(s.ranks, panels[g].parts()));
+      Scratch<Unit> scaled(rows * rank_floats<Unit>(s.ranks));
       AddToActivation<float, true, false> to{sum, block_c, cols, all[g].mask, t, c};
       if constexpr (std::is_same_v<T, float>)
         if (in_place) to.to = dx + t * K + c, to.ld = K;
       panel_product(rows, round_up(cols, VL), product_units<Unit>(s.ranks),
-                    rank_coefficients<Unit>(s, t, rows, factor, panels[g].parts(), scaled.get()), panels[g].at(0, c), to,
-                    Ahead());
+                    rank_coefficients<Unit>(s, t, rows, factor, scaled.get()), panels[g].at(0, c), to, Ahead());
     }
     for (int64_t i = 0; i < rows && !in_place; ++i)
       for (int64_t v = 0; v < cols; v += VL) {
@@ -210,7 +209,7 @@ void lora_grad_x_(Tensor dx, const Tensor& ds, const Tensor& a, const std::vecto
     using Unit = std::remove_pointer_t<decltype(unit)>;
     auto* to = mutable_data(dx, type);
     if (all.size() > 1) return add_masked_groups(to, K, ds, a, all, factor, unit);
-    const Panel<Unit> panel(a, parts_for_activation<Unit>(a));  // [R][K]
+    const Panel<Unit> panel(a);  // [R][K]
     if (p > 0)
       add_low_rank<Unit>(T, K, Coefficients(ds), panel, factor, add_to_activation<true>(to, K, all[0].mask));
     else
@@ -240,12 +239,12 @@ std::tuple<Tensor, Tensor> lora_grad_sb(const Tensor& dy, const Tensor& s, const
   const Scratch<float> ds_parts(slabs * T * row);
   std::optional<TokenParts> db_sums;
 
-  dispatch_units(dy, b, [&](auto* type, auto* unit) {
+  dispatch_exact_units(dy, b, [&](auto* type, auto* unit) {
     using Unit = std::remove_pointer_t<decltype(unit)>;
     const int64_t tall = tile_tokens<Unit>(R);
     const TokenParts& db_parts = db_sums.emplace(T, R, N, slabs, tall);
     const TokenCoefficients<Unit> coefficients(Coefficients(s), T, tall, b);
-    const Panel<Unit> panel(b, parts_beside_activation<Unit>(b));  // [N][R]
+    const Panel<Unit> panel(b, parts_of<Unit>(b));  // [N][R]
     const auto* from = data(dy, type);
     const double cost = read_cost(4.0 * T * N) + product_cost(2.0 * T * N * R);
     parallel_for(slabs * db_parts.count, cost, [&](int64_t task) {
@@ -325,7 +324,7 @@ Tensor lora_grad_a(const Tensor& ds, const Tensor& x, const Tensor& a, const std
   }
   std::optional<TokenParts> sums;
 
-  dispatch_units(x, a, [&](auto* type, auto* unit) {
+  dispatch_exact_units(x, a, [&](auto* type, auto* unit) {
     using Unit = std::remove_pointer_t<decltype(unit)>;
     const int64_t tall = tile_tokens<Unit>(R);
     const TokenParts& parts = sums.emplace(T, R, K, blocks(K, block_c), tall);

@@ -48,8 +48,8 @@ void add_low_rank(int64_t tokens, int64_t C, Coefficients s, const P& panel, flo
   parallel_for(blocks(tokens, tall) * blocks(C, update_c), cost, [&](int64_t task) {
     const int64_t c = task % blocks(C, update_c) * update_c, cols = std::min(update_c, C - c), whole = cols / VL * VL;
     const int64_t t = task / blocks(C, update_c) * tall, rows = std::min(tall, tokens - t);
-    Scratch<Unit> scaled(rows * rank_floats<Unit>(s.ranks, panel.parts()));
-    const auto x = rank_coefficients<Unit>(s, t, rows, factor, panel.parts(), scaled.get());
+    Scratch<Unit> scaled(rows * rank_floats<Unit>(s.ranks));
+    const auto x = rank_coefficients<Unit>(s, t, rows, factor, scaled.get());
     panel_product(rows, whole, depth, x, panel.at(0, c), make_tile(t, c, whole, std::false_type()), Ahead());
     if (whole < cols)
       panel_product(rows, VL, depth, x, panel.at(0, c + whole), make_tile(t, c + whole, cols - whole, std::true_type()),

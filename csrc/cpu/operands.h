@@ -81,22 +81,32 @@ template <class F>
 inline void dispatch_units(const Tensor& activations, const Tensor& adapter, const F& f) {
   dispatch(activations, [&](auto* type) {
     if constexpr (has_pairs && std::is_same_v<decltype(type), bf16*>) {
-      if (in_tiles<bf16x2> || adapter.scalar_type() == ScalarType::BFloat16) return f(type, static_cast<bf16x2*>(nullptr));
+      if (adapter.scalar_type() == ScalarType::BFloat16) return f(type, static_cast<bf16x2*>(nullptr));
     }
     f(type, static_cast<float*>(nullptr));
   });
 }
 
-// In how many bfloat16 parts a float32 factor is multiplied with a bfloat16 one, and with another of its kind for a bfloat16
-// result (panel_tiles.h).
+// The same for sums that stay in float32: AMX forms those of bfloat16 activations and a float32 adapter too, exactly, of
+// three bfloat16 parts of it (panel_tiles.h).
+template <class F>
+inline void dispatch_exact_units(const Tensor& activations, const Tensor& adapter, const F& f) {
+  dispatch(activations, [&](auto* type) {
+    if constexpr (in_tiles<bf16x2> && std::is_same_v<decltype(type), bf16*>)
+      f(type, static_cast<bf16x2*>(nullptr));
+    else
+      dispatch_units(activations, adapter, f);
+  });
+}
+
 template <class Unit>
-inline int parts_beside_activation(const Tensor& adapter) {
+inline int parts_of(const Tensor& adapter) {
   return in_tiles<Unit> && adapter.scalar_type() == ScalarType::Float ? 3 : 1;
 }
+
+// Parts of the coefficients in Y and dX: of eight bits each, twice what the result keeps.
 template <class Unit>
-inline int parts_for_activation(const Tensor& adapter) {
-  return in_tiles<Unit> && adapter.scalar_type() == ScalarType::Float ? 2 : 1;
-}
+constexpr int coefficient_parts = in_tiles<Unit> ? 2 : 1;
 
 // The next bfloat16 part of v, in the low half of each lane, which v loses. The last one is rounded, the others are cut off.
 inline vu take_part(vf& v, bool last) {
@@ -160,8 +170,8 @@ class Packed {
 template <class Unit>
 class Panel : public Packed<Unit> {
  public:
-  Panel(const Tensor& t, int parts) : Panel(t, 0, t.size(0), parts) {}
-  Panel(const Tensor& t, int64_t first, int64_t rows, int parts) : Packed<Unit>(units<Unit>(rows), t.size(1), parts) {
+  explicit Panel(const Tensor& t, int parts = 1) : Panel(t, 0, t.size(0), parts) {}
+  Panel(const Tensor& t, int64_t first, int64_t rows, int parts = 1) : Packed<Unit>(units<Unit>(rows), t.size(1), parts) {
     const int64_t cols = t.size(1);
     dispatch(t, [&](auto* type) {
       auto* from = data(t, type) + first * cols;
@@ -189,7 +199,7 @@ class Panel : public Packed<Unit> {
 template <class Unit>
 class TransposedPanel : public Packed<Unit> {
  public:
-  TransposedPanel(const Tensor& t, int parts) : TransposedPanel(t, 0, t.size(0), parts) {}
+  explicit TransposedPanel(const Tensor& t, int parts = 1) : TransposedPanel(t, 0, t.size(0), parts) {}
   TransposedPanel(const Tensor& t, int64_t first, int64_t rows, int parts)
       : Packed<Unit>(units<Unit>(t.size(1)), rows, parts) {
     const int64_t cols = t.size(1);
@@ -313,7 +323,7 @@ template <class Unit>
 class TokenCoefficients {
  public:
   TokenCoefficients(Coefficients s, int64_t tokens, int64_t tall, const Tensor& adapter) : s(s), tall(tall) {
-    if constexpr (in_tiles<Unit>) pack(tokens, parts_beside_activation<Unit>(adapter));
+    if constexpr (in_tiles<Unit>) pack(tokens, parts_of<Unit>(adapter));
   }
 
   // `tile` holds tall x ranks floats.
@@ -368,13 +378,14 @@ class TokenCoefficients {
   std::optional<Scratch<Unit>> packed;
 };
 
-// factor · s of tokens [t, t + rows), ranks as depth. `tile` holds rows x rank_floats(R, parts) floats.
+// factor · s of tokens [t, t + rows), ranks as depth. `tile` holds rows x rank_floats(R) floats.
 template <class Unit>
-constexpr int64_t rank_floats(int64_t ranks, int parts) {
-  return parts * round_up(product_units<Unit>(ranks), VL);
+constexpr int64_t rank_floats(int64_t ranks) {
+  return coefficient_parts<Unit> * round_up(product_units<Unit>(ranks), VL);
 }
 template <class Unit>
-inline DepthInRows<Unit> rank_coefficients(Coefficients s, int64_t t, int64_t rows, float factor, int parts, Unit* tile) {
+inline DepthInRows<Unit> rank_coefficients(Coefficients s, int64_t t, int64_t rows, float factor, Unit* tile) {
+  constexpr int parts = coefficient_parts<Unit>;
   const int64_t r = s.ranks, row = round_up(product_units<Unit>(r) * terms<Unit>, VL), part = rows * row;
   auto* elements = reinterpret_cast<std::conditional_t<std::is_same_v<Unit, float>, float, bf16>*>(tile);
   for (int64_t i = 0; i < rows; ++i)

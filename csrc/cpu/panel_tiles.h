@@ -1,8 +1,8 @@
 // panel_product on AMX's tiles: of 16 rows and up to 64 columns at a time, for operands of pairs.
 //
-// A float32 operand comes as a sum of bfloat16 parts, each of 8 of its 24 bits: beside a bfloat16 one three parts make
-// products that are exact in float32, beside another of two parts what is left out is below 2^-16 of a term. Denormals count
-// as zeros, as in AVX-512's products of pairs; an infinity beside parts that are zero becomes NaN.
+// A float32 operand comes as a sum of bfloat16 parts, each of 8 of its 24 bits: three parts beside bfloat16 terms make
+// products that are exact in float32, two make them of 16 bits. Denormals count as zeros, as in AVX-512's products of pairs;
+// an infinity beside parts that are zero becomes NaN.
 #pragma once
 
 #include "panel.h"
@@ -19,10 +19,6 @@ template <int n, class F>
       __attribute__((always_inline)) { (f(std::integral_constant<int, i>()), ...); }(std::make_integer_sequence<int, n>());
 }
 
-// Which part of X is multiplied with which of P.
-template <int x_parts, int p_parts>
-constexpr int part_products = x_parts == 2 && p_parts == 2 ? 3 : x_parts * p_parts;
-
 // The sums of `V` vectors, in `S` tiles each that take turns: a product waits for the one before it in the same tile.
 template <int V, int S, int x_parts, int p_parts>
 [[gnu::always_inline]] inline void add_tiles(int64_t step, int64_t steps, DepthInRows<bf16x2> x, Strips<bf16x2> p,
@@ -34,11 +30,10 @@ template <int V, int S, int x_parts, int p_parts>
       constexpr int in_x = tiles::first_x + s % 2;
       const int64_t unit = (k + s) * step;
       ahead.step();
-      unrolled<part_products<x_parts, p_parts>>([&](auto n) __attribute__((always_inline)) {
-        constexpr int x_part = p_parts == 1 ? n : n / 2 * (x_parts - 1), p_part = p_parts == 1   ? 0
-                                                                                  : x_parts == 1 ? n
-                                                                                                 : n % 2;
-        if constexpr (n == 0 || x_part > 0) tiles::load<in_x>(x.p + x_part * x.part + unit, x.row * sizeof(bf16x2));
+      unrolled<x_parts * p_parts>([&](auto n) __attribute__((always_inline)) {
+        static_assert(x_parts == 1 || p_parts == 1);
+        constexpr int x_part = p_parts == 1 ? n : 0, p_part = p_parts == 1 ? 0 : n;
+        if constexpr (n == 0 || x_parts > 1) tiles::load<in_x>(x.p + x_part * x.part + unit, x.row * sizeof(bf16x2));
         unrolled<V>([&](auto v) __attribute__((always_inline)) {
           constexpr int in_p = tiles::first_p + v % 2;
           tiles::load<in_p>(p.at(v * VL) + p_part * p.part + unit * p.row, p.row * sizeof(bf16x2));
@@ -122,7 +117,7 @@ inline void panel_product(int64_t rows, int64_t cols, int64_t depth, DepthInRows
     case 1 * 4 + 1: return tile_products<1, 1>(rows, cols, depth, x, p, c, ahead);
     case 1 * 4 + 3: return tile_products<1, 3>(rows, cols, depth, x, p, c, ahead);
     case 3 * 4 + 1: return tile_products<3, 1>(rows, cols, depth, x, p, c, ahead);
-    case 2 * 4 + 2: return tile_products<2, 2>(rows, cols, depth, x, p, c, ahead);
+    case 2 * 4 + 1: return tile_products<2, 1>(rows, cols, depth, x, p, c, ahead);
   }
   __builtin_unreachable();
 }

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .quiet import quiet_torchao
+from .quiet import quiet_imports
 
-quiet_torchao()
+quiet_imports()
 
 
 def check_model(model: str) -> str:

@@ -3,8 +3,8 @@
 import logging
 
 
-def quiet_torchao() -> None:
-    """transformers and PEFT import torchao where it is installed, which warns of its extensions for other devices, and of
-    its enums. To be called before them."""
-    for name in ("torchao", "torch.utils._pytree"):
+def quiet_imports() -> None:
+    """transformers and PEFT import torchao and bitsandbytes where they are installed. The first warns of its extensions for
+    other devices, and of its enums, the second of a kernel that it would fetch for this CPU. To be called before them."""
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -8,6 +8,7 @@ the weight while all that was ever written into it is zeros, else None.
 from dataclasses import dataclass, field
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..ops.entries import Entries
 from ..ops.partial import exchange_slice_, write_slice_
@@ -17,6 +18,11 @@ from ..ops.sparse import gather_entries, write_entries_
 def version_of(tensor) -> tuple[int, int]:
     """Changes with every change in place, and is another's for a copy, whose counter starts anew."""
     return id(tensor), tensor._version
+
+
+def _surely_zero(delta) -> bool:
+    """Nothing is known of a tensor without values (`fastft train --dry-run`, the meta device)."""
+    return not (delta.is_meta or isinstance(delta, FakeTensor) or bool(delta.any()))
 
 
 def _wide(module) -> torch.dtype:
@@ -67,7 +73,7 @@ class SliceStore:
         return module.weight.detach().index_select(self.dim, self.index(module))
 
     def is_zero(self, module) -> bool:
-        return not any(bool(module.delta_of(name).any()) for name in self.names)
+        return all(_surely_zero(module.delta_of(name)) for name in self.names)
 
     def _total(self, module) -> torch.Tensor:
         """The deltas of all slices on the union."""
@@ -125,7 +131,7 @@ class EntryStore:
         return torch.cat([gather_entries(weight, part.starts, part.columns) for part in self.parts(module)])
 
     def is_zero(self, module) -> bool:
-        return not any(bool(delta.any()) for name in self.names for _, delta in module.entry_deltas(name))
+        return all(_surely_zero(delta) for name in self.names for _, delta in module.entry_deltas(name))
 
     def write(self, module, base) -> None:
         for part, delta, values in zip(self.parts(module), self._deltas(module), self._split(module, base)):
