@@ -67,15 +67,14 @@ def _path(isa: str) -> Path:
 
 
 @functools.cache
-def _load(file_name: str) -> str | None:
+def _load(path: Path) -> str | None:
     """Load one library; the reason why not, or None."""
-    path = LIB / file_name
     if not path.exists():
-        return f"{file_name} is not built (pip install with a C++ compiler, cmake and ninja; FASTFT_NATIVE=1 insists)"
+        return f"{path.name} is not built (pip install with a C++ compiler, cmake and ninja; FASTFT_NATIVE=1 insists)"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return f"{file_name} does not load: {error}"
+        return f"{path.name} does not load: {error}"
     return None
 
 
@@ -85,7 +84,7 @@ def _cpu_library(isa: str) -> tuple[str | None, str | None]:
         return None, f"unknown instruction set {isa!r}; known: {', '.join(ISAS)}"
     if isa not in supported_isas():
         return None, f"this CPU does not run {isa} (it runs {', '.join(supported_isas())})"
-    reason = _load(_path(isa).name)
+    reason = _load(_path(isa))
     return (None, reason) if reason else (f"fastft_cpu_{isa}", None)
 
 
@@ -121,7 +120,7 @@ def cuda_library() -> tuple[str | None, str | None]:
         return None, "this torch has no CUDA"
     if not torch.cuda.is_available():
         return None, "no CUDA device"
-    reason = _load("libfastft_cuda.so")
+    reason = _load(LIB / "libfastft_cuda.so")
     return (None, reason) if reason else ("fastft_cuda", None)
 
 

@@ -53,26 +53,20 @@ def run_on(name):
             yield device
 
 
-@contextmanager
 def ran_on_cpu(isa):
     """Check that every launch inside was of that instruction set's library or of what it extends; note what it proves."""
-    libraries = {f"fastft_cpu_{name}": name for name in _native.with_extended(isa)}
-    with fastft.testing.record() as calls:
-        yield
-    assert all(c.backend == "cpu" and c.config in libraries for c in calls), calls
-    for call in calls:
-        prove(call.op, "cpu", f"tests on {libraries[call.config]}")
+    return ran("cpu", {f"fastft_cpu_{name}": f"tests on {name}" for name in _native.with_extended(isa)})
 
 
 @contextmanager
-def ran(backend, how, config=None):
-    """Check that every launch inside was the wanted one, and note `how` that proves it."""
+def ran(backend, how):
+    """Check that every launch inside was the wanted one, and note `how` that proves it; of each library, if it is a dict."""
     with fastft.testing.record() as calls:
         yield
-    assert all(c.backend == backend and config in (None, c.config) for c in calls), calls
+    assert all(c.backend == backend and (isinstance(how, str) or c.config in how) for c in calls), calls
     for call in calls:
         if backend != "reference":
-            prove(call.op, backend, how)
+            prove(call.op, backend, how if isinstance(how, str) else how[call.config])
 
 
 PENDING: list[tuple[str, str, str]] = []  # what the running test proves, if it passes (tests/conftest.py)

@@ -99,9 +99,10 @@ inline void dispatch_exact_units(const Tensor& activations, const Tensor& adapte
   });
 }
 
+constexpr int most_parts = 3;
 template <class Unit>
 inline int parts_of(const Tensor& adapter) {
-  return in_tiles<Unit> && adapter.scalar_type() == ScalarType::Float ? 3 : 1;
+  return in_tiles<Unit> && adapter.scalar_type() == ScalarType::Float ? most_parts : 1;
 }
 
 // Parts of the coefficients in Y and dX: of eight bits each, twice what the result keeps.
@@ -144,8 +145,7 @@ template <class Unit>
 class Packed {
  public:
   Packed(int64_t depth, int64_t cols, int parts)
-      : depth(depth),
-        row_(std::min(strip_cols, round_up(cols, unit_step))),
+      : row_(std::min(strip_cols, round_up(cols, unit_step))),
         part_(product_units<Unit>(depth * terms<Unit>) * row_),
         strip_(parts * part_),
         parts_(parts),
@@ -161,7 +161,7 @@ class Packed {
   int parts() const { return parts_; }
 
  private:
-  const int64_t depth, row_, part_, strip_;
+  const int64_t row_, part_, strip_;
   const int parts_;
   Scratch<Unit> memory;
 };
@@ -204,7 +204,7 @@ class TransposedPanel : public Packed<Unit> {
       : Packed<Unit>(units<Unit>(t.size(1)), rows, parts) {
     const int64_t cols = t.size(1);
     if constexpr (std::is_same_v<Unit, float>)
-      dispatch(t, [&](auto* type) { fill(data(t, type) + first * cols, cols, rows, cols, 0); });
+      dispatch(t, [&](auto* type) { fill(data(t, type) + first * cols, cols, rows, cols); });
     else if (t.scalar_type() == ScalarType::Float)
       fill_parts(static_cast<const float*>(t.const_data_ptr()) + first * cols, rows, cols);
     else
@@ -212,54 +212,58 @@ class TransposedPanel : public Packed<Unit> {
   }
 
  private:
+  static constexpr int64_t together = 64;  // units of a block
+
+  // block(r, u, high, wide) for all blocks of rows [r, r + high) x units [u, u + wide).
+  template <class F>
+  static void for_blocks(int64_t rows, int64_t depth, const F& block) {
+    const int64_t across = blocks(depth, together);
+    torch::stable::parallel_for(0, blocks(rows, strip_cols) * across, 8, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t u = task % across * together, r = task / across * strip_cols;
+        block(r, u, std::min(strip_cols, rows - r), std::min(together, depth - u));
+      }
+    });
+  }
+
+  // Rows r ... r + high of `wide` units as columns of units u ... u + wide.
+  template <class T>
+  void put(const T* from, int64_t ld, int64_t r, int64_t u, int64_t high, int64_t wide, int part = 0) {
+    transpose<float>(from, ld, high, wide, reinterpret_cast<float*>(this->to(u, r, part)), this->row());
+  }
+
+  template <class T>
+  void fill(const T* from, int64_t ld, int64_t rows, int64_t depth) {
+    for_blocks(rows, depth,
+               [&](int64_t r, int64_t u, int64_t high, int64_t wide) { put(from + r * ld + u, ld, r, u, high, wide); });
+  }
+
   // Neighbours in a row are a pair, so rows are words of half as many columns.
   void fill_pairs(const uint16_t* from, int64_t rows, int64_t cols) {
     const int64_t words = units<Unit>(cols);
-    if (cols % 2 == 0) return fill(reinterpret_cast<const float*>(from), words, rows, words, 0);
+    if (cols % 2 == 0) return fill(reinterpret_cast<const float*>(from), words, rows, words);
     const Scratch<float> even(rows * words);
     auto* to = reinterpret_cast<uint16_t*>(even.get());
     for (int64_t i = 0; i < rows; ++i, to += cols + 1, from += cols) {
       std::memcpy(to, from, cols * 2);
       to[cols] = 0;
     }
-    fill(even.get(), words, rows, words, 0);
+    fill(even.get(), words, rows, words);
   }
 
-  // One task splits a block and transposes its parts.
   void fill_parts(const float* from, int64_t rows, int64_t cols) {
-    constexpr int64_t together = 64;
-    const int64_t words = units<Unit>(cols), across = blocks(words, together);
-    torch::stable::parallel_for(0, blocks(rows, strip_cols) * across, 8, [&](int64_t begin, int64_t end) {
-      alignas(64) float split[strip_cols * together];
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t u = task % across * together, r = task / across * strip_cols;
-        const int64_t high = std::min(strip_cols, rows - r), wide = std::min(together, words - u);
-        for (int part = 0; part < this->parts(); ++part) {
-          for (int64_t i = 0; i < high; ++i)
-            for (int64_t j = 0; j < wide; j += VL / 2) {
-              const int64_t k = 2 * (u + j);
-              vf v = load(from + (r + i) * cols + k, cols - k);
-              vu bits = take_part(v, this->parts() == 1);
-              for (int p = 0; p < part; ++p) bits = take_part(v, p + 2 == this->parts());
-              const vu16 halves = narrow(bits);
-              std::memcpy(split + i * together + j, &halves, sizeof halves);
-            }
-          transpose<float>(split, together, high, wide, reinterpret_cast<float*>(this->to(u, r, part)), this->row());
+    for_blocks(rows, units<Unit>(cols), [&](int64_t r, int64_t u, int64_t high, int64_t wide) {
+      alignas(64) float split[most_parts][strip_cols * together];
+      for (int64_t i = 0; i < high; ++i)
+        for (int64_t j = 0; j < wide; j += VL / 2) {
+          const int64_t k = 2 * (u + j);
+          vf v = load(from + (r + i) * cols + k, cols - k);
+          for (int part = 0; part < this->parts(); ++part) {
+            const vu16 halves = narrow(take_part(v, part + 1 == this->parts()));
+            std::memcpy(split[part] + i * together + j, &halves, sizeof halves);
+          }
         }
-      }
-    });
-  }
-
-  template <class T>
-  void fill(const T* from, int64_t ld, int64_t rows, int64_t cols, int part) {
-    constexpr int64_t together = 64;
-    const int64_t across = blocks(cols, together);
-    torch::stable::parallel_for(0, blocks(rows, strip_cols) * across, 8, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t c = task % across * together, r = task / across * strip_cols;
-        transpose<float>(from + r * ld + c, ld, std::min(strip_cols, rows - r), std::min(together, cols - c),
-                         reinterpret_cast<float*>(this->to(c, r, part)), this->row());
-      }
+      for (int part = 0; part < this->parts(); ++part) put(split[part], together, r, u, high, wide, part);
     });
   }
 };
@@ -378,11 +382,13 @@ class TokenCoefficients {
   std::optional<Scratch<Unit>> packed;
 };
 
-// factor · s of tokens [t, t + rows), ranks as depth. `tile` holds rows x rank_floats(R) floats.
+// Floats of a token in the tile of rank_coefficients.
 template <class Unit>
 constexpr int64_t rank_floats(int64_t ranks) {
   return coefficient_parts<Unit> * round_up(product_units<Unit>(ranks), VL);
 }
+
+// factor · s of tokens [t, t + rows), ranks as depth. `tile` holds rows x rank_floats(R) floats.
 template <class Unit>
 inline DepthInRows<Unit> rank_coefficients(Coefficients s, int64_t t, int64_t rows, float factor, Unit* tile) {
   constexpr int parts = coefficient_parts<Unit>;
