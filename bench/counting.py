@@ -78,6 +78,11 @@ class _Ops(TorchDispatchMode):
         super().__init__()
         self.count = 0
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Code that is compiled runs compiled while this counts: by default it would run eagerly, then and ever after."""
+        return True
+
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         self.count += 1
         return op(*args, **(kwargs or {}))

@@ -5,6 +5,7 @@ tensors. A case whose arms do not agree gets no number.
 """
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -143,6 +144,7 @@ def measure(
     if base is not None:
         found |= base.offer(case)
 
+    _forget_compiled()  # of the gate's calls; timing's first calls compile for what is timed
     for group in graphs.groups(runs, timing if device.type == "cuda" else None):
         elsewhere = base.samplers(group, found) if base is not None else {}
         _time(case, group, found, device, rounds, quick, seed, elsewhere)
@@ -163,6 +165,7 @@ def prepare(case: Case, device, seed: int, arms=None):
         (sets of inputs, name -> runs on each of them, name -> `Measurement` without times). There are runs of the floor and
         of the arms that passed the gate.
     """
+    _forget_compiled()
     data = _input_sets(case, device, seed)
     free = case.tensors(data[0])
     found = {name: Measurement(name, "skipped", why) for name, why in case.skipped.items()}
@@ -186,6 +189,13 @@ def prepare(case: Case, device, seed: int, arms=None):
         runs[name] = [build(d) for d in data]
         _profile(runs[name][0], free, found[name], device)
     return data, runs, found
+
+
+def _forget_compiled() -> None:
+    """What torch.compile made of other calls: it makes dynamic what differs from theirs, and after some variants of the same
+    code compiles no more and runs it eagerly, without a word."""
+    if "torch._dynamo" in sys.modules:  # else nothing was compiled, and importing it takes seconds
+        torch.compiler.reset()
 
 
 def _time(

@@ -207,3 +207,38 @@ def test_losses_tell_of_wrong_results_and_of_the_reference():
     ]
     said = results.losses(make_case({}), found)
     assert [line.split()[0] for line in said] == ["WRONG", "SLOW"] and "dA: relative error 1" in said[0]
+
+
+def test_compiled_arms_are_timed_compiled_and_for_the_sizes_of_their_case(monkeypatch):
+    """Counting ops, and the variants of other cases, must not send them back to eager code or to dynamic sizes."""
+    made, calls = [], []
+
+    def backend(graph, examples):
+        made.append([size for e in examples if isinstance(e, torch.Tensor) for size in e.shape])
+
+        def compiled(*args):
+            calls.append(1)
+            return graph(*args)
+
+        return compiled
+
+    def formula(x):
+        return x * x
+
+    def timed(runs, *args):
+        assert "peer" in runs
+        before = len(calls)
+        times = interleaved(runs, *args)
+        assert len(calls) - before >= 2 + 3, "warm-up and rounds"
+        return times
+
+    interleaved = runner.interleaved
+    monkeypatch.setattr(runner, "interleaved", timed)
+    monkeypatch.setitem(rounds.MIN_SAMPLE, "cpu", 0.0)
+    torch.compiler.reset()
+    for size in range(10, 22):  # more than torch.compile makes variants
+        compiled = torch.compile(formula, backend=backend)
+        arms = {"fastft": square, "peer": lambda x, compiled=compiled: lambda: {"y": compiled(x)}}
+        runner.measure(make_case(arms, inputs=lambda device, seed, size=size: torch.ones(size)), "cpu", rounds=3)
+        assert made and all(sizes == [size] and type(sizes[0]) is int for sizes in made), made
+        made.clear()
