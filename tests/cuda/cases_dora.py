@@ -1,4 +1,4 @@
-"""Run by `test_host_dora.py` in a process with AddressSanitizer: the DoRA kernels on the backend `cuda_host`."""
+"""Run by `test_host_low_rank.py` in a process with AddressSanitizer: the DoRA kernels on the backend `cuda_host`."""
 
 import os
 

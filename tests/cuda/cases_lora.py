@@ -1,4 +1,4 @@
-"""Run by `test_host_lora.py` in a process with AddressSanitizer: the LoRA kernels on the backend `cuda_host`.
+"""Run by `test_host_low_rank.py` in a process with AddressSanitizer: the LoRA kernels on the backend `cuda_host`.
 
 The tests of the family's matrix (`tests/ops/test_lora.py`) run here unchanged, on more shapes.
 """
@@ -53,11 +53,11 @@ def every_op(v, p, ranks=None):
     return s, mask, y, ds, db, lora.lora_grad_a(ds, v["x"], v["a"], ranks, mask, p), dx
 
 
-@pytest.mark.parametrize("shape", [(100, 257, 63, 17), (300, 1160, 136, 64), (2, 8, 2300, 3)])
+@pytest.mark.parametrize("shape", [(100, 257, 63, 17), (300, 1160, 40, 33), (2, 8, 2300, 3)])
 def test_no_bit_depends_on_the_order_of_threads_and_blocks(backend, shape, monkeypatch):
     v = matrix.inputs(shape, matrix.BF16, matrix.F32, backend)
     results = []
-    for seed in range(4):
+    for seed in range(3):
         monkeypatch.setitem(os.environ, "FASTFT_HOSTCUDA_SEED", str(seed))
         results.append(every_op(v, 0.3))
     for other in results[1:]:

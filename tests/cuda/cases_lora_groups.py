@@ -1,4 +1,4 @@
-"""Run by `test_host_lora.py` in a process with AddressSanitizer: groups of adapters on the backend `cuda_host`."""
+"""Run by `test_host_low_rank.py` in a process with AddressSanitizer: groups of adapters on the backend `cuda_host`."""
 
 import os
 
@@ -63,7 +63,7 @@ def test_no_bit_depends_on_the_order_of_threads_and_blocks(backend, ranks, monke
     v = matrix.inputs((100, 257, 63, sum(ranks)), matrix.BF16, matrix.F32, backend)
     v["seed"] = torch.arange(len(ranks))
     results = []
-    for seed in range(4):
+    for seed in range(3):
         monkeypatch.setitem(os.environ, "FASTFT_HOSTCUDA_SEED", str(seed))
         results.append(every_op(v, 0.3, ranks))
     for other in results[1:]:

@@ -1,4 +1,4 @@
-"""Run by `test_host_partial.py` in a process with AddressSanitizer: the partial kernels on the backend `cuda_host`."""
+"""Run by `test_host_entries.py` in a process with AddressSanitizer: the partial kernels on the backend `cuda_host`."""
 
 import os
 

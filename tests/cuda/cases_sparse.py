@@ -1,4 +1,4 @@
-"""Run by `test_host_sparse.py` in a process with AddressSanitizer: the sparse kernels on the backend `cuda_host`."""
+"""Run by `test_host_entries.py` in a process with AddressSanitizer: the sparse kernels on the backend `cuda_host`."""
 
 import os
 
