@@ -95,30 +95,31 @@ def ours(d: Inputs):
 class PlainEntries(torch.autograd.Function):
     """Trained entries of a live weight in 20 lines of PyTorch: all of dW, of which they are picked.
 
-    delta: float32 parameter, here for its gradient alone; rows, columns: int64.
+    delta: float32 parameter, here for its gradient alone; flat: int64, the entries' positions (picking by them takes half of
+    the time that it takes by rows and columns).
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, delta, rows, columns):
-        ctx.save_for_backward(x, weight, rows, columns)
+    def forward(ctx, x, weight, bias, delta, flat):
+        ctx.save_for_backward(x, weight, flat)
         ctx.dtype = delta.dtype
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, rows, columns = ctx.saved_tensors
-        gradient = (dy.t() @ x)[rows, columns].to(ctx.dtype)
+        x, weight, flat = ctx.saved_tensors
+        gradient = (dy.t() @ x).flatten().index_select(0, flat).to(ctx.dtype)
         dx = dy @ weight if ctx.needs_input_grad[0] else None
-        return dx, None, None, gradient, None, None
+        return dx, None, None, gradient, None
 
 
 def plain(d: Inputs):
-    live, rows, columns = written(d), d.entries.rows(), d.entries.columns.long()
+    live, flat = written(d), d.entries.flat()
 
     def layer(x):
-        return PlainEntries.apply(x, live.weight, d.bias, d.delta, rows, columns)
+        return PlainEntries.apply(x, live.weight, d.bias, d.delta, flat)
 
-    layer.tensors = [live.weight, rows, columns]
+    layer.tensors = [live.weight, flat]
     return layer, d.delta
 
 

@@ -33,12 +33,13 @@ class AddmmLoRA(torch.autograd.Function):
         dropped, weight, a, b, s, keep = ctx.saved_tensors
         wide = dy.to(b.dtype)
         ds = (wide @ b).mul_(ctx.scale)
-        da, db = ds.t() @ dropped, (wide.t() @ s).mul_(ctx.scale)
-        dx = dy @ weight
-        if keep is None:
-            dx.addmm_(ds.to(dx.dtype), a.to(dx.dtype))
-        else:
-            dx.addcmul_((ds @ a).to(dx.dtype), keep)
+        da, db, dx = ds.t() @ dropped, (wide.t() @ s).mul_(ctx.scale), None
+        if ctx.needs_input_grad[0]:  # a model's first q, k and v need none
+            dx = dy @ weight
+            if keep is None:
+                dx.addmm_(ds.to(dx.dtype), a.to(dx.dtype))
+            else:
+                dx.addcmul_((ds @ a).to(dx.dtype), keep)
         return dx, None, None, da, db, None, None
 
 

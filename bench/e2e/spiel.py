@@ -82,22 +82,22 @@ def plain(model, d: s2ft.Inputs):
 
 
 def _replaced(linear, chosen):
-    rows, columns = chosen.rows(), chosen.columns.long()
-    values = nn.Parameter(linear.weight.detach()[rows, columns].float())
-    linear.forward = lambda x: s2ft.rows_of(entries.PlainEntries, x, linear.weight, linear.bias, values, rows, columns)
+    flat = chosen.flat()
+    values = nn.Parameter(linear.weight.detach().flatten()[flat].float())
+    linear.forward = lambda x: s2ft.rows_of(entries.PlainEntries, x, linear.weight, linear.bias, values, flat)
     return values
 
 
 def write_back(model, trained, d: s2ft.Inputs):
     optimizer = s2ft.fused_adamw(model, trained, d)
     sites = [
-        (model.get_submodule(n).weight.detach(), part.index.rows(), part.index.columns.long(), trained[f"{n}.part"])
+        (model.get_submodule(n).weight.detach().view(-1), part.index.flat(), trained[f"{n}.part"])
         for n, part in d.parts.items()
     ]
 
     def write(*_):
-        for weight, rows, columns, values in sites:
-            weight[rows, columns] = values.detach().to(weight.dtype)
+        for weight, flat, values in sites:
+            weight.index_copy_(0, flat, values.detach().to(weight.dtype))
 
     optimizer.register_step_post_hook(write)
     return optimizer

@@ -64,6 +64,20 @@ def test_an_op_of_ours_is_one_whatever_it_runs_on():
         assert counting.launches(run, CPU) == 1
 
 
+def test_compiled_code_is_counted_as_it_runs_and_stays_compiled():
+    ran = []
+
+    def backend(graph, examples):
+        return lambda *args: (ran.append(1), (args[-1].clone(),))[1]  # one op for three
+
+    x = torch.ones(3)
+    compiled = torch.compile(lambda x: (x * x + x) * x, backend=backend)
+    assert counting.launches(lambda: compiled(x), CPU) == 1
+    compiled(x)
+    assert len(ran) == 2
+    torch.compiler.reset()
+
+
 def test_gpus_that_the_profiler_does_not_see_give_no_number(monkeypatch):
     monkeypatch.setattr(counting, "supported_activities", lambda: {counting.ProfilerActivity.CPU})
     assert counting.launches(lambda: pytest.fail("not needed"), torch.device("cuda")) is None

@@ -57,6 +57,14 @@ def test_operations_of_a_step():
     assert products(step.training(step.plain)(d)) == work["flops"] - spared - of_a - 15 * numbers
 
 
+def test_the_plain_node_computes_no_gradient_that_is_not_asked_for():
+    """Of a model's first q, k and v, whose input needs none. `addmm_` is not counted."""
+    d = lora.make_inputs(shapes.LINEARS["tiny"], "fp32", 4, 0.0, CPU, 0)
+    layer, x = peers.addmm(d), d.x.detach()
+    tokens, k, n = len(x), *d.weight.t().shape
+    assert products(lambda: layer(x).backward(d.dy)) == 2 * tokens * k * n + 2 * tokens * 4 * (2 * k + 2 * n)
+
+
 def test_operations_of_served_rows():
     adapters = {"a": ("lora", 3), "b": ("lora", 5)}
     batch = serve.Batch("test", adapters, ("a", "a", "b", ""), 2)
