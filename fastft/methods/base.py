@@ -158,6 +158,9 @@ class Method(TargetOptions):
         """The key of one of a module's tensors in adapter_model.safetensors."""
         return f"base_model.model.{name}.{self.file_names[part]}"
 
+    def at_update(self, handle: Handle) -> None:
+        """An optimizer has just made a step, and its gradients are still there. The default does nothing."""
+
     def after_update(self, handle: Handle) -> None:
         """The method's schedule, called once per optimizer update. The default has none."""
 
@@ -185,6 +188,7 @@ class Method(TargetOptions):
             raise AdapterFileError(f"{directory}: {error}") from error
 
 
+@torch.inference_mode(False)  # parameters that are made in inference mode can't be trained
 def attach(model: nn.Module, method: Method, adapter_name: str = "default") -> Handle:
     """Attach a fine-tuning method to a model, in place, and freeze the rest of it.
 
@@ -217,6 +221,7 @@ def attach(model: nn.Module, method: Method, adapter_name: str = "default") -> H
     return install_adapter(model, method, adapter_name, matched, tensors, _own_values(matched))
 
 
+@torch.inference_mode(False)
 def load(model: nn.Module, directory, adapter_name: str = "default") -> Handle:
     """Attach the adapter in `directory` (written by `Handle.save` or by PEFT's `save_pretrained`).
 

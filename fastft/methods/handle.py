@@ -38,6 +38,8 @@ _handles: "weakref.WeakSet[Handle]" = weakref.WeakSet()
 def _note_update(optimizer, args, kwargs) -> None:
     """An update is a step of an optimizer that holds any of the adapter's parameters."""
     # Parameters' version counters don't tell: fused optimizers leave them as they are.
+    if (overflow := getattr(optimizer, "found_inf", None)) is not None and bool(overflow):
+        return  # GradScaler calls step() of fused optimizers to let them skip it
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for handle in [handle for handle in _handles if handle.attached]:
         updated = [p for p in handle.parameters() if id(p) in held]
@@ -50,6 +52,7 @@ def _note_update(optimizer, args, kwargs) -> None:
             )
         handle._updated = handle._ever_updated = True
         handle._optimizer = weakref.ref(optimizer)
+        handle.method.at_update(handle)
         if getattr(optimizer, "writes_parts", False):
             continue
         for module in handle.targets.values():

@@ -162,15 +162,25 @@ class SpIEL(SparseMethod):
         if self.selection == "accumulated" and at <= self.selection_accumulation_steps:
             for module in handle.targets.values():
                 see_update(module.sparse[handle.name])
-        for module in handle.targets.values():  # after the end nothing will be chosen of what is seen
-            module.sparse[handle.name].observer = self.observer() if updates < total else None
+        due = updates - updates % self.reselection_steps + self.selection_accumulation_steps
+        for module in handle.targets.values():
+            held = module.sparse[handle.name]
+            held.observer = self.observer() if due < total else None
+            if due >= total:  # nothing will be chosen of what is seen
+                held.consider(None)
         if at == self.selection_accumulation_steps and updates <= total:
             changes = self._reselect(handle, self.rate(updates, total))
             self.history.append({"update": updates, **changes})
 
+    def at_update(self, handle):
+        for module in handle.targets.values():
+            module.sparse[handle.name].note_update()
+
     def after_skipped(self, handle):
-        # A GradScaler that met an overflow makes no step, and what was seen in that backward counts as little.
-        if any(p.grad is not None and not p.grad.isfinite().all() for p in handle.parameters()):
+        # A GradScaler that met an overflow makes no step, and what was seen in that backward counts as little. (Here, before
+        # it gets into a file, and in `watch_gradient`, for those who call handle.step() after steps alone.)
+        gradients = [p.grad for p in handle.parameters() if p.grad is not None]
+        if not any(g.any() for g in gradients) or not all(g.isfinite().all() for g in gradients):
             for module in handle.targets.values():
                 if module.sparse[handle.name].candidates is not None:
                     module.sparse[handle.name].candidate_pending.zero_()
@@ -183,7 +193,7 @@ class SpIEL(SparseMethod):
             grown, again = (
                 choose_growth(held, rate) if self.selection == "accumulated" else by_momentum(held, rate, optimizer)
             )
-            if len(grown):
+            if len(grown) and held.delta.requires_grad:  # what is frozen keeps what it has learnt
                 self._exchange(handle.name, module, grown, again, optimizer)
                 changed += len(grown)
             held.consider(None)
@@ -221,8 +231,10 @@ class Candidates:
                 return
             gradient = product((left.t(), right))
             try:
-                chosen, _ = largest(gradient, len(held.entries), held.shape, left.device, what="the gradient")
+                chosen, sizes = largest(gradient, len(held.entries), held.shape, left.device, what="the gradient")
             except FloatingPointError:  # an overflow, for which a GradScaler skips the step: the next micro-batch will do
+                return
+            if not sizes.any():  # of no tokens (an expert's), or all of them masked: the next micro-batch will do
                 return
             held.consider(chosen)
             held.proposed = several()
@@ -240,6 +252,7 @@ def see_update(held: SparseEntries) -> None:
         return
     mean(held.candidate_pending)
     held.candidate_pending *= changed
+    held.candidate_pending.nan_to_num_(0, 0, 0)  # an overflow that met candidates alone
     held.candidate_sum += held.candidate_pending
     held.candidate_square.addcmul_(held.candidate_pending, held.candidate_pending)
     held.candidate_pending.zero_()

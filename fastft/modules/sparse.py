@@ -60,7 +60,9 @@ class SparseEntries(nn.Module):
         self.updates = self.observed = 0
         self.proposed = False
         self.observer: Any = None
-        self._gradient: torch.Tensor | None = None  # its first numbers as the update's last backward left them
+        # Some numbers of the gradient: as the update's last backward left them, and as the optimizer took them.
+        self._gradient: torch.Tensor | None = None
+        self._taken: torch.Tensor | None = None
 
     @property
     def entries(self) -> Entries:
@@ -145,24 +147,40 @@ class SparseEntries(nn.Module):
         self.observed, self.proposed = 0, False
 
     def watch_gradient(self) -> None:
-        """From now on remember the first numbers of the gradient as backward leaves it, for `changed_since`."""
-        if not getattr(self.delta, "_post_accumulate_grad_hooks", None):  # (copies of parameters lose theirs)
+        """To be called in every backward that adds to `candidate_pending`, before it does: remembers some numbers of the
+        gradient as backward leaves it, for `changed_since`, and forgets what was seen with gradients that were cleared."""
+        hooks = getattr(self.delta, "_post_accumulate_grad_hooks", None) or {}  # (copies of parameters lose theirs)
+        if self._note_gradient not in hooks.values():
             self.delta.register_post_accumulate_grad_hook(self._note_gradient)
+        if (before := self._gradient) is not None:
+            self._gradient = self._sample()
+            cleared = True if self._gradient is None else before.any() & ~self._gradient.any()
+            self.candidate_pending.masked_fill_(torch.as_tensor(cleared, device=before.device), 0)
 
     def _note_gradient(self, delta) -> None:
-        self._gradient = delta.grad[:_WATCHED].detach().clone()
+        self._gradient = self._sample()
+
+    def _sample(self) -> torch.Tensor | None:
+        """From all over the gradient, of which whole rows may be 0."""
+        grad = self.delta.grad
+        return None if grad is None else grad.detach()[:: max(1, len(grad) // _WATCHED)].clone()
+
+    def note_update(self) -> None:
+        """The optimizer has just made a step; the gradients may be cleared before `changed_since` is asked."""
+        self._taken = None if self.candidates is None else self._sample()
 
     def changed_since(self, average) -> torch.Tensor | float:
-        """By what the gradient was multiplied since the update's last backward: a GradScaler's unscaling, clipping. To be
-        asked once an update, by all processes: `average` makes the mean over them, in place."""
-        before, self._gradient = self._gradient, None
+        """By what the gradient was multiplied between the update's last backward and the optimizer's step: a GradScaler's
+        unscaling, clipping. To be asked once an update, by all processes: `average` makes the mean over them, in place."""
+        before, taken = self._gradient, self._taken
+        self._gradient = self._taken = None
         if before is None:  # no gradient here, but maybe in others
-            before = torch.zeros_like(self.delta[:_WATCHED], requires_grad=False)
+            before = torch.zeros_like(self.delta.detach()[:: max(1, len(self.delta) // _WATCHED)])
         average(before)
-        if self.delta.grad is None:
+        if taken is None:
             return 1.0
         square = (before * before).sum()
-        return torch.where(square > 0, (before * self.delta.grad[:_WATCHED]).sum() / square, 1.0)
+        return torch.where(square > 0, (before * taken).sum() / square, 1.0)
 
     def deltas(self) -> list[tuple[Entries, torch.Tensor]]:
         """All that differs from the pretrained weight: what trains, and what is kept."""

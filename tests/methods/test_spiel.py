@@ -112,6 +112,35 @@ def test_after_the_last_choice_nothing_is_held():
     assert all(one.candidates is None for one in held(handle).values())
 
 
+def test_what_no_choice_will_use_is_not_collected(tmp_path):
+    net, handle = attached("accumulated", total_steps=5)
+    train(net, handle, 4)
+    handle.save(tmp_path)
+    again = Net()
+    for model, one in ((net, handle), (again, fastft.load(again, tmp_path))):  # what was loaded only learns it here
+        train(model, one, 1, start=4)
+        assert all(entries.candidates is None and entries.observer is None for entries in held(one).values())
+
+
+@pytest.mark.parametrize("kind", ["accumulated", "momentum"])
+def test_what_is_frozen_keeps_its_entries(kind):
+    net, handle = attached(kind)
+    optimizer = train(net, handle, 1)
+    one = net.b.sparse["default"]
+    one.delta.requires_grad_(False)
+    before, mask = one.delta.clone(), one.entries.mask()
+    train(net, handle, 1, optimizer, start=1)
+    assert handle.method.history[0]["changed"] and torch.equal(one.entries.mask(), mask) and torch.equal(one.delta, before)
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_a_gradient_of_nothing_chooses_no_candidates(rows):
+    """Of an expert without tokens, or a loss all of whose labels are masked."""
+    net, handle = attached("accumulated")
+    (net(torch.randn(rows, 12)) * 0).sum().backward()
+    assert all(one.candidates is None for one in held(handle).values())
+
+
 def test_it_must_know_the_end_of_the_run():
     net, handle = attached("accumulated", total_steps=None)
     with pytest.raises(RuntimeError, match="total_steps"):

@@ -21,12 +21,14 @@ def batch(step, half):
     return torch.randn(9, 24, generator=generator), torch.randn(9, 16, generator=generator)
 
 
-def train(updates, scale=1.0, clip=None, scaler=None, copied=False):
+def train(updates, scale=1.0, clip=None, scaler=None, copied=False, hooked=False, early=False):
     net = model()
     handle = fastft.attach(net, fastft.SpIEL(density=0.1, target_modules=["0", "2"], **CYCLE))
     if copied:
         net = copy.deepcopy(net)
         handle = fastft.methods.handles(net)["default"]
+    for parameter in handle.parameters() if hooked else ():
+        parameter.register_post_accumulate_grad_hook(lambda parameter: None)
     optimizer = handle.optimizer(lr=1e-2)
     for step in range(updates):
         for half in range(2):
@@ -43,6 +45,8 @@ def train(updates, scale=1.0, clip=None, scaler=None, copied=False):
         optimizer.step() if scaler is None else scaler.step(optimizer)
         if scaler is not None:
             scaler.update()
+        if early:
+            optimizer.zero_grad()
         handle.step()
         optimizer.zero_grad()
     return handle, optimizer
@@ -60,39 +64,77 @@ def assert_same_run(one, two):
             torch.testing.assert_close(one[1].state[a.delta][name], two[1].state[b.delta][name], rtol=1e-4, atol=1e-10)
 
 
-@pytest.mark.parametrize("copied", [False, True])
-def test_a_scaled_loss_changes_nothing(copied):
+@pytest.mark.parametrize("how", [{}, {"copied": True}, {"early": True}, {"hooked": True}], ids=str)
+def test_a_scaled_loss_changes_nothing(how):
     plain = train(9)
     assert plain[0].method.history[0]["changed"] > 0
-    assert_same_run(plain, train(9, scale=2.0**16, copied=copied))
+    assert_same_run(plain, train(9, scale=2.0**16, **how))
     assert_same_run(plain, train(9, scaler=torch.amp.GradScaler("cpu", init_scale=2.0**12)))
 
 
-def test_what_grows_starts_from_clipped_gradients():
-    free, clipped = train(3), train(3, clip=1e-3)
+@pytest.mark.parametrize("early", [False, True])
+def test_what_grows_starts_from_clipped_gradients(early):
+    free, clipped = train(3), train(3, clip=1e-3, early=early)
     one, two = (sum(opt.state[h.delta]["exp_avg"].norm() for h in held(run)) for run, opt in (free, clipped))
     assert two < one / 20
 
 
-def test_a_skipped_step_leaves_nothing_behind():
-    net = model()
-    handle = fastft.attach(net, fastft.SpIEL(density=0.1, target_modules=["0", "2"], **CYCLE))
-    optimizer, scaler = handle.optimizer(lr=1e-2), torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=1000)
-    for step in range(9):
-        for overflow in (step in (0, 1, 5), False):
+@pytest.mark.parametrize("how", ["late", "early", "fused", "by hand", "to zeros"])
+def test_a_skipped_step_leaves_nothing_behind(how):
+    """fused: GradScaler calls its step(). by hand, to zeros: gradients are cleared, and handle.step() is not called."""
+    steps = (0, False), (0, True), (1, True), (1, False), *((step, step == 5) for step in range(2, 9)), (5, False)
+    runs = []
+    for overflows in (True, False):
+        net = model()
+        handle = fastft.attach(net, fastft.SpIEL(density=0.1, target_modules=["0", "2"], **CYCLE))
+        optimizer = torch.optim.AdamW(handle.parameters(), lr=1e-2, fused=how == "fused")
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=1000)
+        for step, overflow in steps:
+            if overflow and not overflows:
+                continue
             x, y = batch(step, 0)
             loss = (net(x) - y).square().mean()
-            scaler.scale(loss * float("inf") if overflow else loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            handle.step()
-            optimizer.zero_grad()
-            for one in held(handle):
-                assert one.candidates is None or one.candidate_pending.isfinite().all()
-            if not overflow:
-                break
-    assert [choice["update"] for choice in handle.method.history] == [3, 7]
-    assert all(one.delta.isfinite().all() for one in held(handle))
+            if overflow:  # in the second layer alone: what the first one saw is finite
+                loss = loss + (net[2](x.new_ones(3, 40)) * float("inf")).sum()
+            scaler.scale(loss).backward()
+            if not overflow or how not in ("by hand", "to zeros"):
+                scaler.step(optimizer)
+                scaler.update(2.0**8)
+                if how == "early":
+                    optimizer.zero_grad()
+                handle.step()
+                assert all(one.candidates is None or one.candidate_pending.isfinite().all() for one in held(handle))
+            optimizer.zero_grad(set_to_none=how != "to zeros")
+        assert [choice["update"] for choice in handle.method.history] == [3, 7]
+        runs.append((handle, optimizer))
+    for one, two in zip(*map(held, next(zip(*runs)))):
+        assert torch.equal(one.delta, two.delta) and one.delta.isfinite().all()
+
+
+def test_gradients_of_whole_rows_may_be_nothing():
+    """Those of units that a ReLU cut off; the first numbers of a gradient then say nothing of its scale."""
+    sums = []
+    for scale in (1.0, 2.0**16):
+        net = nn.Sequential(nn.Linear(64, 4), nn.Linear(4, 1))
+        nn.init.constant_(net[0].weight, 0.01)
+        net[1].weight.data = torch.tensor([[0.0, 0.0, 0.0, 1.0]])
+        handle = fastft.attach(net, fastft.SpIEL(density=0.5, target_modules=["0"], **CYCLE))
+        optimizer = handle.optimizer()
+        (net(torch.ones(2, 64)).sum() * scale).backward()
+        for parameter in handle.parameters():
+            parameter.grad /= scale
+        optimizer.step(), handle.step()
+        sums.append(held(handle)[0].candidate_sum)
+    torch.testing.assert_close(*sums)
+
+
+def test_an_overflow_of_candidates_alone_grows_nothing_of_it():
+    handle, optimizer = train(2)
+    one = held(handle)[0]
+    one.candidate_pending[3] = torch.inf
+    one.delta.grad = torch.ones_like(one.delta)
+    optimizer.step(), handle.step()
+    assert one.updates == 3 and all(t.isfinite().all() for t in optimizer.state[one.delta].values())
 
 
 def test_parameters_that_two_optimizers_share_are_refused():
@@ -115,6 +157,7 @@ def test_a_process_without_a_gradient_takes_part_in_the_mean():
     assert one.changed_since(taken.append) == 1.0
     one.delta.grad = torch.ones_like(one.delta)
     one._note_gradient(one.delta)
+    one.note_update()
     assert one.changed_since(lambda before: before.mul_(2)) == 0.5
     one.delta.grad = None
     assert one.changed_since(taken.append) == 1.0

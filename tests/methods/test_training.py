@@ -236,3 +236,15 @@ def test_pickling_an_attached_model():
     assert torch.equal(logits(twin), logits(model))
     handles(twin)["default"].merge()
     torch.testing.assert_close(logits(twin), logits(model))
+
+
+@pytest.mark.parametrize("method", [fastft.LoRA(target_modules=["up"]), fastft.SparseMask(indices={"up": [1, 5]})])
+def test_what_was_attached_in_inference_mode_trains(method):
+    model = torch.nn.ModuleDict({"up": torch.nn.Linear(6, 4)})
+    with torch.inference_mode():
+        handle = fastft.attach(model, method)
+        model.up(torch.ones(6))
+    optimizer = handle.optimizer(lr=0.1)
+    model.up(torch.ones(6)).sum().backward()
+    optimizer.step()
+    assert all(parameter.any() for parameter in handle.parameters())
