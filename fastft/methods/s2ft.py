@@ -23,7 +23,7 @@ from ..ops.partial_linear import slice_dim
 from ..optim.slice_adamw import SliceAdamW
 from .base import Method
 from .selection import SELECTORS, choose, unit_scores, wanted_slices
-from .targets import match, tied_names
+from .targets import check_rows, match, tied_names
 from .units import coupled_units
 
 # Fractions of the paper's experiments, by model; o and d there are o_ratio and down_ratio here.
@@ -158,6 +158,8 @@ class S2FT(Method):
                 raise ValueError(
                     f"{name}.weight is shared with {', '.join(tied[f'{name}.weight'])}; S²FT changes it in place"
                 )
+            if 0 not in module.weight.stride():  # as those of a dry run have it
+                check_rows(name, module.weight)
             if "lora_magnitude" in module._modules:
                 raise ValueError(f"{name!r} holds a DoRA adapter, which multiplies the weight; the two don't mix")
             one = self.chosen[name]

@@ -21,7 +21,7 @@ from ..optim.sparse import SparseAdamW
 from .base import Method
 from .processes import check_whole_state
 from .sparse_files import pack_index, unpack_index
-from .targets import tied_names
+from .targets import check_rows, tied_names
 
 _DESCRIPTIVE = {"peft_type", "base_model_name_or_path", "auto_mapping", "inference_mode", "target_modules"}
 _OF_TARGETS = {"modules_to_save", "bias", "task_type"}
@@ -89,11 +89,8 @@ class SparseMethod(Method):
                 raise ValueError(f"{name!r} holds a DoRA adapter, which multiplies the weight; the two don't mix")
 
     def check_layout(self, name, module):
-        if quantization(module) is None and not has_rows(module.weight):
-            raise ValueError(
-                f"the weight of {name!r} has strides {module.weight.stride()}, but its rows must lie in memory one "
-                "after the other: make it contiguous first, module.weight.data = module.weight.data.contiguous()"
-            )
+        if quantization(module) is None:
+            check_rows(name, module.weight)
 
     def shapes(self, name, module):
         count = self.counts[name]
@@ -278,12 +275,6 @@ class SparseMethod(Method):
 def exactly(names) -> str:
     """What `target_modules` must be for these modules alone: an entry of a list also means those whose names end with it."""
     return "|".join(map(re.escape, names))
-
-
-def has_rows(weight) -> bool:
-    """Do the rows lie in memory without gaps inside and without overlapping, as the ops need it?"""
-    (rows, columns), (down, across) = weight.shape, weight.stride()
-    return (across == 1 or columns <= 1) and (down >= columns or rows <= 1)
 
 
 def stored_shape(module) -> tuple[int, int]:

@@ -77,6 +77,17 @@ def check_pattern(option: str, pattern: str) -> None:
         raise ValueError(f"{option}: {pattern!r} is no regular expression: {error}") from error
 
 
+def check_rows(name: str, weight: torch.Tensor) -> None:
+    """Raises ValueError unless the rows lie in memory without gaps inside and without overlapping, as ops need it that write
+    parts of a weight."""
+    (rows, columns), (down, across) = weight.shape, weight.stride()
+    if (across != 1 and columns > 1) or (down < columns and rows > 1):
+        raise ValueError(
+            f"the weight of {name!r} has strides {weight.stride()}, but its rows must lie in memory one after the other: "
+            "make it contiguous first, module.weight.data = module.weight.data.contiguous()"
+        )
+
+
 @dataclass
 class Matched:
     """What the options select: linear layers by name, and own tensors of modules that are trained on a copy."""

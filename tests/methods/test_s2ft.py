@@ -630,6 +630,12 @@ def test_refused_models():
     assert_same(before, snapshot(model))
     with pytest.raises(ValueError):
         fastft.attach(torch.nn.Sequential(torch.nn.Linear(4, 4)), fastft.S2FT())
+    down = model.model.layers[1].mlp.down_proj
+    down.weight.data = down.weight.data.t().contiguous().t()
+    with pytest.raises(ValueError, match="make it contiguous"):
+        fastft.attach(model, fastft.S2FT(down_ratio=1.0))
+    assert type(down) is torch.nn.Linear
+    down.weight.data = down.weight.data.contiguous()
     model.model.layers[0].mlp.down_proj.weight = model.model.layers[1].mlp.down_proj.weight
     with pytest.raises(ValueError, match="shared"):
         fastft.attach(model, fastft.S2FT(down_ratio=0.5))
