@@ -156,7 +156,8 @@ class Handle(AdapterFiles):
             self.method.after_update(self)
             return
         self.method.after_skipped(self)
-        if not self._ever_updated and any(p.grad is not None for p in self.parameters()):
+        gradients = [] if self._ever_updated else [p.grad for p in self.parameters() if p.grad is not None]
+        if gradients and all(grad.isfinite().all() for grad in gradients):  # else a GradScaler has skipped the step
             warnings.warn(
                 f"adapter {self.name!r} has gradients, but no optimizer that holds its parameters has made a step; "
                 "use handle.optimizer(), or make yours over handle.parameters() after attach",

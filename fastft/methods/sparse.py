@@ -326,17 +326,23 @@ class SparseMask(SparseMethod):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.counts is not None:
-            return
+        if self.counts is None:
+            self._check_given()
+
+    def _check_given(self):
         if (self.mask is None) == (self.indices is None):
             raise ValueError("give either mask or indices: {module name: tensor}")
         given = self.indices if self.mask is None else self.mask
         if not isinstance(given, Mapping) or not given or not all(isinstance(name, str) for name in given):
             raise TypeError("mask and indices are {module name: tensor}, with at least one module")
+        if self.mask is not None and not all(isinstance(mask, torch.Tensor) for mask in given.values()):
+            raise TypeError("mask is {module name: tensor}; torch.tensor(...) makes one of a list")
         if self.target_modules is not None:
             raise ValueError("target_modules: the modules are those of mask or indices")
 
     def bind(self, model):
+        if self.mask is None and self.indices is None:
+            raise ValueError("this SparseMask was read from a file, where the entries stay: attach them by fastft.load")
         modules = dict(model.named_modules())
         given = self.indices if self.mask is None else self.mask
         if strangers := [name for name in given if name not in modules]:
@@ -350,8 +356,8 @@ class SparseMask(SparseMethod):
         try:
             if self.mask is None:
                 index = torch.as_tensor(self.indices[name])
-                if index.dim() != 1 or index.dtype == torch.bool or index.is_floating_point():
-                    raise ValueError(f"the indices are {index.dtype} {list(index.shape)}, they must be a list of integers")
+                if index.dim() != 1:
+                    raise ValueError(f"the indices are a tensor {list(index.shape)}, they must be a list of integers")
                 return Entries.of_flat(index, shape)
             mask = self.mask[name]
             if mask.dtype != torch.bool or tuple(mask.shape) != shape:

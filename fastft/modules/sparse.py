@@ -300,8 +300,18 @@ class _Observed:
     held: SparseEntries
 
     def __call__(self, left, right):
+        if not torch.compiler.is_compiling() and not _accumulates(self.held.delta):
+            return
         with torch.no_grad():
             self.observer(self.held, left, right)
+
+
+def _accumulates(parameter) -> bool:
+    """Does the running backward add to the parameter's .grad? `torch.autograd.grad` does not, whatever it is asked for."""
+    try:
+        return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(parameter).node)
+    except RuntimeError:  # it is asked for this parameter's
+        return False
 
 
 class Sparse:

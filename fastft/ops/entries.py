@@ -24,9 +24,11 @@ class Entries:
         """From row-major positions (integers [E], in any order).
 
         Raises:
-            ValueError: a position outside the weight, or one given twice.
+            ValueError: a position outside the weight, or one given twice; no integers.
         """
         rows, width = shape
+        if index.numel() and (index.dtype == torch.bool or index.is_floating_point()):
+            raise ValueError(f"the indices are {index.dtype}, they must be integers")
         index = index.detach().flatten().long().sort().values
         if len(index) and (int(index[0]) < 0 or int(index[-1]) >= rows * width):
             wrong = int(index[0] if index[0] < 0 else index[-1])

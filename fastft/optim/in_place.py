@@ -77,6 +77,13 @@ class InPlaceOptimizer(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict):
+        """Raises ValueError: the state is of an optimizer with options that this one has not."""
+        options = {name for group in state_dict["param_groups"] for name in ("amsgrad", "maximize") if group.get(name)}
+        if options:
+            raise ValueError(
+                f"the state is of an optimizer with {', '.join(sorted(options))}, which {type(self).__name__} has not: "
+                "go on with that optimizer over handle.parameters(), or begin with a new state"
+            )
         super().load_state_dict(state_dict)
         for state in self.state.values():  # of a checkpoint read onto a GPU, or of a fused optimizer: asking would wait
             if isinstance(state.get("step"), torch.Tensor):

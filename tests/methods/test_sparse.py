@@ -321,6 +321,15 @@ def test_wrong_indices_are_refused(index):
     assert_same(before, snapshot(net))
 
 
+def test_what_a_mask_may_be(tmp_path):
+    with pytest.raises(TypeError, match="makes one of a list"):
+        fastft.SparseMask(mask={"a": [[True]]})
+    handle = fastft.attach(Net(), fastft.SparseMask(indices={"a": [], "b": [1]}))
+    handle.save(tmp_path)
+    with pytest.raises(ValueError, match="attach them by fastft.load"):
+        fastft.attach(Net(), fastft.load(Net(), tmp_path).method)
+
+
 def test_tied_weights_and_dora_are_refused():
     model = llama(tie_word_embeddings=True)
     with pytest.raises(ValueError, match="shared"):

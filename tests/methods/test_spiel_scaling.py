@@ -79,10 +79,11 @@ def test_what_grows_starts_from_clipped_gradients(early):
     assert two < one / 20
 
 
+@pytest.mark.filterwarnings("error:adapter")
 @pytest.mark.parametrize("how", ["late", "early", "fused", "by hand", "to zeros"])
 def test_a_skipped_step_leaves_nothing_behind(how):
     """fused: GradScaler calls its step(). by hand, to zeros: gradients are cleared, and handle.step() is not called."""
-    steps = (0, False), (0, True), (1, True), (1, False), *((step, step == 5) for step in range(2, 9)), (5, False)
+    steps = (0, True), (0, False), (1, True), (1, False), *((step, step == 5) for step in range(2, 9)), (5, False)
     runs = []
     for overflows in (True, False):
         net = model()
@@ -126,6 +127,19 @@ def test_gradients_of_whole_rows_may_be_nothing():
         optimizer.step(), handle.step()
         sums.append(held(handle)[0].candidate_sum)
     torch.testing.assert_close(*sums)
+
+
+def test_gradients_that_are_asked_for_are_no_updates():
+    """As adversarial training asks for those of the input, and a probe for the parameters' own."""
+    sums = []
+    for asks in (False, True):
+        handle, _ = train(1)
+        x, y = batch(1, 0)
+        for wanted in ([x], list(handle.parameters())) if asks else ():
+            torch.autograd.grad((handle.model(x.requires_grad_()) - y).square().mean(), wanted)
+        (handle.model(x) - y).square().mean().backward()
+        sums.append(held(handle)[0].candidate_pending)
+    assert torch.equal(*sums) and sums[0].any()
 
 
 def test_an_overflow_of_candidates_alone_grows_nothing_of_it():

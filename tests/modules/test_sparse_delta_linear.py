@@ -116,6 +116,8 @@ def test_wrong_arguments_say_what_is_wrong():
         (r"torch.bool \[30, 40\]", {"mask": chosen().float()}),
         ("entry 1200 is out of range", {"indices": [3, 1200]}),
         ("entry 3 is given twice", {"indices": [3, 1, 3]}),
+        ("must be integers", {"indices": [1.5]}),
+        ("must be integers", {"indices": [True, False]}),
     ):
         with pytest.raises(ValueError, match=message):
             fastft.SparseDeltaLinear(K, N, **options)

@@ -61,6 +61,14 @@ def test_ages_and_moments_survive_a_state_dict(moments):
             assert theirs[key].dtype == value.dtype and torch.equal(theirs[key], value), key
 
 
+@pytest.mark.parametrize("option", ["amsgrad", "maximize"])
+def test_states_of_optimizers_with_other_options_are_refused(option):
+    handle = attached("mask")[1]
+    other = torch.optim.AdamW(handle.parameters(), **{option: True})
+    with pytest.raises(ValueError, match=f"{option}, which SparseAdamW has not"):
+        handle.optimizer().load_state_dict(other.state_dict())
+
+
 def test_second_moments_of_bfloat16_decay():
     _, handle = attached("mask")
     optimizer = handle.optimizer(lr=1e-3, moment_dtype=BF16)
