@@ -1,10 +1,13 @@
 """Result rows: where a run was made, the append-only CSV, and the table on the terminal."""
 
 import csv
+import fcntl
 import importlib.metadata
+import io
 import os
 import re
 import subprocess
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -23,6 +26,7 @@ FIELDS = [
     "roofline",
 ]
 # fmt: on
+SOURCES = ("csrc", "kernels", "fastft", "bench/*.py", "bench/ops", "bench/e2e")
 ROOT = Path(__file__).resolve().parent.parent  # of the checkout: resolve() follows fastft/bench -> ../bench
 
 
@@ -108,7 +112,7 @@ def rows(case: Case, measurements: list[Measurement], env: dict[str, str]) -> li
 
 
 def append(path: Path, new: list[dict]) -> None:
-    """Append rows in one write, with a header if the file is new.
+    """Append rows in one write, with a header if the file is new; one process at a time, since two may measure at once.
 
     A file of an older version first gets the columns that have come since, at their end; its rows don't change otherwise.
 
@@ -116,19 +120,35 @@ def append(path: Path, new: list[dict]) -> None:
         ValueError: the file has other columns; nothing is written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    header = None
-    if path.exists():
-        with open(path, newline="") as file:
-            header = next(csv.reader(file), None)
-    if header is not None and header != FIELDS[: len(header)]:
-        raise ValueError(f"{path} has other columns than this version writes; give --out another folder")
-    if header is not None and len(header) < len(FIELDS):
-        _widen(path)
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+    with _alone(path.parent):
+        header = None
+        if path.exists():
+            with open(path, newline="") as file:
+                header = next(csv.reader(file), None)
+        if header is not None and header != FIELDS[: len(header)]:
+            raise ValueError(f"{path} has other columns than this version writes; give --out another folder")
+        if header is not None and len(header) < len(FIELDS):
+            _widen(path)
+        text = io.StringIO(newline="")
         if header is None:
-            writer.writeheader()
-        writer.writerows(new)
+            csv.DictWriter(text, FIELDS, lineterminator="\n").writeheader()
+        elif not path.read_bytes().endswith(b"\n"):
+            text.write("\n")  # whoever wrote the last row was stopped within it
+        csv.DictWriter(text, FIELDS, lineterminator="\n").writerows(new)
+        with open(path, "ab", buffering=0) as file:
+            file.write(text.getvalue().encode())
+
+
+@contextmanager
+def _alone(folder: Path):
+    """Nobody else appends to the folder's files meanwhile. A lock of the folder: a file that is widened is exchanged."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _widen(path: Path) -> None:
@@ -280,9 +300,10 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    """Short hash, with ``+dirty`` if tracked files differ (results aside); the version outside a checkout.
+    """Short hash, with ``+dirty`` if files differ that are imported, compiled or looked up; the version outside a checkout.
 
-    FASTFT_COMMIT overrides it, for a tree that was copied without its .git.
+    New files count where they lie beside those: a tuned configuration or a source that no commit has is found there all the
+    same. FASTFT_COMMIT overrides it, for a tree that was copied without its .git.
     """
     if given := os.environ.get("FASTFT_COMMIT"):
         return given
@@ -296,6 +317,7 @@ def _commit() -> str:
     try:
         commit = git("rev-parse", "--short=12", "HEAD")
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+        changed += git("status", "--porcelain", "--untracked-files=all", "--", *SOURCES)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit + ("+dirty" if changed else "")

@@ -1,5 +1,7 @@
 import csv
 import dataclasses
+import multiprocessing
+import subprocess
 import sys
 
 import pytest
@@ -78,6 +80,47 @@ def test_other_columns_are_refused_and_nothing_is_written(tmp_path):
     with pytest.raises(ValueError, match="other columns"):
         results.append(path, results.rows(CASE, FOUND, ENV))
     assert path.read_text() == "a,b\n1,2\n"
+
+
+def test_processes_append_one_after_the_other(tmp_path):
+    path = tmp_path / "x.csv"
+    append = (path, results.rows(CASE, FOUND, ENV))
+    other = multiprocessing.get_context("fork").Process(target=results.append, args=append)
+    with results._alone(tmp_path):
+        other.start()
+        other.join(0.5)
+        assert other.is_alive() and not path.exists()
+    other.join(30)
+    results.append(*append)
+    assert other.exitcode == 0 and results.read([path]) == rows(FOUND) * 2
+
+
+def test_a_row_that_was_cut_off_spoils_no_other(tmp_path):
+    path = tmp_path / "x.csv"
+    results.append(path, results.rows(CASE, FOUND, ENV))
+    path.write_text(path.read_text() + "2030-01-01T00:00:00+00:00,abc,Some")
+    results.append(path, results.rows(CASE, FOUND, ENV))
+    assert results.read([path])[len(rows(FOUND)) + 1 :] == rows(FOUND)
+
+
+def test_files_that_no_commit_has_are_dirty_where_they_are_found(tmp_path, monkeypatch):
+    monkeypatch.delenv("FASTFT_COMMIT", raising=False)
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    for name in ("bench/results/x.csv", "kernels/configs/gpu/lora.json", "notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+
+    def git(*args):
+        subprocess.run(
+            ["git", "-C", tmp_path, "-c", "user.name=n", "-c", "user.email=e", *args], check=True, capture_output=True
+        )
+
+    git("init")
+    (tmp_path / "setup.py").touch()
+    git("add", ".")
+    git("commit", "-m", "first")
+    for name, dirty in (("notes.txt", False), ("bench/results/x.csv", False), ("kernels/configs/gpu/lora.json", True)):
+        (tmp_path / name).touch()
+        assert results.environment("cpu")["commit"].endswith("+dirty") == dirty, name
 
 
 def test_environment_says_where_and_what():
