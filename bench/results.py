@@ -148,6 +148,8 @@ def _alone(folder: Path):
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
+        with suppress(OSError):  # not by closing alone: a process that was forked meanwhile has the same handle
+            fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
 
 
