@@ -32,6 +32,8 @@ def run(config: ServeConfig) -> None:
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     # Quick checks before the model is loaded.
+    if config.adapters is not None and not (config.adapters and Path(config.adapters).expanduser().is_dir()):
+        raise UserError(f"adapters {config.adapters}: no such folder; give the folder that holds the adapters' folders")
     try:
         server_config = make_server_config(config)
         allow_connections()
@@ -95,8 +97,6 @@ def start_engine(config: ServeConfig, name: str) -> tuple[Any, Any]:
     from ..serving import Engine
     from .train import choose_device_and_dtype
 
-    if config.adapters is not None and not (config.adapters and Path(config.adapters).expanduser().is_dir()):
-        raise UserError(f"adapters {config.adapters}: no such folder; give the folder that holds the adapters' folders")
     device, dtype = choose_device_and_dtype(config)
     tokenizer = load("AutoTokenizer", config.model)
     model = load_base(config.model, device, dtype).eval()

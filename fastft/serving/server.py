@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -94,6 +95,8 @@ class Server(uvicorn.Server):
                 lifespan="off",
             )
         )
+        if access_log:  # log_level is this logger's too, and its lines are of level INFO
+            logging.getLogger("uvicorn.access").setLevel(logging.INFO)
 
     def stop(self) -> None:
         """Begin to stop, from any thread."""

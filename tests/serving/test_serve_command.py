@@ -42,7 +42,7 @@ def command(monkeypatch):
 
     def run(*arguments):
         result = CliRunner().invoke(app, ["serve", *map(str, arguments)])
-        assert result.exit_code == 2, result.output
+        assert result.exit_code == 2 and "Loading" not in result.stdout, result.output
         return result.stderr.removeprefix("fastft: ")
 
     return run
@@ -63,7 +63,7 @@ def test_wrong_options_are_refused_before_anything_is_loaded(command, tmp_path):
     assert "also an API key" in command(*model, "--api-key-file", both, "--admin-token-file", both)
     assert "one admin token" in command(*model, "--admin-token-file", key_file(tmp_path / "two", f"{KEY}\n{ADMIN}"))
     for folder in ("/nowhere", ""):
-        assert f"adapters {folder}: no such folder" in command(*model, "--adapters", folder, "--port", 0)
+        assert command(*model, "--adapters", folder, "--port", 0).startswith(f"adapters {folder}: no such folder")
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
         assert "Address already in use; try another --port" in command(*model, "--port", taken.getsockname()[1])
 
@@ -225,6 +225,7 @@ def expected(model, adapter, prompt):
 def test_the_whole_server(folders, tmp_path):
     model, adapters = folders
     arguments = [sys.executable, "-m", "fastft.cli.main", "serve", "--model", model, "--adapters", adapters, "--port", "0"]
+    arguments += ["--access-log"]
     arguments += ["--api-key-file", key_file(tmp_path / "key"), "--admin-token-file", key_file(tmp_path / "token", ADMIN)]
     process = subprocess.Popen(
         list(map(str, arguments)),
@@ -269,7 +270,8 @@ def test_the_whole_server(folders, tmp_path):
         begun = time.monotonic()
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0 and time.monotonic() - begun < 15
-        assert "Stopped." in process.stdout.read()
+        rest = process.stdout.read()
+        assert "Stopped." in rest and '"POST /v1/completions HTTP/1.1" 200' in rest  # --access-log's lines
     finally:
         process.kill()
         errors = process.communicate()[1]

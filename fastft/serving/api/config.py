@@ -54,10 +54,12 @@ class ServerConfig:
                 f"host {self.host!r} can be reached from other machines, and there is no API key: set one with "
                 "--api-key-file or FASTFT_API_KEY, or listen on 127.0.0.1"
             )
-        for key in (*self.api_keys, *([self.admin_token] if self.admin_token is not None else [])):
+        secrets = [("an API key", key) for key in self.api_keys]
+        secrets += [("the admin token", self.admin_token)] if self.admin_token is not None else []
+        for what, key in secrets:
             if len(key) < _KEY_LENGTH or not key.isascii() or not key.isprintable() or " " in key:
                 raise ConfigError(
-                    f"a key has {len(key)} characters; it needs at least {_KEY_LENGTH} of printable ASCII without spaces: "
+                    f"{what} has {len(key)} characters; it needs at least {_KEY_LENGTH} of printable ASCII without spaces: "
                     + _MAKE_KEY
                 )
         if self.admin_token in self.api_keys:
@@ -91,7 +93,8 @@ def read_keys(file: str | None, variable: str) -> tuple[str, ...]:
         mode = path.stat().st_mode
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"key file {file}: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise ConfigError(f"key file {file}: {reason}") from error
     if mode & (stat.S_IRGRP | stat.S_IROTH | stat.S_IWGRP | stat.S_IWOTH):
         raise ConfigError(
             f"key file {file} is open to other users of this machine: chmod 600 {file}, or give the key in {variable}"
