@@ -62,10 +62,11 @@ def _signature(config: type, switches: dict[str, tuple[Any, Any, Any]]) -> inspe
     return inspect.Signature(parameters)
 
 
-def _add_command(function: Any, signature: inspect.Signature, help: str) -> None:
+def _add_command(function: Any, signature: inspect.Signature, help: str, short: str) -> None:
+    """short: its line in `fastft --help`, which cuts longer ones at 80 columns."""
     function.__signature__ = signature
     function.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
-    app.command(function.__name__, help=help)(function)
+    app.command(function.__name__, help=help, short_help=short)(function)
 
 
 _add_command(
@@ -88,13 +89,14 @@ _add_command(
     "Fine-tune a causal language model on JSON lines, with low-rank adapters (--method lora) or by training a few of "
     "its channels and heads (--method s2ft) or single entries of its weights (--method spiel, lift) in place; the adapter "
     "goes to OUT/adapter.",
+    "Fine-tune a causal language model on JSON lines.",
 )
 
 
 def serve(**options: Any) -> None:
     from .serve import run
 
-    with _friendly(interrupted="stopped"):
+    with _friendly():
         run(make_serve_config(options))
 
 
@@ -102,6 +104,7 @@ _add_command(
     serve,
     _signature(ServeConfig, {}),
     "Serve a base model and its adapters, all in one batch, through OpenAI's HTTP interface.",
+    "Serve a base model and its adapters, through OpenAI's interface.",
 )
 
 
@@ -121,6 +124,7 @@ def merge(
 
 @app.command(
     help="Interleaved benchmarks against the floor and peers (fastft bench FAMILY ...).",
+    short_help="Measure what adapters cost here, beside other implementations.",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
 )
 def bench(context: typer.Context) -> None:
@@ -131,6 +135,7 @@ def bench(context: typer.Context) -> None:
 
 @app.command(
     help="Search the Triton kernels' launch configurations on this GPU and write them (fastft tune [FAMILY ...]).",
+    short_help="Search the Triton kernels' launch configurations on this GPU.",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
 )
 def tune(context: typer.Context) -> None:
@@ -142,9 +147,6 @@ def tune(context: typer.Context) -> None:
 class _friendly:
     """Print a UserError's message without a traceback and exit with 2, as for wrong options; Ctrl-C exits with 130."""
 
-    def __init__(self, interrupted: str = "stopped; --resume continues from the last checkpoint"):
-        self._interrupted = interrupted
-
     def __enter__(self):
         return self
 
@@ -153,5 +155,5 @@ class _friendly:
             typer.echo(f"fastft: {error}", err=True)
             raise typer.Exit(2) from None
         if isinstance(error, KeyboardInterrupt):
-            typer.echo(f"fastft: {self._interrupted}", err=True)
+            typer.echo(f"fastft: {str(error) or 'stopped'}", err=True)  # a training run says how to go on
             raise typer.Exit(130) from None

@@ -51,7 +51,7 @@ def read_jsonl(path: str) -> list[Record]:
 
 def _parse(line: bytes, place: str) -> Record:
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = json.loads(line.decode("utf-8").rstrip())  # a line break would be where a cut line ends
     except UnicodeDecodeError as error:
         raise UserError(f"{place}: not UTF-8: {error.reason} at byte {error.start}") from None
     except json.JSONDecodeError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,6 +63,15 @@ def check_out(out: Path, resume: bool, overwrite: bool) -> None:
         )
     if any(True for _ in _of_a_run(out)) and not _is_run(out):
         raise UserError(f"out {out} holds files named like a run's but no run's config.yaml, so --overwrite leaves it alone")
+
+
+def after_stop(out: Path) -> str:
+    """How to go on with a run that was stopped while it trained."""
+    from ..integrations.transformers import last_checkpoint
+
+    if (checkpoint := last_checkpoint(out)) is None:
+        return "stopped before the first checkpoint (--save-steps makes more of them); --overwrite starts the run again"
+    return f"stopped; fastft train --resume --out {shlex.quote(str(out))} continues from {checkpoint.name}"
 
 
 def _of_a_run(out: Path) -> Iterator[Path]:

@@ -39,7 +39,9 @@ def run(model: str, adapter: str, out: str, dtype: str = "auto", overwrite: bool
     if target.exists() and overwrite:
         _check_replaceable(target)
     if not current(Path(adapter).expanduser(), "adapter_config.json").is_file():
-        raise UserError(f"adapter {adapter}: no adapter_config.json there")
+        inside = Path(adapter, "adapter")  # of a run's folder
+        found = current(inside.expanduser(), "adapter_config.json").is_file()
+        raise UserError(f"adapter {adapter}: no adapter_config.json there" + (f"; did you mean {inside}?" if found else ""))
 
     import torch
 

@@ -12,7 +12,7 @@ from . import launch
 from .config import TrainConfig
 from .data import Record, Tokenized, read_jsonl, split, tokenize
 from .errors import UserError
-from .folder import check_out, clear, writing
+from .folder import after_stop, check_out, clear, writing
 from .loading import check_bitsandbytes, load, load_base
 
 
@@ -238,6 +238,8 @@ def _train(
             trainer.evaluate()
     except FloatingPointError as error:
         raise UserError(str(error)) from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(after_stop(out)) from None
     launch.wait()
     if launch.rank() != 0:
         return None

@@ -82,7 +82,8 @@ def test_wrong_input_is_explained_and_writes_nothing(tiny_model, trained, tmp_pa
     (tmp_path / "other" / "mine.txt").write_text("keep")
     for change, message in [
         ({"--model": "./nowhere"}, "no such folder"),
-        ({"--adapter": str(tmp_path)}, "no adapter_config.json there"),
+        ({"--adapter": str(tmp_path)}, "no adapter_config.json there\n"),
+        ({"--adapter": str(adapter.parent)}, f"no adapter_config.json there; did you mean {adapter}?"),
         ({"--adapter": str(tmp_path / "damaged")}, "adapter_config.json"),
         ({"--dtype": "int8"}, "dtype must be one of"),
         ({"--out": str(tmp_path / "other")}, "use --overwrite"),

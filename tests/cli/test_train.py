@@ -15,7 +15,7 @@ import yaml
 import fastft
 from fastft.integrations.transformers import last_checkpoint
 
-from .conftest import adapter, assert_same_run, same, trained
+from .conftest import adapter, assert_same_run, same, stopped, trained
 
 SMALL = ["--r", "2", "--batch-size", "4", "--lr", "0.05", "--max-length", "32", "--device", "cpu", "--dropout", "0.1"]
 
@@ -71,6 +71,24 @@ def test_killed_and_resumed_is_bit_for_bit(straight, tmp_path, fastft_command):
     result = fastft_command("train", "--resume", "--out", out)
     assert result.exit_code == 0, result.output
     assert_same_run(expected, out)
+
+
+def test_ctrl_c_says_how_to_go_on(straight, tmp_path, fastft_command, monkeypatch):
+    expected, options, _ = straight
+    out = tmp_path / "out"
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformers.Trainer.train", interrupted)
+    result = fastft_command("train", *options, "--out", out)
+    assert result.exit_code == 130 and "stopped before the first checkpoint" in result.stderr
+    out = stopped(expected, tmp_path / "resumed", 30)
+    result = fastft_command("train", "--resume", "--out", out)
+    assert result.exit_code == 130 and f"fastft train --resume --out {out} continues from checkpoint-25" in result.stderr
+    monkeypatch.setattr("fastft.cli.merge.run", interrupted)
+    result = fastft_command("merge", "--model", "m", "--adapter", "a", "--out", "o")
+    assert result.exit_code == 130 and result.stderr == "fastft: stopped\n"  # it has no --resume
 
 
 def test_resuming_a_finished_run_trains_nothing(straight, tmp_path, fastft_command):
@@ -325,6 +343,7 @@ def test_the_version_needs_no_extra():
 def test_short_help(command, fastft_command):
     short, long = (fastft_command(*command, option) for option in ("-h", "--help"))
     assert short.exit_code == 0 and short.stdout == long.stdout and "Usage" in short.stdout
+    assert command or "..." not in short.stdout.partition("Commands:")[2]  # no command's line is cut
 
 
 def test_without_the_extra_it_says_what_to_install():
