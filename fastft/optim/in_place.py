@@ -90,14 +90,18 @@ class InPlaceOptimizer(torch.optim.Optimizer):
                 state["step"] = state["step"].cpu()
 
     def _adamw(self, parameters, group) -> None:
-        """PyTorch's, which counts the step itself."""
+        """PyTorch's, which counts the step itself; in float32 for float16, where eps would be 0 (as its fused one)."""
         states = [self._state(p) for p in parameters]
         beta1, beta2 = group["betas"]
+        means, squares = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+        held = [*parameters, *means, *squares]
+        wide = [t.float() if t.dtype == torch.float16 else t for t in held]
+        count = len(parameters)
         adamw(
-            parameters,
-            [p.grad for p in parameters],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            wide[:count],
+            [p.grad.to(t.dtype) for p, t in zip(parameters, wide)],
+            wide[count : 2 * count],
+            wide[2 * count :],
             [],
             [state["step"] for state in states],
             foreach=True,
@@ -109,6 +113,9 @@ class InPlaceOptimizer(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+        for t, computed in zip(held, wide):
+            if computed is not t:
+                t.copy_(computed)
 
 
 def step_zero() -> torch.Tensor:

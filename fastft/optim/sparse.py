@@ -115,7 +115,8 @@ class SparseSM3(InPlaceOptimizer):
                 state["sum"] = torch.zeros_like(parameter)
             state["sum"].addcmul_(parameter.grad, parameter.grad)
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.addcmul_(parameter.grad, (state["sum"] + group["eps"]).rsqrt_(), value=-group["lr"])
+            root = (state["sum"].to(torch.promote_types(parameter.dtype, torch.float32)) + group["eps"]).rsqrt_()
+            parameter.add_(root.mul_(parameter.grad), alpha=-group["lr"])  # (in float16 eps would be 0)
 
 
 def _nowhere(delta):

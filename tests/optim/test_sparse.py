@@ -69,6 +69,16 @@ def test_states_of_optimizers_with_other_options_are_refused(option):
         handle.optimizer().load_state_dict(other.state_dict())
 
 
+@pytest.mark.parametrize("optimizer", [fastft.SliceAdamW, fastft.SparseAdamW, fastft.SparseSM3])
+def test_full_copies_in_float16_stay_numbers(optimizer):
+    """Where the gradient is 0, as of tokens that an embedding did not meet, and eps alone is left below the line."""
+    whole, half = torch.ones(4), torch.ones(4, dtype=torch.float16)
+    for parameter in (whole, half):
+        parameter.grad = torch.tensor([0.0, 0.25, -0.5, 1.0]).to(parameter.dtype)
+        optimizer([parameter], {}, lr=0.125, eps=1e-8).step()
+    torch.testing.assert_close(half.float(), whole, rtol=1e-3, atol=1e-3)
+
+
 def test_second_moments_of_bfloat16_decay():
     _, handle = attached("mask")
     optimizer = handle.optimizer(lr=1e-3, moment_dtype=BF16)
