@@ -103,7 +103,7 @@ def rows(case: Case, measurements: list[Measurement], env: dict[str, str]) -> li
             if fact.ratio:
                 row |= {"ratio": f"{fact.ratio.median:.5f}", "lo": f"{fact.ratio.lo:.5f}", "hi": f"{fact.ratio.hi:.5f}"}
                 row |= {"rounds": m.rounds, "void": int(m.status == "void")}
-            elif m.status == "void":
+            elif m.status == "void" and not fact.timed:
                 row["status"] = "ok"  # as with other counts
             if fact.target is not None:
                 row |= {"target": fact.target, "met": "" if fact.met is None else int(fact.met)}

@@ -92,7 +92,7 @@ def _parser():
         "--html", action="store_true", help=f"measure nothing: write all results as one page (--out FILE; {page.DEFAULT})"
     )
     parser.add_argument("--out", metavar="DIR", help="folder of the CSV (default: bench/results of a checkout)")
-    parser.add_argument("--resume", action="store_true", help="skip cases with rows of this commit in the CSV")
+    parser.add_argument("--resume", action="store_true", help="skip cases with rows of this clean commit in the CSV")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--list", action="store_true", help="list the models and shapes and stop")
     return parser
@@ -211,12 +211,22 @@ def _where(env, kind: str, path) -> str:
 
 
 def _done(path, env) -> set[tuple]:
-    """The keys of cases that have rows that count, of this commit, device and number of threads."""
-    if path is None or not path.exists():
+    """The keys of cases of which ours has a number that counts, of this commit, device and number of threads.
+
+    Not where an arm of ours was wrong, which then would be said no more; and none of a commit that doesn't tell what was
+    measured.
+    """
+    if path is None or not path.exists() or env["commit"].endswith("+dirty") or env["commit"] == "unknown":
         return set()
-    same = ("commit", "device", "threads")
-    counted = [r for r in results.read([path]) if r["metric"] == "time" and r["status"] == "ok"]
-    return {(r["family"], r["case"], r["shape"], r["dtype"]) for r in counted if all(r[f] == env[f] for f in same)}
+    done, wrong = set(), set()
+    for row in results.read([path]):
+        if row["metric"] == "time" and all(row[f] == env[f] for f in ("commit", "device", "threads")):
+            key = row["family"], row["case"], row["shape"], row["dtype"]
+            if row["status"] == "ok" and row["implementation"] == "fastft":
+                done.add(key)
+            elif row["status"] == "wrong" and runner.is_ours(row["implementation"]):
+                wrong.add(key)
+    return done - wrong
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ tensors. A case whose arms do not agree gets no number.
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -86,6 +86,7 @@ class Fact:
 
     A run may tell numbers by a function `facts() -> list[Fact]`, asked after it was called; with a target they are met up
     to it. One of many training steps may have a function `step()` that makes one of them: its memory is the run's.
+    `timed`: the number is a time, which other load disturbs as it does the case's.
     """
 
     metric: str
@@ -94,6 +95,7 @@ class Fact:
     ratio: stats.Interval | None = None
     target: float | None = None
     met: bool | None = None
+    timed: bool = False
 
 
 @dataclass
@@ -211,6 +213,8 @@ def _time(
             continue
         m.note = group.notes.get(name, m.note)
         m.status = "quick" if quick else "void" if void else "ok"
+        if m.status != "ok":
+            m.facts = [replace(fact, met=None) if fact.timed else fact for fact in m.facts]
         m.ratio, m.floor, m.rounds = stats.paired_ratio(times[name], times["floor"]), floor, rounds
         m.seconds = torch.tensor(times[name], dtype=torch.float64).quantile(0.5).item()
         if is_ours(name) and case.target is not None:

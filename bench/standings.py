@@ -70,10 +70,14 @@ TIMED = "time"
 def counted(rows, metric: str = TIMED) -> Cases:
     """Case -> implementation -> its row, of the latest run that counts; floors only appear for other metrics than time.
 
-    Implementations of one case are taken from one run, since only those were measured in the same rounds.
+    Implementations of one case are taken from one run, since only those were measured in the same rounds. A case whose
+    gate ours has failed since has no number: the older one is of code that is no more.
     """
     runs: dict[Key, dict[str, dict[str, dict]]] = {}
+    wrong: dict[Key, str] = {}
     for row in rows:
+        if (row["metric"], row["implementation"], row["status"]) == (TIMED, "fastft", "wrong"):
+            wrong[key_of(row)] = max(wrong.get(key_of(row), ""), row["date"])
         if row["metric"] != metric or row["status"] != "ok" or "@" in row["implementation"]:  # @: of another revision
             continue
         if metric == TIMED and is_floor(row["implementation"]):
@@ -82,7 +86,7 @@ def counted(rows, metric: str = TIMED) -> Cases:
     found = {}
     for key, by_date in runs.items():
         ours = [date for date, arms in by_date.items() if "fastft" in arms]
-        if ours:
+        if ours and max(ours) > wrong.get(key, ""):
             found[key] = by_date[max(ours)]
     return dict(sorted(found.items(), key=lambda item: order(item[0])))
 

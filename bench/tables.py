@@ -266,7 +266,7 @@ def traces(rows) -> dict[tuple[str, str], list[str]]:
     """(device, threads) -> what the latest runs of `serve_trace` that count found, as sentences."""
     latest: dict[tuple, dict[str, dict]] = {}
     for row in rows:
-        if row["family"] == "serve_trace" and row["status"] == "ok" and row["implementation"] == "fastft":
+        if row["family"] == "serve_trace" and row["status"] in ("ok", "wrong") and row["implementation"] == "fastft":
             runs = latest.setdefault(tuple(row[f] for f in ("device", "threads", "shape", "case")), {})
             runs.setdefault(row["date"], {})[row["metric"]] = row
     said: dict[tuple[str, str], list[str]] = {}

@@ -100,7 +100,7 @@ def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK,
     """
     if dropouts not in (None, [0.0]):
         raise ValueError("dora is measured without dropout: ours and PEFT's differ there by definition")
-    wanted = [n for n in peer_names if n in PEERS] if peer_names is not None else DEFAULT_PEERS
+    wanted = lora.known("peer", DEFAULT_PEERS if peer_names is None else peer_names, PEERS)
     missing = {n: why for n in wanted if (why := PEERS[n][1]())}
     arms = {"fastft": lora.adapted(ours)}
     arms |= {f"fastft:{b}": lora.on_backend(b, arms["fastft"]) for b in lora.several_backends(device)}

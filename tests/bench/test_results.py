@@ -149,12 +149,14 @@ def other(case, found, family="toy", **env):
 def test_facts_are_rows():
     fact = Fact("state_bytes", 18.0, "B/entry", target=20, met=True)
     kept = Fact("speedup", 1.76, "x over full", Interval(0.981, 0.975, 0.99))
-    found = other("step", [measurement("fastft", 1.0, "void", facts=[fact, kept])])
+    timed = Fact("accelerate", 0.4, "s", target=0.5, timed=True)
+    found = other("step", [measurement("fastft", 1.0, "void", facts=[fact, kept, timed])])
     by_metric = {row["metric"]: row for row in found}
     state, speedup = by_metric["state_bytes"], by_metric["speedup"]
     assert (state["value"], state["unit"], state["target"], state["met"]) == ("18", "B/entry", "20", "1")
     assert (speedup["value"], speedup["ratio"], speedup["lo"], speedup["met"]) == ("1.76", "0.98100", "0.97500", "")
     assert (state["status"], speedup["status"]) == ("ok", "void"), "counts are not disturbed by other load"
+    assert by_metric["accelerate"]["status"] == "void", "times are"
 
 
 @pytest.mark.parametrize("rich", [True, False])

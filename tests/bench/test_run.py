@@ -78,6 +78,23 @@ def test_resume_skips_only_what_counts_at_this_commit(monkeypatch, tmp_path, cap
     assert run.main(once) == 0 and "already measured" not in capsys.readouterr().out
 
 
+def test_resume_trusts_no_changed_tree_and_no_wrong_result(monkeypatch, tmp_path):
+    env = results.environment("cpu") | {"commit": "abc"}
+    key = {"family": "lora", "case": "layer r=16 p=0", "shape": "tiny", "dtype": "fp32"}
+
+    def done(commit, *arms):
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.csv"
+        same = env | {"commit": commit, "metric": "time"} | key
+        results.append(path, [same | {"implementation": name, "status": status} for name, status in arms])
+        return run._done(path, env | {"commit": commit})
+
+    assert done("abc", ("floor2", "ok"), ("fastft", "ok")) == {tuple(key.values())}
+    assert not done("abc+dirty", ("floor2", "ok"), ("fastft", "ok"))
+    assert not done("abc", ("floor2", "ok"), ("fastft", "wrong"), ("peft", "ok"))
+    assert not done("abc", ("fastft", "ok"), ("fastft:triton", "wrong"))
+    assert done("abc", ("fastft", "ok"), ("peft", "wrong"))
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -100,7 +117,15 @@ def test_numbers_and_folders_are_checked_before_anything_is_measured(wrong, mess
 
 
 @pytest.mark.parametrize(
-    "wrong", [["--shape", "huge"], ["--dtype", "fp8"], ["--peers", "nobody"], ["--rounds", "1"], ["nothing"]]
+    "wrong",
+    [
+        ["--shape", "huge"],
+        ["--dtype", "fp8"],
+        ["--peers", "nobody"],
+        ["--rounds", "1"],
+        ["nothing"],
+        ["dora", "--peers", "addm"],
+    ],
 )
 def test_bad_arguments(wrong, capsys):
     with pytest.raises(SystemExit) as error:

@@ -242,3 +242,19 @@ def test_compiled_arms_are_timed_compiled_and_for_the_sizes_of_their_case(monkey
         runner.measure(make_case(arms, inputs=lambda device, seed, size=size: torch.ones(size)), "cpu", rounds=3)
         assert made and all(sizes == [size] and type(sizes[0]) is int for sizes in made), made
         made.clear()
+
+
+def test_times_that_an_arm_tells_are_judged_in_quiet_runs_alone(monkeypatch):
+    def build(x):
+        run = square(x)
+        run.facts = lambda: [
+            runner.Fact("seconds", 1, "s", None, 2, True, timed=True),
+            runner.Fact("bytes", 1, "B", None, 2, True),
+        ]
+        return run
+
+    for void, met in ((True, None), (False, True)):
+        monkeypatch.setattr(runner.stats, "is_void", lambda floor, void=void: void)
+        monkeypatch.setitem(rounds.MIN_SAMPLE, "cpu", 0.0)
+        found = by_name(runner.measure(make_case({"fastft": build}), "cpu"))["fastft"]
+        assert {fact.metric: fact.met for fact in found.facts} == {"seconds": met, "bytes": True}

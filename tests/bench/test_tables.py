@@ -23,7 +23,7 @@ def test_tables_take_only_what_counts_from_the_latest_run():
     kept = [measurement("fastft", 1.02, target=1.01, met=False), measurement("peft", 1.5)]
     void = [measurement("fastft", 7.0, "void"), measurement("peft", 7.1, "void")]
     quick = [measurement("fastft", 8.0, "quick")]
-    peers_only = [measurement("fastft", status="wrong", note="no"), measurement("peft", 9.0)]
+    peers_only = [measurement("fastft", status="skipped", note="no"), measurement("peft", 9.0)]
     older = [measurement("fastft", 1.03), measurement("fastft@abc", 1.0), measurement("floor@abc", 1.0)]
     table = tables.full(
         rows(FOUND + older[1:])
@@ -161,6 +161,24 @@ def test_the_commands_in_the_readme_exist():
             assert importlib.util.find_spec(command.split()[2]), command
     families = re.findall(r"^\| (`.*?`) \|", path.read_text().split("| family |")[1].split("\n\n")[0], re.MULTILINE)
     assert set(re.findall(r"`(\w+)`", " ".join(families))) == {*run.families(), *run.WHOLE_RUNS}
+
+
+def test_a_case_whose_latest_result_is_wrong_has_no_number():
+    def shown(*runs):
+        return [row["fastft"]["ratio"] for row in standings.counted([row for run in runs for row in run]).values()]
+
+    def run(date, status, ratio=None, name="fastft"):
+        return rows([measurement(name, ratio, status)], date=f"2030-01-0{date}")
+
+    right = run(1, "ok", 1.1)
+    assert (
+        shown(right)
+        == shown(right, run(2, "void", 1.0))
+        == shown(right, run(2, "wrong", name="fastft:triton"))
+        == ["1.10000"]
+    )
+    assert shown(right, run(2, "wrong")) == []
+    assert shown(right, run(2, "wrong"), run(3, "ok", 1.2)) == ["1.20000"]
 
 
 def test_no_rows_no_tables():
