@@ -142,6 +142,8 @@ def main(argv=None) -> int:
         cases = listed(**settings)
     except ValueError as error:
         parser.error(str(error))
+    if not cases:  # nothing measured is nothing found, which would read as if all was well
+        parser.error(f"{args.family} has no case of this shape and dtype")
     try:
         theirs = settings | {"peers": []}
         base = revision.Base(args.base, theirs, args.seed, torch.get_num_threads()) if args.base else None

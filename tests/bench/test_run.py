@@ -134,6 +134,13 @@ def test_bad_arguments(wrong, capsys):
     assert "known:" in (message := capsys.readouterr().err) or "at least 2" in message or "choose from" in message
 
 
+def test_what_no_case_has_is_no_run_without_findings(capsys):
+    pytest.importorskip("peft")
+    with pytest.raises(SystemExit) as error:
+        run.main(["peft", "--device", "cpu", "--shape", "tiny", "--dtype", "bf16+fp32", "--quick"])
+    assert error.value.code == 2 and "peft has no case of this shape and dtype" in capsys.readouterr().err
+
+
 def test_torchao_is_quiet(monkeypatch, capsys):
     for name in ("torchao", "torch.utils._pytree"):
         monkeypatch.setattr(logging.getLogger(name), "level", logging.NOTSET)
