@@ -151,8 +151,9 @@ class _friendly:
         return self
 
     def __exit__(self, kind, error, traceback):
-        if isinstance(error, (UserError, OSError)):  # an OSError names the file, and what the system said
-            typer.echo(f"fastft: {error}", err=True)
+        if isinstance(error, (UserError, OSError)):
+            known = isinstance(error, OSError) and error.filename is not None and error.strerror
+            typer.echo(f"fastft: {error.filename}: {error.strerror}" if known else f"fastft: {error}", err=True)
             raise typer.Exit(2) from None
         if isinstance(error, KeyboardInterrupt):
             typer.echo(f"fastft: {str(error) or 'stopped'}", err=True)  # a training run says how to go on

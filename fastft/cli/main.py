@@ -10,7 +10,16 @@ SERVE_EXTRA = ("typer", "rich", "transformers", "fastapi", "uvicorn", "prometheu
 
 
 def main() -> None:
-    """Entry point. Without its extra a command other than `fastft info`, `bench` and `tune` says what to install."""
+    """Entry point. Ctrl-C ends every command without a traceback, also while it still imports."""
+    try:
+        _run()
+    except KeyboardInterrupt:
+        print("fastft: stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run() -> None:
+    """Without its extra a command other than `fastft info`, `bench` and `tune` says what to install."""
     arguments = sys.argv[1:]
     if arguments == ["--version"]:  # here, as the core install has no typer
         from .. import __version__

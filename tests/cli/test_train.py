@@ -91,6 +91,27 @@ def test_ctrl_c_says_how_to_go_on(straight, tmp_path, fastft_command, monkeypatc
     assert result.exit_code == 130 and result.stderr == "fastft: stopped\n"  # it has no --resume
 
 
+@pytest.mark.parametrize("command", ["bench", "tune", "info"])
+def test_ctrl_c_in_other_commands_is_no_traceback(command, monkeypatch, capsys):
+    from fastft.cli import main
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "_bench", interrupted)
+    monkeypatch.setattr("fastft.tune.main", interrupted)
+    monkeypatch.setattr("fastft.info.main", interrupted)
+    monkeypatch.setattr(sys, "argv", ["fastft", command])
+    with pytest.raises(SystemExit) as exit:
+        main.main()
+    assert exit.value.code == 130 and capsys.readouterr().err == "fastft: stopped\n"
+
+
+def test_a_folder_that_cannot_be_made_is_named(tiny_model, text_data, fastft_command):
+    result = fastft_command("train", "--model", tiny_model, "--data", text_data, "--out", "/dev/null/x", *SMALL)
+    assert result.exit_code == 2 and result.stderr.endswith("fastft: /dev/null/x: Not a directory\n"), result.stderr
+
+
 def test_resuming_a_finished_run_trains_nothing(straight, tmp_path, fastft_command):
     out, _, _ = straight
     shutil.copytree(out, tmp_path / "out")
