@@ -197,7 +197,9 @@ def main() -> int:
     show_texts(generate(None), generate(adapter))
 
     console.rule("[bold]3. Beside PEFT: same model, data, order, initial adapter; float32")
-    ours, peft, ratios = compare(data, make_initial(options.out), options.steps // 2 // BLOCK * BLOCK)
+    steps = options.steps // 2 // BLOCK * BLOCK
+    console.print(f"{steps} steps of each, in turns of {BLOCK}; nothing is shown until both are done", highlight=False)
+    ours, peft, ratios = compare(data, make_initial(options.out), steps)
     difference = max(abs(a - b) for a, b in zip(ours["losses"], peft["losses"], strict=True))
     show_comparison(ours, peft, ratios, difference)
 
