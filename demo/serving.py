@@ -31,7 +31,7 @@ def train(name: str, out: Path, steps: int) -> Path:
     subprocess.run([sys.executable, "-m", "demo.data", str(data), "2000", kind], check=True, cwd=ROOT)
     command = ["train", "--model", str(MODEL), "--data", str(data), *options, "--out", str(run), "--max-length", "128"]
     command += ["--lr", "4e-3", "--max-steps", str(steps), "--overwrite"]
-    console.print(f"{name} learns {kind}, {steps} steps, without a word:", highlight=False)
+    console.print(f"{name} learns {kind}, {steps} steps:", highlight=False)
     console.print("$ fastft " + shlex.join(command), soft_wrap=True, markup=False, highlight=False)
     subprocess.run([sys.executable, "-m", "fastft.cli.main", *command], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
     return run / "adapter"
