@@ -22,6 +22,7 @@ def pristine(module: nn.Module, own: str) -> torch.Tensor:
     stored = module._buffers.get(_PRISTINE + own)
     if stored is None and own == "weight" and PART in module._buffers:
         module.check_whole()
+        module.follow_weight()
         with torch.no_grad():
             stored = module.weight.detach().clone(memory_format=torch.contiguous_format)
             module._store.restore(module, stored, module._buffers[PART])
@@ -135,6 +136,7 @@ class Mergeable(nn.Module):
     def _exchange(self, store) -> None:
         """Let these parts stand in the weight instead of those that do, if any."""
         self.check_whole()
+        self.follow_weight()
         first = self._store is None and store.is_zero(self) and not self.weight.is_inference()
         base = store.exchange(self, self._store, self._buffers.get(PART))
         torch.autograd.graph.increment_version(self.weight)  # a graph that saved the weight must notice
@@ -148,11 +150,26 @@ class Mergeable(nn.Module):
         """Forget the store; with `restore` put the pristine bits back before."""
         if restore:
             self.check_whole()
+            self.follow_weight()
             self._store.restore(self, self.weight, self._buffers[PART])
             torch.autograd.graph.increment_version(self.weight)
         self._store = None
         self._buffers.pop(PART, None)
         self._non_persistent_buffers_set.discard(PART)
+
+    @torch.no_grad()
+    def follow_weight(self) -> None:
+        """Something else wrote into the weight, in which no delta but 0 stood: that is the base from now on.
+
+        DistributedDataParallel sends rank 0's weights when it is made, and other ranks may have had others (a head with new
+        values), which would come back at the adapter's places with its first update. Of entries it sends nothing else.
+        """
+        if self._store is None or self._store.untouched is None or torch.compiler.is_compiling():
+            return
+        weight, (known, version) = self.weight, self._store.untouched
+        if id(weight) == known and weight._version != version:  # another than that is functional_call's, for this forward
+            self._buffers[PART].copy_(self._store.gather(self))
+            self._store.untouched = version_of(weight)
 
     def check_whole(self) -> None:
         """Raises RuntimeError where the weight is not the module's own whole Parameter, so that parts of it can be neither
@@ -183,6 +200,7 @@ class Mergeable(nn.Module):
         totals = {own: value.to(torch.promote_types(value.dtype, torch.float32), copy=True) for own, value in stored.items()}
         if self._store is not None:
             self.check_whole()
+            self.follow_weight()
             self._store.write(self, self._buffers[PART])
             torch.autograd.graph.increment_version(self.weight)
         for name in standing if totals else ():

@@ -10,7 +10,7 @@ import torch
 
 from ..ops.lora_linear import lora_update
 from ..ops.partial_linear import partial_linear
-from .merging import PART, pristine
+from .merging import pristine
 from .stores import version_of
 
 
@@ -160,21 +160,7 @@ class TrainsParts:
                 settings.forget()
                 if self._store is not None:
                     self._store.forget()
-        store = self._store
-        if store is not None and store.untouched is not None:
-            self._follow_weight()
+        self.follow_weight()
         for name, version in self._written.items():
             if version_of(self.delta_of(name)) != version:
                 return self.refresh()
-
-    @torch.no_grad()
-    def _follow_weight(self) -> None:
-        """Something else wrote into the weight, in which no delta but 0 stood: that is the base from now on.
-
-        DistributedDataParallel sends rank 0's weights when it is made, and other ranks may have had others (a head with new
-        values), which would come back at the adapter's places with its first update. Of entries it sends nothing else.
-        """
-        weight, (known, version) = self.weight, self._store.untouched
-        if id(weight) == known and weight._version != version:  # another than that is functional_call's, for this forward
-            self._buffers[PART].copy_(self._store.gather(self))
-            self._store.untouched = version_of(weight)

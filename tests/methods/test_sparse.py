@@ -321,6 +321,25 @@ def test_wrong_indices_are_refused(index):
     assert_same(before, snapshot(net))
 
 
+@pytest.mark.parametrize("then", ["state", "inactive", "merged", "changed"])
+def test_weights_that_come_after_attaching_are_the_base(then):
+    """Also before the first forward."""
+    net, handle = attached("mask")
+    other, module = Net(seed=1), net.a
+    with torch.no_grad():
+        module.weight.copy_(other.a.weight)
+        if then == "inactive":
+            handle.set_active(False)
+        elif then == "merged":
+            fastft.attach(net, fastft.LoRA(r=2, target_modules=["a"]), "lora").merge()
+        elif then == "changed":
+            next(handle.parameters()).add_(1)
+            handle.refresh()
+    assert torch.equal(net.state_dict()["a.weight"], other.a.weight)
+    handle.detach()
+    assert then == "merged" or torch.equal(module.weight, other.a.weight)
+
+
 def test_what_a_mask_may_be(tmp_path):
     with pytest.raises(TypeError, match="makes one of a list"):
         fastft.SparseMask(mask={"a": [[True]]})
