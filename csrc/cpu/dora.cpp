@@ -12,6 +12,7 @@ namespace {
 // u += low-rank term and y = g ∘ u + bias, both from the float32 sum. Of a `part` vector the first `cols` columns are there.
 template <class T, bool part>
 struct ScaledActivation {
+  static constexpr bool one_vector = part;
   T *u, *y;
   int64_t ld, y_ld, cols;
   const float* g;
@@ -48,7 +49,7 @@ Tensor dora_expand_(Tensor u, const Tensor& s, const Tensor& b, const Tensor& g,
   check(op, "b", b, Where::cpu, {u.scalar_type(), f32}, {N, R});
   check(op, "g", g, Where::cpu, {f32}, {N});
   if (bias) check(op, "bias", *bias, Where::cpu, {u.scalar_type()}, {N});
-  Tensor y = torch::stable::new_empty(u, {T, N});
+  Tensor y = empty_on(u, {T, N});
   const auto* factors = static_cast<const float*>(g.const_data_ptr());
   dispatch_units(u, b, [&](auto* type, auto* unit) {
     using Unit = std::remove_pointer_t<decltype(unit)>;
@@ -73,7 +74,7 @@ std::tuple<Tensor, Tensor> dora_grad_y(const Tensor& dy, const Tensor& u, const 
   check_rows(op, "dy", dy, Where::cpu, {f32, b16, h16}, {T, N});
   check_rows(op, "u", u, Where::cpu, {dy.scalar_type()}, {T, N});
   check(op, "g", g, Where::cpu, {f32}, {N});
-  Tensor dyg = torch::stable::new_empty(dy, {T, N}), dots = torch::stable::new_empty(g, {N});
+  Tensor dyg = empty_on(dy, {T, N}), dots = empty_on(g, {N});
   const TokenParts parts(T, 1, N, blocks(N, update_c), block_t);
   const auto* factors = static_cast<const float*>(g.const_data_ptr());
   dispatch(dy, [&](auto* type) {

@@ -75,7 +75,7 @@ Tensor grouped_shrink(const Tensor& x, const Tensor& store, const Tensor& offset
   STD_TORCH_CHECK(width >= 0, op, ": width is ", width, ", must not be negative");
   check(op, "store", store, Where::cpu, {x.scalar_type(), f32}, {store.numel()});
   const Batch batch(op, store, offsets, pieces, segments, assignments, nullptr, k, {x.size(0), x.size(1), -1, width});
-  Tensor s = torch::stable::new_empty(x, {assignments.numel(), width}, f32);
+  Tensor s = empty_on(x, {assignments.numel(), width}, f32);
   dispatch_pair(x, store, [&](auto* type, auto* own) {
     using T = std::remove_pointer_t<decltype(type)>;
     using W = std::remove_pointer_t<decltype(own)>;

@@ -50,9 +50,8 @@ std::tuple<Tensor, Tensor> lora_shrink(const Tensor& x, const Tensor& a, const s
   check(op, "a", a, Where::cpu, {x.scalar_type(), f32}, {R, K});
   STD_TORCH_CHECK(seed.has_value() == (p > 0), op, ": a seed is needed if and only if p > 0");
   if (seed) check(op, "seed", *seed, Where::cpu, {ScalarType::Long}, {G});
-  Tensor s = torch::stable::new_empty(x, {T, R}, f32);
-  Tensor mask = p > 0 ? torch::stable::new_empty(x, {G, T, (K + 7) / 8}, ScalarType::Byte)
-                      : torch::stable::new_empty(x, {0}, ScalarType::Byte);
+  Tensor s = empty_on(x, {T, R}, f32);
+  Tensor mask = p > 0 ? empty_on(x, {G, T, (K + 7) / 8}, ScalarType::Byte) : empty_on(x, {0}, ScalarType::Byte);
   const auto all = groups(op, ranks, R, p, mask, T, K);
   if (gemm_pays(x, a, p, R)) {
     gemm(s, x, transposed(a), 0, 1);
@@ -111,6 +110,7 @@ std::tuple<Tensor, Tensor> lora_shrink(const Tensor& x, const Tensor& a, const s
 // Adds to an activation in its own dtype, rounded once. Of a `part` vector the first `cols` columns are there.
 template <class T, bool masked, bool part>
 struct AddToActivation {
+  static constexpr bool one_vector = part;
   T* to;
   int64_t ld, cols;
   Mask mask;
@@ -227,7 +227,7 @@ std::tuple<Tensor, Tensor> lora_grad_sb(const Tensor& dy, const Tensor& s, const
   check(op, "dy", dy, Where::cpu, {f32, b16, h16}, {T, N});
   check_rows(op, "s", s, Where::cpu, {f32}, {T, R});
   check(op, "b", b, Where::cpu, {dy.scalar_type(), f32}, {N, R});
-  Tensor ds = torch::stable::new_empty(dy, {T, R}, f32), db = torch::stable::new_empty(b, {N, R});
+  Tensor ds = empty_on(dy, {T, R}, f32), db = empty_on(b, {N, R});
   if (gemm_pays(dy, b, 0, R)) {
     gemm(ds, dy, b, 0, scale);
     gemm(db, transposed(dy), s, 0, scale);
@@ -317,7 +317,7 @@ Tensor lora_grad_a(const Tensor& ds, const Tensor& x, const Tensor& a, const std
   check(op, "ds", ds, Where::cpu, {f32}, {T, R});
   check(op, "a", a, Where::cpu, {x.scalar_type(), f32}, {R, K});
   const auto all = groups(op, ranks, R, p, mask, T, K);
-  Tensor da = torch::stable::new_empty(a, {R, K});
+  Tensor da = empty_on(a, {R, K});
   if (gemm_pays(x, a, p, R)) {
     gemm(da, transposed(ds), x, 0, 1);
     return da;

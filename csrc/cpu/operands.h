@@ -4,7 +4,7 @@
 // already is the operand, otherwise through a tile in L1; that is also where dropout zeroes elements.
 #pragma once
 
-#include "common/check.h"
+#include "common/empty.h"
 #include "panel_tiles.h"
 #include "transpose.h"
 

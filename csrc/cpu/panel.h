@@ -199,8 +199,10 @@ struct Strips {
   const Unit* at(int64_t v) const { return p + v / strip_cols * strip + v % strip_cols; }
 };
 
-// Where sums go by default: added to a float32 matrix whose rows are readable and writable to a whole vector.
+// Where sums go by default: added to a float32 matrix whose rows are readable and writable to a whole vector. `one_vector`:
+// products with no more columns than that, for which half the code is not compiled.
 struct AddTo {
+  static constexpr bool one_vector = false;
   float* c;
   int64_t row;
   template <int M>
@@ -213,8 +215,9 @@ struct AddTo {
 template <int M, class X, class Tile>
 inline void row_group(int64_t cols, int64_t depth, X x, Strips<typename X::Unit> p, Tile c, Ahead& ahead) {
   int64_t v = 0;
-  for (; v + panel_vectors * VL <= cols; v += panel_vectors * VL)
-    tile_product<M, panel_vectors>(x, depth, p.at(v), p.row, c.from(0, v), ahead);
+  if constexpr (!Tile::one_vector)
+    for (; v + panel_vectors * VL <= cols; v += panel_vectors * VL)
+      tile_product<M, panel_vectors>(x, depth, p.at(v), p.row, c.from(0, v), ahead);
   for (; v < cols; v += VL) tile_product<M, 1>(x, depth, p.at(v), p.row, c.from(0, v), ahead);
 }
 

@@ -60,7 +60,7 @@ Tensor gather_columns(const Tensor& x, const Tensor& index) {
   const int64_t T = x.size(0), C = index.numel();
   check_rows(op, "x", x, Where::cpu, {f32, b16, h16}, {T, x.size(1)});
   const int32_t* at = checked_index(op, index, x.size(1));
-  Tensor out = torch::stable::new_empty(x, {T, C});
+  Tensor out = empty_on(x, {T, C});
   auto copy = [&](auto* type) {  // bits, whatever they mean
     const auto* from = data(x, type);
     auto* to = mutable_data(out, type);
@@ -164,7 +164,7 @@ Tensor exchange_slice_(Tensor weight, int64_t dim, const Tensor& old_index, cons
   const Slice old(op, weight, old_index, dim), slice(op, weight, index, dim);
   old.check_part(op, "old_base", old_base, weight.scalar_type());
   slice.check_part(op, "delta", delta, f32);
-  Tensor base = torch::stable::new_empty(weight, {slice.rows, slice.width});
+  Tensor base = empty_on(weight, {slice.rows, slice.width});
   const auto* d = static_cast<const float*>(delta.const_data_ptr());
   dispatch(weight, [&](auto* type) {
     auto *to = mutable_data(weight, type), *kept = mutable_data(base, type);

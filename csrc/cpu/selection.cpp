@@ -95,7 +95,7 @@ Tensor count_at_least(const Tensor& scores, int64_t bin) {
   const char* op = "count_at_least";
   check_scores(op, scores);
   const int64_t B = scores.size(1), ld = scores.stride(0);
-  Tensor out = torch::stable::new_empty(scores, {scores.size(0)}, i64);
+  Tensor out = empty_on(scores, {scores.size(0)}, i64);
   auto* to = static_cast<int64_t*>(out.mutable_data_ptr());
   const auto least = first_key(bin);
   if (!least) {

@@ -80,7 +80,7 @@ void dispatch_bits(const Tensor& t, const F& f) {
 
 Tensor gather_entries(const Tensor& weight, const Tensor& starts, const Tensor& columns) {
   const Chosen chosen("gather_entries", weight, starts, columns);
-  Tensor out = torch::stable::new_empty(weight, {chosen.entries.count});
+  Tensor out = empty_on(weight, {chosen.entries.count});
   dispatch_bits(weight, [&](auto* type) {
     const auto* from = data(weight, type);
     auto* to = mutable_data(out, type);
@@ -275,7 +275,7 @@ Tensor match_entries(const Tensor& starts, const Tensor& columns, const Tensor& 
                   ", must be [A + 1]");
   const Entries s = checked_starts(op, starts, columns, starts.numel() - 1);
   const Entries other = checked_starts(op, other_starts, other_columns, s.rows);
-  Tensor out = torch::stable::new_empty(columns, {s.count}, ScalarType::Long);
+  Tensor out = empty_on(columns, {s.count}, ScalarType::Long);
   auto* to = static_cast<int64_t*>(out.mutable_data_ptr());
   for_entry_tasks(s, [&](int64_t first, int64_t last) {
     int64_t row = s.row_of(first);

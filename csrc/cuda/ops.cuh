@@ -8,9 +8,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include <algorithm>
-
-#include "../common/check.h"
+#include "../common/empty.h"
 #include "launch.cuh"
 
 namespace fastft {
@@ -45,24 +43,6 @@ inline void check_same_device(const char* op, const Tensor& first, std::initiali
   for (const Tensor* other : others)
     STD_TORCH_CHECK(other->get_device() == first.get_device(), op, ": tensors are on CUDA devices ", int(first.get_device()),
                     " and ", int(other->get_device()));
-}
-
-// By the C function: torch::stable::new_empty goes through the dispatcher, 3 us instead of 1, and an op allocates up to four
-// tensors. The number of a dtype is part of torch's file format.
-inline Tensor empty_on(const Tensor& device_of, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  constexpr int64_t kMostDims = 4;
-  const int64_t dims = static_cast<int64_t>(sizes.size());
-  STD_TORCH_CHECK(dims <= kMostDims, "fastft: a tensor of ", dims, " dimensions");
-  int64_t strides[kMostDims], step = 1;
-  for (int64_t i = dims - 1; i >= 0; --i) {
-    strides[i] = step;
-    step *= std::max<int64_t>(sizes.begin()[i], 1);
-  }
-  const int32_t device = kWhere == Where::cuda ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu();
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.begin(), strides, static_cast<int32_t>(dtype), device,
-                                                  device_of.get_device(), &handle));
-  return Tensor(handle);
 }
 
 inline float* floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
