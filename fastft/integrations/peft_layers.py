@@ -13,7 +13,7 @@ from torch import nn
 
 from ..modules.norms import RowNorms, factor
 from ..modules.projection import Projection, project
-from ..ops.lora_linear import lora_linear, lora_update
+from ..ops.lora_linear import examined_linear, lora_update
 from .peft_bank import add
 from .peft_eligible import (
     DTYPES,
@@ -90,7 +90,7 @@ class FastLinear(Swapped):
                 # A graph can't find what another call left.
                 if record.group is not None and (y := record.group.project(self, x, weight, bias, one)) is not None:
                     return y
-            return lora_linear(x, weight, bias, one.lora_A, one.lora_B, one.scale, one.dropout)
+            return examined_linear(x, weight, bias, one.lora_A, one.lora_B, one.scale, one.dropout)
         if kwargs.get("adapter_names") is not None:  # PEFT checks them, and calls `_mixed_batch_forward` below
             return self.plain.forward(self, x, *args, **kwargs)
         given = Input.of(x)

@@ -203,30 +203,16 @@ class Op:
         OPS[self.name] = self
 
     def __call__(self, *args):
-        # Where nobody looks on, past the dispatcher, which would only call `_run` (2.5 us of it, and more with cold caches).
-        if (
-            not torch.compiler.is_compiling()
-            and not torch.is_grad_enabled()
-            and not torch.autograd._profiler_enabled()
-            and torch._C._len_torch_dispatch_stack() == 0
-            and torch._C._functorch.peek_interpreter_stack() is None
-        ):
-            # All that the choice of a backend depends on, so that it is made once.
-            signature = [_forced.get(), _native.chosen_isa]
-            for a in args:
-                kind = type(a)
-                if kind is torch.Tensor or kind is torch.nn.Parameter:
-                    signature += a.dtype, a.device
-                elif a is None:
-                    signature.append(None)
-                elif kind not in _NUMBERS and not (kind is list and type(a[0] if a else 0) is int):
-                    break  # a tensor subclass, say, whose dispatch is its own
-            else:
-                if _calls.get() is not None:
-                    return self._run(*args)
-                function = self._functions.get(signature := tuple(signature)) or self._remember(signature, args)
-                return function(*args)
-        return self._overload(*args)
+        signature = signature_of(args)
+        return self._overload(*args) if signature is None else self.signed(signature, *args)
+
+    def signed(self, signature, *args):
+        """The op on these arguments, of which somebody has the `signature_of` already: where several ops run on tensors of
+        the same dtypes and devices, that of one of them is the signature of all."""
+        if signature is None:
+            return self(*args)
+        function = self._functions.get(signature) or self._remember(signature, args)
+        return function(*args)
 
     def _remember(self, signature, args):
         backend = self._choose(args)
@@ -282,6 +268,31 @@ class Op:
         if calls is not None:
             calls.append(Call(self.name, backend, config))
         return result
+
+
+def signature_of(args) -> tuple | None:
+    """All that the choice of a backend depends on, so that it is made once; None where somebody looks on, or an argument
+    has a dispatch of its own: then an op goes through PyTorch's dispatcher, which would otherwise only call `_run` (2.5 us
+    of it, and more with cold caches)."""
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or torch.autograd._profiler_enabled()
+        or torch._C._len_torch_dispatch_stack() != 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _calls.get() is not None
+    ):
+        return None
+    signature = [_forced.get(), _native.chosen_isa]
+    for a in args:
+        kind = type(a)
+        if kind is torch.Tensor or kind is torch.nn.Parameter:
+            signature += a.dtype, a.device
+        elif a is None:
+            signature.append(None)
+        elif kind not in _NUMBERS and not (kind is list and type(a[0] if a else 0) is int):
+            return None  # a tensor subclass, say
+    return tuple(signature)
 
 
 def conditions() -> tuple | None:

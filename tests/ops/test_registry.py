@@ -174,6 +174,35 @@ def test_the_function_behind_an_op():
         op.direct(x.double(), a.double(), [2], 0.0, None)
 
 
+class Watching(torch.utils._python_dispatch.TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_one_signature_serves_several_ops_on_like_tensors():
+    x, a = torch.randn(3, 8), torch.randn(2, 8)
+    args, op = (x, a, [2], 0.0, None), lora.lora_shrink
+    signature = registry.signature_of((x, a))
+    assert torch.equal(op.signed(signature, *args)[0], op(*args)[0])
+    others = [registry.signature_of(tensors) for tensors in ((x, a.bfloat16()), (x.bfloat16(), a))]
+    for context in (use("reference"), fastft.testing.cpu_isa("default")):
+        with context:
+            others.append(registry.signature_of((x, a)))
+            assert op.signed(others[-1], *args)[0].shape == (3, 2)
+    assert len({signature, *others}) == 5 and None not in others
+
+    # Where somebody looks on, or an argument has its own dispatch, each call goes through PyTorch's dispatcher.
+    for watcher in (record(), torch.enable_grad(), torch.profiler.profile(), Watching()):
+        with watcher:
+            assert registry.signature_of((x, a)) is None
+            op.signed(None, *args)
+    assert registry.signature_of((x, a.as_subclass(torch.nn.Buffer))) is None
+    with record() as calls:
+        op.signed(None, *args)
+    assert [c.op for c in calls] == ["lora_shrink"]
+
+
 def test_a_backend_of_missing_and_run_alone_is_called_without_gradients(monkeypatch):
     class Doubled:
         def missing(self, op, device):
