@@ -29,13 +29,14 @@ help:
 
 setup: $(VENV)/.built
 
-# torch goes first and alone: a range that another package asks for would fetch the newest CUDA build.
+# torch goes first and alone: a range that another package asks for would fetch the newest CUDA build. Python compiles what
+# is imported; pip would compile all 20,000 files, in a minute and a half of one core.
 $(VENV)/.packages: requirements/dev.txt Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastft needs Python 3.10 or newer, this is " + sys.version)'
 	@echo "make: pinned packages into $(VENV), of which torch is the largest: minutes, as the network is"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements/dev.txt
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.packages $(NATIVE_SOURCES)

@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels of the sparse, partial and selection families, run on the CPU under AddressSanitizer (no GPU needed)."""
+"""The CUDA C++ kernels of the sparse, partial and selection families on the CPU under AddressSanitizer (no GPU needed)."""
 
 from tests.cuda import host
 
