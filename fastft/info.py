@@ -3,8 +3,10 @@
 import importlib.metadata
 import itertools
 import json
+import os
 import platform
 import shutil
+import sys
 import textwrap
 from pathlib import Path
 
@@ -109,7 +111,10 @@ def lines(width: int = 120) -> list[str]:
 
 
 def main() -> None:
-    print("\n".join(lines(max(shutil.get_terminal_size().columns, 60))))
+    try:
+        print("\n".join(lines(max(shutil.get_terminal_size().columns, 60))), flush=True)
+    except BrokenPipeError:  # `fastft info | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would flush the rest there at its end
 
 
 if __name__ == "__main__":

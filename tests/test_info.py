@@ -1,5 +1,8 @@
 """`fastft info`: the report fits terminals, and loses nothing of it in any."""
 
+import subprocess
+import sys
+
 import pytest
 
 from fastft import info
@@ -22,3 +25,16 @@ def test_the_report_fits(width):
     for column, name in zip(zip(starts, [*starts[1:], None]), info.KERNEL_BACKENDS):
         cells = words(table, column)
         assert all(row[name].replace(" ", "") in cells for row in info.table())
+
+
+def test_a_reader_may_stop_reading():
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import sys; sys.stdin.read(); from fastft import info; info.main()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.close()
+    process.stdin.close()
+    assert (process.wait(), process.stderr.read()) == (0, "")
