@@ -50,7 +50,7 @@ demo: setup
 
 # One thread a process: two that spin for each other on two cores take four times as long.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-aot: setup
 	$(BIN)/python -m pytest -q tests/aot tests/cuda/test_cuda_build.py -m "aot_all or not aot_all" $(ARGS)

@@ -25,6 +25,20 @@ def pytest_addoption(parser):
     parser.addoption("--failures", metavar="FILE", help="write a line for each failure, as soon as it is known")
 
 
+# Files with tests that take long. They go first, so that no worker is left waiting for the last of them (with xdist's
+# --no-loadscope-reorder; by default it puts files of few tests last).
+LONG = (
+    *("cuda/test_host_low_rank.py", "integrations/test_processes.py", "cuda/test_host_entries.py", "ops/test_grouped.py"),
+    *("cuda/test_cuda_build.py", "test_build.py", "cli/test_launch.py", "bench/test_traffic_cuda.py", "cli/test_demo.py"),
+    *("ops/test_partial.py", "ops/test_selection.py", "integrations/test_s2ft_ddp.py", "integrations/test_sparse_ddp.py"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
 def pytest_configure(config):
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(_Collector(_of_this_process(config, "--failures")))

@@ -1,5 +1,5 @@
-// New tensors. By the C function: torch::stable::new_empty goes through the dispatcher, 3 us instead of 1, and an op allocates
-// up to four tensors.
+// New tensors. By the C function: torch::stable::new_empty goes through the dispatcher, 3 us instead of 1, and an op
+// allocates up to four tensors.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

@@ -27,7 +27,7 @@ def launch(*arguments):
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:
-        stdout, stderr = process.communicate(timeout=120)
+        stdout, stderr = process.communicate(timeout=300)
     except subprocess.TimeoutExpired:
         process.terminate()  # the launchers pass it on
         stdout, stderr = process.communicate()

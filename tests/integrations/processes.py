@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 120  # of a whole launch: the processes import everything on whatever cores are left
+SECONDS = 300  # of a whole launch: the processes import everything on whatever cores are left, 70 s if those are free
 
 
 def launch(folder, *arguments, processes=2, environment=()):
