@@ -46,10 +46,13 @@ def backend(request):
         yield device
 
 
-def sites(device):
+def sites(device, dtypes):
+    """Triton's interpreter takes a second or two for each: every other one in each dtype but float32 there."""
     forced = fastft.ops.registry._forced.get()
     slow = forced in ("triton", "cuda_host") and device == "cpu"
-    yield from SMALL if slow else SMALL + LARGE
+    start = DTYPES.index(dtypes)
+    step = 2 if forced == "triton" and slow and start else 1
+    yield from SMALL[start % step :: step] if slow else SMALL + LARGE
 
 
 def drawn(rows, columns, dtype, device, seed, apart=False):
@@ -87,7 +90,7 @@ def routed(slots, device, empty=0):
 @pytest.mark.sanitize
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 def test_update(backend, dtypes):
-    for i, (adapters, k, outputs, slots) in enumerate(sites(backend)):
+    for i, (adapters, k, outputs, slots) in enumerate(sites(backend, dtypes)):
         apart = i % 2 == 1
         case = make(adapters, k, outputs, dtypes[1], seed=i).to(backend)
         x, _ = drawn(len(slots), k, dtypes[0], backend, 1, apart)
@@ -195,7 +198,7 @@ def test_other_segments_change_no_bit(backend):
 @pytest.mark.parametrize("dtypes", DTYPES[:3], ids=str)
 def test_outer(backend, dtypes):
     """Gradients of the rows, forward and transposed, against dense float64 products; other rows are left alone."""
-    for i, (adapters, k, outputs, slots) in enumerate(sites(backend)):
+    for i, (adapters, k, outputs, slots) in enumerate(sites(backend, dtypes)):
         case = make(adapters, k, outputs, dtypes[1], seed=i).to(backend)
         x, dy = drawn(len(slots), k, dtypes[0], backend, 1)[0], drawn(len(slots), sum(outputs), dtypes[0], backend, 2)[0]
         segments, assignments, k_slots = routed(slots, backend, empty=i % 2)
