@@ -50,8 +50,13 @@ def test_nothing_of_them_is_said_on_a_cpu_unless_asked():
 
 @pytest.fixture
 def installed(monkeypatch):
-    """As on a GPU's machine with all of them."""
-    monkeypatch.setattr(libraries.importlib.util, "find_spec", lambda module: object())
+    """As on a GPU's machine with all of them. What PEFT looks for is there or not, as it is."""
+    find, theirs = libraries.importlib.util.find_spec, {name.split(".")[0] for name in libraries.MODULES.values()}
+
+    def found(name, *package):
+        return object() if name.split(".")[0] in theirs else find(name, *package)
+
+    monkeypatch.setattr(libraries.importlib.util, "find_spec", found)
 
 
 class LoRA_W(torch.autograd.Function):
