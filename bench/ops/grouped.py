@@ -151,12 +151,17 @@ def padded(d: Inputs):
     return each_site(ours)(Inputs(d.x, d.weights, d.outputs, wide, d.segments, d.assignments))
 
 
-def loop(y, x, i, d):
-    """One adapter after the other, on its rows, which lie together."""
-    site, last = d.adapters[i], 0
+def each_adapter(site: Adapters, tokens: int):
+    """(rows of x and y, A's, B's) of one adapter after the other; its rows lie together."""
+    count = len(site.a)
     for e, (own_a, own_b) in enumerate(zip(site.a, site.b)):
-        rows, last = slice(len(x) * e // len(site.a), len(x) * (e + 1) // len(site.a)), 0
-        inputs = x[rows]
+        yield slice(tokens * e // count, tokens * (e + 1) // count), own_a, own_b
+
+
+def loop(y, x, i, d):
+    """One adapter after the other."""
+    for rows, own_a, own_b in each_adapter(d.adapters[i], len(x)):
+        inputs, last = x[rows], 0
         for a, b in zip(own_a, own_b):
             s, part = inputs.to(a.dtype) @ a.t(), y[rows, last : last + len(b)]
             if b.dtype == y.dtype:
@@ -168,9 +173,7 @@ def loop(y, x, i, d):
 
 def plain(y, x, i, d):
     """The formula, each product rounded by itself: what the other arms' errors are measured by."""
-    site = d.adapters[i]
-    for e, (own_a, own_b) in enumerate(zip(site.a, site.b)):
-        rows = slice(len(x) * e // len(site.a), len(x) * (e + 1) // len(site.a))
+    for rows, own_a, own_b in each_adapter(d.adapters[i], len(x)):
         update = [SCALE * (x[rows].to(a.dtype) @ a.t() @ b.t()) for a, b in zip(own_a, own_b)]
         y[rows] += torch.cat(update, 1).to(y.dtype)
 
@@ -201,11 +204,9 @@ def bmm(d: Inputs):
 def checker(d: Inputs, factor: float = 2.0):
     """The gate: every y equals float64's, with an error of at most twice that of the plain formula."""
     yardstick, golden = each_site(plain)(d)(), {}
-    bounds = [len(d.x[0]) * e // len(d.adapters[0].a) for e in range(len(d.adapters[0].a) + 1)]
     for i, (x, weight, site) in enumerate(zip(d.x, d.weights, d.adapters)):
         y = x.double() @ weight.double().t()
-        for e, (own_a, own_b) in enumerate(zip(site.a, site.b)):
-            rows = slice(bounds[e], bounds[e + 1])
+        for rows, own_a, own_b in each_adapter(site, len(x)):
             y[rows] += SCALE * torch.cat(
                 [x[rows].double() @ a.double().t() @ b.double().t() for a, b in zip(own_a, own_b)], 1
             )

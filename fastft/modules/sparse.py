@@ -161,9 +161,7 @@ class SparseEntries(nn.Module):
         self._gradient = self._sample()
 
     def _sample(self) -> torch.Tensor | None:
-        """From all over the gradient, of which whole rows may be 0."""
-        grad = self.delta.grad
-        return None if grad is None else grad.detach()[:: max(1, len(grad) // _WATCHED)].clone()
+        return None if self.delta.grad is None else _some(self.delta.grad).clone()
 
     def note_update(self) -> None:
         """The optimizer has just made a step; the gradients may be cleared before `changed_since` is asked."""
@@ -175,7 +173,7 @@ class SparseEntries(nn.Module):
         before, taken = self._gradient, self._taken
         self._gradient = self._taken = None
         if before is None:  # no gradient here, but maybe in others
-            before = torch.zeros_like(self.delta.detach()[:: max(1, len(self.delta) // _WATCHED)])
+            before = torch.zeros_like(_some(self.delta))
         average(before)
         if taken is None:
             return 1.0
@@ -304,6 +302,11 @@ class _Observed:
             return
         with torch.no_grad():
             self.observer(self.held, left, right)
+
+
+def _some(values) -> torch.Tensor:
+    """From all over them: of a gradient whole rows may be 0."""
+    return values.detach()[:: max(1, len(values) // _WATCHED)]
 
 
 def _accumulates(parameter) -> bool:

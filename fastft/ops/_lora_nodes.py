@@ -22,7 +22,7 @@ class ShrinkNode(torch.autograd.Function):
     def forward(ctx, x, p, seed, *factors):
         ctx.ranks, ctx.p, ctx.scope = [a.shape[0] for a in factors], p, Scope.captured()
         ctx.set_materialize_grads(False)
-        s, mask = lora_shrink.signed(signature_of((x, *factors)), x, _stack(factors), ctx.ranks, p, seed)
+        s, mask = lora_shrink(x, _stack(factors), ctx.ranks, p, seed)
         ctx.save_for_backward(x if any(ctx.needs_input_grad[3:]) else None, mask, *factors)
         ctx.like = (x.shape, x.dtype)
         return x, *(s.unsafe_split_with_sizes(ctx.ranks, 1) if len(factors) > 1 else (s,))
@@ -149,9 +149,7 @@ class LoRALinearNode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scale, p, seed):
         rows = x if x.dim() == 2 else x.view(-1, x.shape[-1])
-        y, signature = F.linear(rows, weight, bias), signature_of((x, weight, a, b))
-        if signature is None:
-            y = to_write_on(y)
+        y, signature = to_write_on(F.linear(rows, weight, bias)), signature_of((x, weight, a, b))
         s, mask = lora_shrink.signed(signature, rows, a, [a.shape[0]], p, seed)
         lora_expand_.signed(signature, y, s, b, scale)
         ctx.scale, ctx.p, ctx.scope = scale, p, Scope.captured()

@@ -195,20 +195,21 @@ def _plain_linear(x, weight, bias, a, b, scale, p):
     x, weight, bias, a, b = _autocast(x, weight, bias, a, b, wide=(3, 4))
     if not x.dim() or not weight.dim() == a.dim() == b.dim() == 2 or transformed():
         return None
-    (n, k), r = weight.shape, a.shape[0]
-    if x.dim() == 1 or not (x.numel() and n):  # `view` could not tell the rows of nothing
-        return None
+    n, k = weight.shape
     fits = (
-        (x.shape[-1], a.shape[1], b.shape, x.dtype, a.dtype) == (k, k, (n, r), weight.dtype, b.dtype)
+        (x.shape[-1], a.shape[1], x.dtype, a.dtype) == (k, k, weight.dtype, b.dtype)
         and (a.dtype == x.dtype or a.dtype == torch.float32)
         and x.device == weight.device == a.device == b.device
         and (bias is None or bias.shape == (n,))
-        and 0.0 <= p <= 1.0
     )
     return _in_one_node(x, weight, bias, a, b, scale, p) if fits else None
 
 
 def _in_one_node(x, weight, bias, a, b, scale, p):
+    """None for sizes that don't fit, or of nothing, whose rows `view` could not tell."""
+    n = weight.shape[0]
+    if x.dim() == 1 or b.shape != (n, a.shape[0]) or not (x.numel() and n and 0.0 <= p <= 1.0):
+        return None
     seed = torch.randint(2**62, (1,), device=x.device) if p > 0 else None
     return LoRALinearNode.apply(x.contiguous(), weight, bias, a.contiguous(), b.contiguous(), float(scale), float(p), seed)
 
@@ -216,9 +217,8 @@ def _in_one_node(x, weight, bias, a, b, scale, p):
 def examined_linear(x, weight, bias, a, b, scale, p):
     """`lora_linear` without options, for a caller that has examined all but sizes: dtypes and devices fit, x's features, a
     [R, K], b and weight are matrices, and neither autocast nor a transform is at work. To ask again takes 5 us a layer."""
-    if x.dim() > 1 and b.shape == (weight.shape[0], a.shape[0]) and x.numel() and b.shape[0] and 0.0 <= p <= 1.0:
-        return _in_one_node(x, weight, bias, a, b, scale, p)
-    return lora_linear(x, weight, bias, a, b, scale, p)
+    y = _in_one_node(x, weight, bias, a, b, scale, p)
+    return lora_linear(x, weight, bias, a, b, scale, p) if y is None else y
 
 
 def lora_update(y, x, lora_A, lora_B, scale=1.0, p=0.0, *, lora_bias=None, middle=None):
