@@ -151,28 +151,26 @@ class Ahead {
 template <int M, int V, class X, class Tile>
 inline void tile_product(X x, int64_t depth, const typename X::Unit* p, int64_t p_row, Tile c, Ahead& ahead) {
   vf sum[M][V] = {};
+  alignas(64) float total[M * V * VL];  // in memory: all registers are needed for the sums
   c.template prefetch<M>();
-  ahead.step();
-  add_terms(sum, x, std::min(chain, depth), p, p_row);
-  if (depth > chain) {
-    alignas(64) float total[M * V * VL];  // in memory: all registers are needed for the sums
-    for (int64_t j = chain; j < depth; j += chain) {
+  for (int64_t j = 0;; j += chain) {
+    ahead.step();
+    add_terms(sum, x.from(0, j), std::min(chain, depth - j), p + j * p_row, p_row);
+    if (j + chain >= depth) break;
 #pragma GCC unroll 32
-      for (int i = 0; i < M; ++i)
+    for (int i = 0; i < M; ++i)
 #pragma GCC unroll 32
-        for (int v = 0; v < V; ++v) {
-          float* to = total + (i * V + v) * VL;
-          store(to, j == chain ? sum[i][v] : load(to) + sum[i][v]);
-          sum[i][v] = vf{};
-        }
-      ahead.step();
-      add_terms(sum, x.from(0, j), std::min(chain, depth - j), p + j * p_row, p_row);
-    }
+      for (int v = 0; v < V; ++v) {
+        float* to = total + (i * V + v) * VL;
+        store(to, j == 0 ? sum[i][v] : load(to) + sum[i][v]);
+        sum[i][v] = vf{};
+      }
+  }
+  if (depth > chain)
 #pragma GCC unroll 32
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 32
       for (int v = 0; v < V; ++v) sum[i][v] += load(total + (i * V + v) * VL);
-  }
   // Unrolled, or the accumulators would be an array in memory (measured: 4 times slower). All of C is loaded before any of
   // it is stored: rows a multiple of 4 KiB apart would make each load wait for the store before it (measured: 1.7 times
   // slower).
