@@ -47,6 +47,39 @@ def addmm(d):
     return lambda x: AddmmLoRA.apply(x, d.weight, d.bias, d.a, d.b, d.scale, d.p)
 
 
+class AddmmDoRA(torch.autograd.Function):
+    """The same for DoRA. A row's norm comes from W Aᵀ and from `squares`, the frozen row's own, which is kept:
+    ‖w + s b A‖² = ‖w‖² + s b · (2 A wᵀ + s A Aᵀ bᵀ)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, squares, bias, a, b, magnitude, scale):
+        wide = x.to(a.dtype)
+        s = wide @ a.t()
+        cross = weight.to(a.dtype) @ a.t()
+        norm = (b * (b @ (a @ a.t())).mul_(scale).add_(cross, alpha=2)).sum(1).mul_(scale).add(squares).sqrt_()
+        z = (x @ weight.t()).addmm_(s.to(x.dtype), b.t().to(x.dtype), alpha=scale)
+        g = (magnitude / norm).to(a.dtype)
+        ctx.save_for_backward(wide, weight, a, b, s, z, g, norm)
+        ctx.scale = scale
+        y = (z * g).to(x.dtype)
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        wide, weight, a, b, s, z, g, norm = ctx.saved_tensors
+        dz = dy * g  # in the adapter's dtype
+        dm = (dy * z).sum(0, dtype=torch.float32).div_(norm).to(a.dtype)
+        ds = (dz @ b).mul_(ctx.scale)
+        da, db = ds.t() @ wide, (dz.t() @ s).mul_(ctx.scale)
+        dx = (dz.to(dy.dtype) @ weight).addmm_(ds.to(dy.dtype), a.to(dy.dtype))
+        return dx, None, None, None, da, db, dm, None
+
+
+def addmm_dora(d):
+    squares = d.weight.float().square().sum(1)
+    return lambda x: AddmmDoRA.apply(x, d.weight, squares, d.bias, d.a, d.b, d.magnitude, d.scale)
+
+
 class AugmentedLoRA(torch.autograd.Function):
     """[x | S] [W | sB]ᵀ and [dY | dS] [W ; A]: the low-rank terms as R more columns of the vendor's GEMMs, without dropout.
 

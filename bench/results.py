@@ -305,7 +305,8 @@ def _commit() -> str:
     """Short hash, with ``+dirty`` if files differ that are imported, compiled or looked up; the version outside a checkout.
 
     New files count where they lie beside those: a tuned configuration or a source that no commit has is found there all the
-    same. FASTFT_COMMIT overrides it, for a tree that was copied without its .git.
+    same; so does native code that is older than its sources. FASTFT_COMMIT overrides it, for a tree that was copied without
+    its .git.
     """
     if given := os.environ.get("FASTFT_COMMIT"):
         return given
@@ -322,4 +323,11 @@ def _commit() -> str:
         changed += git("status", "--porcelain", "--untracked-files=all", "--", *SOURCES)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return commit + ("+dirty" if changed else "")
+    return commit + ("+dirty" if changed or _native_is_old() else "")
+
+
+def _native_is_old() -> bool:
+    """By time stamps, as ninja judges it: make setup builds what changed, and nothing else."""
+    built = [path.stat().st_mtime for path in _native.LIB.glob("*.so")]
+    sources = [path.stat().st_mtime for path in (ROOT / "csrc").rglob("*") if path.is_file() and path.suffix != ".json"]
+    return bool(built and sources) and max(sources) > max(built)

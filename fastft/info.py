@@ -38,7 +38,7 @@ def machine() -> dict[str, str]:
         for i in range(torch.cuda.device_count())
     ]
     return {
-        "CPU": f"{torch.backends.cpu.get_cpu_capability()}, runs {', '.join(_native.supported_isas())}",
+        "CPU": f"{', '.join(_native.supported_isas())}; PyTorch uses {torch.backends.cpu.get_cpu_capability()}",
         "CPU library": namespace or f"none: {reason}",
         "threads": str(torch.get_num_threads()),
         "GPU": ", ".join(gpus) or "none",

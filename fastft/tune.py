@@ -256,7 +256,7 @@ def main(argv=None) -> int:
         "checked against the reference, timed in CUDA graphs beside the configuration in use. What is surely faster is "
         "written to kernels/configs/<device>/<family>.json, which kernels look up from then on.",
     )
-    parser.add_argument("family", nargs="*", help=f"default: all, {', '.join(families())}")
+    parser.add_argument("family", nargs="*", help=f"of {', '.join(families())}; default: all")
     parser.add_argument("--device", default="cuda", help="which GPU, as torch names it (cuda:1)")
     parser.add_argument("--quick", action="store_true", help="one step, of the first 16-bit entry of each op")
     parser.add_argument("--check", action="store_true", help="search again from the default and compare; writes nothing")

@@ -88,8 +88,12 @@ def compiled(d: Inputs):
     return torch.compile(plain(d))
 
 
-PEERS = {"peft": (peft, peers.peft_missing), "compile": (compiled, lambda: None)}
-DEFAULT_PEERS = ("peft",)
+PEERS = {
+    "peft": (peft, peers.peft_missing),
+    "addmm": (peers.addmm_dora, lambda: None),
+    "compile": (compiled, lambda: None),
+}
+DEFAULT_PEERS = ("peft", "addmm")
 
 
 def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK, peer_names=None):

@@ -293,4 +293,9 @@ def make_config(options: dict[str, Any], file: str | None = None) -> TrainConfig
     missing = [name for name in ("model", "data", "out") if values.get(name) is None]
     if missing:
         raise UserError(f"missing {', '.join('--' + name for name in missing)} (or the same key in --config FILE)")
-    return TrainConfig(**values)
+    try:
+        return TrainConfig(**values)
+    except UserError as error:
+        if file is None:
+            raise
+        raise UserError(f"{error} (in config {file}, or an option beside it)") from None

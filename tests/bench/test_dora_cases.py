@@ -1,4 +1,4 @@
-"""The DoRA cases: ours and PEFT's pass the gate, wrong ones don't."""
+"""The DoRA cases: ours and the peers pass the gate, wrong ones don't."""
 
 import pytest
 import torch
@@ -15,9 +15,10 @@ def tiny(dtype="fp32"):
 
 
 @pytest.mark.parametrize("dtype", lora.DEFAULT_DTYPES)
-def test_ours_and_peft_pass_the_gate(dtype):
+def test_ours_and_the_peers_pass_the_gate(dtype):
     check = dora.checker(tiny(dtype))
     check(lora.adapted(dora.ours))
+    check(lora.adapted(peers.addmm_dora))
     if peers.peft_missing() is None:
         check(lora.adapted(dora.peft))
 

@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import multiprocessing
+import os
 import subprocess
 import sys
 
@@ -121,6 +122,20 @@ def test_files_that_no_commit_has_are_dirty_where_they_are_found(tmp_path, monke
     for name, dirty in (("notes.txt", False), ("bench/results/x.csv", False), ("kernels/configs/gpu/lora.json", True)):
         (tmp_path / name).touch()
         assert results.environment("cpu")["commit"].endswith("+dirty") == dirty, name
+
+
+def test_native_code_older_than_its_sources_is_dirty(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(results._native, "LIB", tmp_path / "lib")
+    source, library = tmp_path / "csrc" / "cpu" / "lora.cpp", tmp_path / "lib" / "libfastft_cpu_default.so"
+    assert not results._native_is_old()  # a pure-Python install
+    for path, changed in (source, 100), (library, 200):
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (changed, changed))
+    assert not results._native_is_old()
+    os.utime(source, (300, 300))
+    assert results._native_is_old()
 
 
 def test_environment_says_where_and_what():

@@ -70,7 +70,7 @@ def test_refused(tmp_path, key, value, message):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**REQUIRED, key: value}))
     with pytest.raises(UserError) as error:
         make_config({}, str(tmp_path / "run.yaml"))
-    assert message in str(error.value)
+    assert message in str(error.value) and "run.yaml" in str(error.value)
 
 
 def test_missing_and_malformed_files(tmp_path):
