@@ -1,5 +1,6 @@
 """Shared options, for one process or for xdist's: what passed tests prove, and one line for each failure."""
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -16,6 +17,11 @@ if not torch.cuda.is_available():
 import pytest
 
 from tests import golden
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    from tests import interpreter
+
+    interpreter.hasten()
 
 _proven: dict[str, dict[str, list[str]]] = {}
 

@@ -15,6 +15,7 @@ _AMD_BYTES = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2
 
 def seen(code: str) -> dict:
     """{"tensor_cores": whether it has such an instruction, "load", "store": bytes of a thread's widest one, 0 if none}."""
+    code = " ".join(set(code.split()))  # each word once: a hundredth of the text
     widths = {"load": [0], "store": [0]}
     for instruction, modifiers in _NVIDIA.findall(code):
         widths["store" if instruction == "STG" else "load"].append(_nvidia_bytes(modifiers.split(".")))

@@ -158,8 +158,16 @@ def test_the_interpreter_runs_where_there_is_no_gpu():
     assert DEVICE == "cuda" or isinstance(lora._lora_shrink_kernel, InterpretedFunction), "TRITON_INTERPRET=1 was ignored"
 
 
-@pytest.mark.parametrize("act,adapter", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-@pytest.mark.parametrize("ranks,shape", SIZES)
+# In the interpreter float16 differs from bfloat16 in NumPy's conversions alone: some sizes are enough.
+CASES = [
+    (ranks, shape, *dtypes)
+    for i, (ranks, shape) in enumerate(SIZES)
+    for dtypes in DTYPES
+    if DEVICE == "cuda" or dtypes[0] != F16 or i % 3 == 0
+]
+
+
+@pytest.mark.parametrize("ranks,shape,act,adapter", CASES, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_every_size_and_dtype(op, ranks, shape, act, adapter):
     check(op, Problem(shape, ranks, act, adapter, p=0.0))
