@@ -57,7 +57,7 @@ class AddmmDoRA(torch.autograd.Function):
         s = wide @ a.t()
         cross = weight.to(a.dtype) @ a.t()
         norm = (b * (b @ (a @ a.t())).mul_(scale).add_(cross, alpha=2)).sum(1).mul_(scale).add(squares).sqrt_()
-        z = (x @ weight.t()).addmm_(s.to(x.dtype), b.t().to(x.dtype), alpha=scale)
+        z = (x @ weight.t()).to(a.dtype).addmm_(s, b.t(), alpha=scale)
         g = (magnitude / norm).to(a.dtype)
         ctx.save_for_backward(wide, weight, a, b, s, z, g, norm)
         ctx.scale = scale
