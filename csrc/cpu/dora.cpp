@@ -66,7 +66,29 @@ Tensor dora_expand_(Tensor u, const Tensor& s, const Tensor& b, const Tensor& g,
   return y;
 }
 
-// One pass over dY and U: tasks of 256 channels walk all tokens of a chunk, so that the dots stay in a tile.
+// A row of g ∘ dY, and of dY ∘ U to be added to `sums`, of `many` tokens at once: each of their rows is a stream that memory
+// likes, and the sums in L1 are loaded and stored once for all of them.
+template <int many, class T>
+void scale_rows(const T* dy, int64_t dy_ld, const T* u, int64_t u_ld, T* out, int64_t out_ld, const float* g, float* sums,
+                int64_t cols) {
+  const auto vector = [&](int64_t n, int64_t width) __attribute__((always_inline)) {
+    const vf factor = load(g + n, width);
+    vf sum = load(sums + n), grads[many];
+#pragma GCC unroll 8
+    for (int i = 0; i < many; ++i) {
+      grads[i] = load(dy + i * dy_ld + n, width);
+      sum += grads[i] * load(u + i * u_ld + n, width);
+    }
+    store(sums + n, sum);
+#pragma GCC unroll 8
+    for (int i = 0; i < many; ++i) store(out + i * out_ld + n, factor * grads[i], width);
+  };
+  int64_t n = 0;
+  for (; n + VL <= cols; n += VL) vector(n, VL);
+  if (n < cols) vector(n, cols - n);
+}
+
+// One pass over dY and U: tasks of some channels walk all tokens of a chunk, so that the dots stay in L1.
 std::tuple<Tensor, Tensor> dora_grad_y(const Tensor& dy, const Tensor& u, const Tensor& g) {
   const char* op = "dora_grad_y";
   check_matrix(op, "dy", dy);
@@ -81,23 +103,23 @@ std::tuple<Tensor, Tensor> dora_grad_y(const Tensor& dy, const Tensor& u, const 
     const auto *dy_data = data(dy, type), *u_data = data(u, type);
     auto* out = mutable_data(dyg, type);
     parallel_for(parts.count * blocks(N, update_c), [&](int64_t task) {
-      const int64_t n0 = task % blocks(N, update_c) * update_c, n1 = std::min(n0 + update_c, N);
+      const int64_t n = task % blocks(N, update_c) * update_c, cols = std::min(update_c, N - n);
       const int64_t part = task / blocks(N, update_c), t0 = part * parts.chunk, t1 = std::min(t0 + parts.chunk, T);
-      float* total = parts.clear(part, n0, n1 - n0);
+      float* total = parts.clear(part, n, cols);
       // The sums of 24 tokens stand by themselves before they join the total, as in panel_product.
-      for (int64_t t = t0; t < t1; t += block_t)
-        for (int64_t n = n0; n < n1; n += VL) {
-          const int64_t cols = std::min<int64_t>(VL, n1 - n);
-          const vf factor = load(factors + n, cols);
-          vf sum = {};
-          for (int64_t i = t; i < std::min(t + block_t, t1); ++i) {
-            const vf grad = load(dy_data + i * dy.stride(0) + n, cols);
-            sum += grad * load(u_data + i * u.stride(0) + n, cols);
-            store(out + i * N + n, factor * grad, cols);
-          }
-          float* to = total + (n - n0);
-          store(to, load(to) + sum);
-        }
+      for (int64_t first = t0; first < t1; first += block_t) {
+        alignas(64) float sums[update_c] = {};
+        int64_t t = first;
+        const auto take = [&](auto many) {
+          scale_rows<many>(dy_data + t * dy.stride(0) + n, dy.stride(0), u_data + t * u.stride(0) + n, u.stride(0),
+                           out + t * N + n, N, factors + n, sums, cols);
+          t += many;
+        };
+        const int64_t last = std::min(first + block_t, t1);
+        while (t + 4 <= last) take(std::integral_constant<int, 4>());
+        while (t < last) take(std::integral_constant<int, 1>());
+        for (int64_t v = 0; v < cols; v += VL) store(total + v, load(total + v) + load(sums + v));
+      }
     });
   });
   auto* out = static_cast<float*>(dots.mutable_data_ptr());
