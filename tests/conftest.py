@@ -35,7 +35,7 @@ def pytest_addoption(parser):
 # --no-loadscope-reorder; by default it puts files of few tests last).
 LONG = (
     *("cuda/test_host_low_rank.py", "integrations/test_processes.py", "cuda/test_host_entries.py", "ops/test_grouped.py"),
-    *("cuda/test_cuda_build.py", "test_build.py", "cli/test_launch.py", "bench/test_traffic_cuda.py", "cli/test_demo.py"),
+    *("cuda/test_cuda_build.py", "test_build.py", "cli/test_launch.py", "cli/test_demo.py"),
     *("ops/test_partial.py", "ops/test_selection.py", "integrations/test_s2ft_ddp.py", "integrations/test_sparse_ddp.py"),
 )
 

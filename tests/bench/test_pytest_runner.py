@@ -31,9 +31,9 @@ def test_groups_are_saved_and_compared(tmp_path, capsys, monkeypatch):
     (saved,) = tmp_path.rglob("*_before.json")
     found = {(one["group"], one["params"]["arm"]): one for one in json.loads(saved.read_text())["benchmarks"]}
     group = "dora DoRA layer r=16 tiny fp32"
-    assert found.keys() == {(group, arm) for arm in ("floor", "fastft", "peft")}
+    assert found.keys() == {(group, arm) for arm in ("floor", "fastft", "peft", "addmm")}
     assert all(one["stats"]["rounds"] == 2 and one["extra_info"]["moved"] > 0 for one in found.values())
     capsys.readouterr()
     assert bench(*asked, "--benchmark-compare") == 0
     printed = capsys.readouterr().out
-    assert f"benchmark '{group}': 6 tests" in printed and "(0001_before)" in printed
+    assert f"benchmark '{group}': 8 tests" in printed and "(0001_before)" in printed

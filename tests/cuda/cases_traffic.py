@@ -1,4 +1,4 @@
-"""Run by `tests/bench/test_traffic_cuda.py` with AddressSanitizer: counted bytes against those that the kernels move."""
+"""Run by `tests/cuda/test_host_entries.py` with AddressSanitizer: counted bytes against those that the kernels move."""
 
 import pytest
 import torch
