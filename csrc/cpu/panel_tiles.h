@@ -109,17 +109,18 @@ inline void tile_products(int64_t rows, int64_t cols, int64_t depth, DepthInRows
   }
 }
 
-// As the one in panel.h, of a depth of product_units.
+// As the one in panel.h, of a depth of product_units. Only what there is is compiled: coefficients, of two parts, are what
+// Y and dX are made of; sums in float32 come of activations and an adapter, or S, of one part or three (operands.h).
 template <class Tile>
 inline void panel_product(int64_t rows, int64_t cols, int64_t depth, DepthInRows<bf16x2> x, Strips<bf16x2> p, Tile c,
                           Ahead ahead) {
-  switch (x.parts * 4 + p.parts) {
-    case 1 * 4 + 1: return tile_products<1, 1>(rows, cols, depth, x, p, c, ahead);
-    case 1 * 4 + 3: return tile_products<1, 3>(rows, cols, depth, x, p, c, ahead);
-    case 3 * 4 + 1: return tile_products<3, 1>(rows, cols, depth, x, p, c, ahead);
-    case 2 * 4 + 1: return tile_products<2, 1>(rows, cols, depth, x, p, c, ahead);
+  if constexpr (std::is_same_v<Tile, AddTo>) {
+    if (x.parts == 3) return tile_products<3, 1>(rows, cols, depth, x, p, c, ahead);
+    if (p.parts == 3) return tile_products<1, 3>(rows, cols, depth, x, p, c, ahead);
+    return tile_products<1, 1>(rows, cols, depth, x, p, c, ahead);
+  } else {
+    return tile_products<2, 1>(rows, cols, depth, x, p, c, ahead);
   }
-  __builtin_unreachable();
 }
 
 }  // namespace fastft
