@@ -37,7 +37,7 @@ inline vf load_some(const float* p, int64_t n) {
   return (vf)_mm512_maskz_loadu_ps((1u << std::min<int64_t>(n, VL)) - 1, p);
 #else
   const vi lane = reinterpret_cast<vi>(lane_numbers());
-  return kept(lane < static_cast<int32_t>(std::min<int64_t>(n, VL)), load(p));
+  return select(lane < static_cast<int32_t>(std::min<int64_t>(n, VL)), load(p));
 #endif
 }
 

@@ -122,9 +122,10 @@ struct AddToActivation {
       for (int i = 0; i < M; ++i) fetch_ahead(to + i * ld);
   }
   vf added(int64_t i, int64_t v, vf sum) const {
-    const vf old = part ? load(to + i * ld + v, cols) : load(to + i * ld + v);
-    if constexpr (masked) return add_kept(mask.keep(t + i, c + v), old, sum);
-    return old + sum;
+    // Adding -0 changes no bit, not even those of a zero.
+    if constexpr (masked) sum = mask.keep(t + i, c + v) ? sum : -vf{};
+    if constexpr (part) return load(to + i * ld + v, cols) + sum;
+    return load(to + i * ld + v) + sum;
   }
   void put(int64_t i, int64_t v, vf total) const {
     if constexpr (part) return store(to + i * ld + v, total, cols);

@@ -128,11 +128,11 @@ inline void store_unit_row(Unit* to, vf first, vf second) {
 
 // A packed keep mask [T, ceil(K / 8)], or none: `bits` null.
 struct Mask {
-  Keep keep(int64_t t, int64_t k) const { return keep_lanes(bits + t * row_bytes, k, row_bytes); }
+  vi keep(int64_t t, int64_t k) const { return keep_lanes(bits + t * row_bytes, k, row_bytes); }
   template <class T>
   vf load_kept(const T* x, int64_t ld, int64_t t, int64_t k, int64_t n) const {
     vf v = load(x + t * ld + k, n);
-    return bits ? kept(keep(t, k), v) : v;
+    return bits ? select(keep(t, k), v) : v;
   }
 
   const uint8_t* bits = nullptr;
@@ -282,17 +282,8 @@ inline DepthInRows<Unit> feature_tile(const T* x, int64_t ld, int64_t t, int64_t
   const int64_t row = round_up(product_units<Unit>(cols) * terms<Unit>, VL);
   auto* elements = reinterpret_cast<std::conditional_t<std::is_same_v<Unit, float>, float, bf16>*>(tile);
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < row; j += VL) {
-      if constexpr (terms<Unit> == 2 && own) {
-        if (j + VL <= cols) {  // bits as they are
-          vu16 pairs = load_bytes<vu16>(x + (t + i) * ld + k + j);
-          if (mask.bits) pairs = kept(mask.keep(t + i, k + j), pairs);
-          std::memcpy(elements + i * row + j, &pairs, sizeof pairs);
-          continue;
-        }
-      }
+    for (int64_t j = 0; j < row; j += VL)
       store(elements + i * row + j, j < cols ? mask.load_kept(x, ld, t + i, k + j, cols - j) : vf{});
-    }
   return {tile, row / terms<Unit>};
 }
 
@@ -310,7 +301,7 @@ inline Strips<Unit> token_tile(const T* x, int64_t ld, int64_t t, int64_t rows, 
       if constexpr (terms<Unit> == 2 && std::is_same_v<T, bf16>) {
         if (i + 1 < rows && j + VL <= cols) {  // bits side by side, with no way over float32
           vu first = load_bits(x + (t + i) * ld + k + j), second = load_bits(x + (t + i + 1) * ld + k + j);
-          if (mask.bits) first = kept(mask.keep(t + i, k + j), first), second = kept(mask.keep(t + i + 1, k + j), second);
+          if (mask.bits) first &= (vu)mask.keep(t + i, k + j), second &= (vu)mask.keep(t + i + 1, k + j);
           store(to, first | second << 16);
           continue;
         }

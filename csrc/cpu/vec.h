@@ -158,42 +158,18 @@ inline vu lane_numbers() {
   return v;
 }
 
-// Which elements `e` ... `e + VL - 1` of a row the packed mask keeps (e a multiple of VL).
-#if defined(__AVX512F__)
-using Keep = __mmask16;
-#else
-using Keep = vi;  // all ones, or 0
-#endif
-
-inline Keep keep_lanes(const uint8_t* row, int64_t e, int64_t row_bytes) {
+// All ones where the packed mask keeps element `e` ... `e + VL - 1` of a row (e a multiple of VL), else 0.
+inline vi keep_lanes(const uint8_t* row, int64_t e, int64_t row_bytes) {
   uint32_t bits = row[e / 8];
   if (VL == 16 && e / 8 + 1 < row_bytes) bits |= static_cast<uint32_t>(row[e / 8 + 1]) << 8;
-#if defined(__AVX512F__)
-  return static_cast<Keep>(bits);
+#if defined(__AVX512DQ__)
+  return (vi)_mm512_movm_epi32(static_cast<__mmask16>(bits));
 #else
   if (VL == 4) bits >>= e % 8;
   return ((vu{} + bits) & ((vu{} + 1u) << lane_numbers())) != 0u;
 #endif
 }
 
-// Others become 0.
-#if defined(__AVX512F__)
-inline vf kept(Keep keep, vf v) { return (vf)_mm512_maskz_mov_ps(keep, (__m512)v); }
-inline vu kept(Keep keep, vu v) { return (vu)_mm512_maskz_mov_epi32(keep, (__m512i)v); }
-inline vu16 kept(Keep keep, vu16 v) { return (vu16)_mm256_maskz_mov_epi16(keep, (__m256i)v); }
-#else
-inline vf kept(Keep keep, vf v) { return reinterpret_cast<vf>(reinterpret_cast<vi>(v) & keep); }
-inline vu kept(Keep keep, vu v) { return v & reinterpret_cast<vu>(keep); }
-inline vu16 kept(Keep keep, vu16 v) { return v & narrow(reinterpret_cast<vu>(keep)); }
-#endif
-
-// to + v where it is kept; to as it is, to the bit, elsewhere.
-inline vf add_kept(Keep keep, vf to, vf v) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_mask_add_ps((__m512)to, keep, (__m512)to, (__m512)v);
-#else
-  return to + (keep ? v : -vf{});  // adding -0 changes no bit, not even those of a zero
-#endif
-}
+inline vf select(vi keep, vf v) { return reinterpret_cast<vf>(reinterpret_cast<vi>(v) & keep); }
 
 }  // namespace fastft

@@ -57,10 +57,11 @@ def every_op(v, p, ranks=None):
 def test_no_bit_depends_on_the_order_of_threads_and_blocks(backend, shape, monkeypatch):
     v = matrix.inputs(shape, matrix.BF16, matrix.F32, backend)
     results = []
-    for seed in range(2):
+    for seed in range(3):
         monkeypatch.setitem(os.environ, "FASTFT_HOSTCUDA_SEED", str(seed))
         results.append(every_op(v, 0.3))
-    assert all(torch.equal(g, w) for g, w in zip(*results, strict=True))
+    for other in results[1:]:
+        assert all(torch.equal(g, w) for g, w in zip(other, results[0], strict=True))
 
 
 @pytest.mark.parametrize("offset", [0, 1])
