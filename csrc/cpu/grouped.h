@@ -59,7 +59,6 @@ struct Batch {
   Batch(const char* op, const Tensor& store, const Tensor& offset_table, const Tensor& all_pieces,
         const Tensor& all_segments, const Tensor& all_assignments, const Tensor* all_weights, int64_t k, Sizes sizes)
       : op(op), store_size(store.numel()), k(k) {
-    constexpr auto i32 = ScalarType::Int, i64 = ScalarType::Long;
     STD_TORCH_CHECK(k >= 1, op, ": k is ", k, ", a token has at least one assignment");
     STD_TORCH_CHECK(all_pieces.dim() == 3 && all_segments.dim() == 2, op, ": pieces and segments have shapes ",
                     shape_text(all_pieces), " and ", shape_text(all_segments), ", must be [E, P, 10] and [D, 3]");

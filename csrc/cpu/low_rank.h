@@ -11,6 +11,8 @@ namespace fastft {
 constexpr auto f32 = ScalarType::Float;
 constexpr auto b16 = ScalarType::BFloat16;
 constexpr auto h16 = ScalarType::Half;
+constexpr auto i32 = ScalarType::Int;
+constexpr auto i64 = ScalarType::Long;
 
 constexpr int64_t block_t = 24, block_c = 256;  // tokens x channels of an activation tile: 24 KiB of float32
 constexpr int64_t update_c = 1024;              // channels of Y and dX that one task sweeps: long rows are what memory likes

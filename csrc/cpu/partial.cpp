@@ -11,7 +11,6 @@
 namespace fastft {
 namespace {
 
-constexpr auto i32 = ScalarType::Int;
 constexpr int64_t task_elements = 16384;  // of a slice, that one task handles: enough to pay for handing it out
 
 // The index, checked: what it names is written to.

@@ -11,8 +11,6 @@
 namespace fastft {
 namespace {
 
-constexpr auto i32 = ScalarType::Int;
-constexpr auto i64 = ScalarType::Long;
 constexpr int64_t bins = 1 << 16;
 constexpr int shift = 15;
 constexpr int64_t row_task = 16384;           // scores of a task that looks at rows

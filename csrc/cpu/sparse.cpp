@@ -11,7 +11,6 @@
 namespace fastft {
 namespace {
 
-constexpr auto i32 = ScalarType::Int;
 constexpr int64_t chunk = 256;  // entries whose places are asked for while those before them are computed
 
 // A weight whose rows may lie apart, its entries, and what belongs to them.

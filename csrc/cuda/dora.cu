@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 // A step of dora_grad_y: as many rows as the block's threads hold units, times the loads that a thread has in flight.
-constexpr int kStepRows = kThreads / kUnitsPerRow, kAhead = 2;
+constexpr int kStepRows = kThreads / kUnitsPerRow, kRowsAhead = 2;
 
 // -- dY' = g dY, and the sums of dY U over a part of the tokens: one pass over dY and U. Grid: column tiles, parts of T.
 template <class T>
@@ -56,15 +56,15 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   const Unit<float> factor = load_unit<false, float>(g, 0, col);
   float sum[kUnit] = {};
-  for (int64_t row0 = begin + unit_row(0); row0 < dy.rows; row0 += kAhead * kStepRows) {
-    Unit<T> left[kAhead], right[kAhead];
+  for (int64_t row0 = begin + unit_row(0); row0 < dy.rows; row0 += kRowsAhead * kStepRows) {
+    Unit<T> left[kRowsAhead], right[kRowsAhead];
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
+    for (int i = 0; i < kRowsAhead; ++i) {
       left[i] = load_unit<true, T>(dy, row0 + i * kStepRows, col);
       right[i] = load_unit<true, T>(u, row0 + i * kStepRows, col);
     }
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
+    for (int i = 0; i < kRowsAhead; ++i) {
       Unit<T> product;
 #pragma unroll
       for (int j = 0; j < kUnit; ++j) {
@@ -129,14 +129,14 @@ std::tuple<Tensor, Tensor> dora_grad_y(const Tensor& dy, const Tensor& u, const 
   DeviceScope device(dy);
   Tensor scaled = empty_on(dy, {tokens, features}, dy.scalar_type()), dots = empty_on(dy, {features}, ScalarType::Float);
   const int64_t col_tiles = ceil_div(features, kCols);
-  const Split parts = split(ceil_div(tokens, kAhead * kStepRows), col_tiles, 2, 4);
+  const Split parts = split(ceil_div(tokens, kRowsAhead * kStepRows), col_tiles, 2, 4);
   Tensor partial = empty_on(dy, {parts.count, features}, ScalarType::Float);
   if (col_tiles * parts.count > 0)
     dispatch_dtype(dy.scalar_type(), [&](auto type) {
       using T = typename decltype(type)::type;
       launch(dora_grad_y_kernel<T>, dim3(unsigned(col_tiles), unsigned(parts.count)), dim3(kThreads),
              SharedMemory::bytes<float>(kStepRows * kPitch), device.stream, input<T>(dy), input<T>(u), row<float>(g),
-             output<T>(scaled), floats(partial), parts.size * kAhead * kStepRows);
+             output<T>(scaled), floats(partial), parts.size * kRowsAhead * kStepRows);
     });
   reduce_into(dots, partial, parts.count, 1.0, device.stream);
   return {scaled, dots};

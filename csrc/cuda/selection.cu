@@ -33,7 +33,7 @@ __device__ __forceinline__ unsigned found_in(const Unit<T>& unit, int64_t left, 
 // block counts those from 2^-80 up to 2^16, and zeros, in its own 96 KiB (all that compute capability 8.6 has) and adds what
 // it found to the counts at its end. The others are added right away.
 constexpr int kWindow = 96 * 256, kFirstBin = (127 - 80) * 256;  // the first counter is that of bin 0
-constexpr int kCountThreads = 1024, kCountUnits = 4, kTileColumns = 32 * kUnit * kCountUnits;  // of a row, by a warp
+constexpr int kCountThreads = 1024, kCountUnits = 4, kCountColumns = 32 * kUnit * kCountUnits;  // of a row, by a warp
 
 __device__ __forceinline__ void add_count(int64_t* counts, int bin, unsigned count) {
   note_store(counts, sizeof(int64_t));
@@ -46,10 +46,10 @@ __global__ void __launch_bounds__(kCountThreads) count_bins_kernel(Matrix<const 
   unsigned* window = shared.take<unsigned>(kWindow);
   for (int i = threadIdx.x; i < kWindow; i += kCountThreads) window[i] = 0;
   __syncthreads();
-  const int64_t across = ceil_div(scores.cols, kTileColumns), tiles = scores.rows * across;
+  const int64_t across = ceil_div(scores.cols, kCountColumns), tiles = scores.rows * across;
   const int64_t step = int64_t(gridDim.x) * (kCountThreads / 32);
   for (int64_t tile = int64_t(blockIdx.x) * (kCountThreads / 32) + threadIdx.x / 32; tile < tiles; tile += step) {
-    const int64_t row = tile / across, col = tile % across * kTileColumns + threadIdx.x % 32 * kUnit;
+    const int64_t row = tile / across, col = tile % across * kCountColumns + threadIdx.x % 32 * kUnit;
     Unit<T> units[kCountUnits];
 #pragma unroll
     for (int i = 0; i < kCountUnits; ++i) units[i] = load_unit<true, T>(scores, row, col + i * 32 * kUnit);
@@ -143,7 +143,7 @@ void count_bins_(const Tensor& counts, const Tensor& scores) {
   if (scores.numel() == 0) return;
   DeviceScope device(scores);
   // Counters of 32 bits in shared memory: two blocks of 96 KiB a multiprocessor would have to see 10^12 scores to overflow.
-  const int64_t tiles = scores.size(0) * ceil_div(scores.size(1), kTileColumns);
+  const int64_t tiles = scores.size(0) * ceil_div(scores.size(1), kCountColumns);
   const int64_t blocks = std::min<int64_t>(2 * kMultiprocessors, ceil_div(tiles, kCountThreads / 32));
   dispatch_dtype(scores.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
