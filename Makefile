@@ -27,22 +27,35 @@ help:
 	@echo "make lint      ruff and clang-format; make format applies them"
 	@echo "make bench     the LoRA benchmark of this machine"
 
-setup: $(VENV)/.built
+# pip waits for the network and for disks, and the compilers do not: both at once.
+setup:
+	@$(MAKE) --silent --no-print-directory -j 2 $(VENV)/.built
 
 # torch goes first and alone: a range that another package asks for would fetch the newest CUDA build. Python compiles what
 # is imported; pip would compile all 20,000 files, in a minute and a half of one core.
-$(VENV)/.packages: requirements/dev.txt Makefile
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+$(VENV)/.tools: requirements/build.txt Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastft needs Python 3.10 or newer, this is " + sys.version)'
 	@echo "make: pinned packages into $(VENV), of which torch is the largest: minutes, as the network is"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements/dev.txt
+	$(PIP_INSTALL) --no-compile "$(TORCH)"
+	$(PIP_INSTALL) --no-compile -r requirements/build.txt
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.packages $(NATIVE_SOURCES)
+$(VENV)/.packages: requirements/dev.txt $(VENV)/.tools
+	$(PIP_INSTALL) --no-compile -r requirements/dev.txt
+	@touch $@
+
+$(VENV)/.native: $(VENV)/.tools $(NATIVE_SOURCES)
 	@echo "make: building the native libraries (C++ for each instruction set, the CUDA kernels for tests on the CPU, CUDA with nvcc)."
 	@echo "      The first time that takes ten minutes of one core, with nvcc fifteen, divided among all, and prints nothing."
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	mkdir -p build
+	$(BIN)/python setup.py -q build_ext --inplace >build/native.log 2>&1 || { cat build/native.log; exit 1; }
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.packages $(VENV)/.native
+	PYTHONWARNINGS=ignore $(PIP_INSTALL) --no-build-isolation --no-deps -e .
 	@touch $@
 
 demo: setup
