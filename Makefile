@@ -49,7 +49,7 @@ $(VENV)/.packages: requirements/dev.txt $(VENV)/.tools
 
 $(VENV)/.native: $(VENV)/.tools $(NATIVE_SOURCES)
 	@echo "make: building the native libraries (C++ for each instruction set, the CUDA kernels for tests on the CPU, CUDA with nvcc)."
-	@echo "      The first time that takes ten minutes of one core, with nvcc fifteen, divided among all, and prints nothing."
+	@echo "      The first time that takes six minutes of one core, with nvcc nine, divided among all, and prints nothing."
 	mkdir -p build
 	$(BIN)/python setup.py -q build_ext --inplace >build/native.log 2>&1 || { cat build/native.log; exit 1; }
 	@touch $@

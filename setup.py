@@ -92,7 +92,8 @@ class CMakeBuild(build_ext):
         # Found without importing torch: the build needs its headers and libtorch_cpu.so only.
         torch = Path(importlib.util.find_spec("torch").submodule_search_locations[0])
         # Builds in this tree are kept, so that a changed source compiles alone.
-        build = HERE / "build" / "cmake" if self.editable_mode or self.inplace else Path(self.build_temp).absolute() / "cmake"
+        kept = self.editable_mode or self.inplace
+        build = HERE / "build" / "cmake" if kept else Path(self.build_temp).absolute() / "cmake"
         build.mkdir(parents=True, exist_ok=True)
         nvcc = find_nvcc()
         cuda = os.environ.get("FASTFT_CUDA", "1" if nvcc else "0")

@@ -101,7 +101,9 @@ for word in "$@"; do
     [ "$before" = -o ] && object=$word
     before=$word
 done
-case $object in CMakeFiles/fastft_cpu_*.o | csrc/runtime/*.o) [ -f "{build}/$object" ] && exec cp "{build}/$object" "$object" ;; esac
+case $object in
+CMakeFiles/fastft_cpu_*.o | csrc/runtime/*.o) [ -f "{build}/$object" ] && exec cp "{build}/$object" "$object" ;;
+esac
 exec "$@" -O0
 """
 

@@ -4,6 +4,7 @@
 // of which is read once. An element of S, y or a gradient is owned by one task, which adds in a fixed order, so results do
 // not depend on the number of threads.
 #include "grouped_parts.h"
+#include "grouped_wide.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -68,14 +69,31 @@ void check_activations(const char* op, const char* name, const Tensor& t) {
   check_rows(op, name, t, Where::cpu, {f32, b16, h16}, {t.size(0), t.size(1)});
 }
 
+#if defined(FASTFT_TILES)
+bool in_bf16(const Tensor& activation, const Tensor& store) {
+  return activation.scalar_type() == b16 && store.scalar_type() == b16;
+}
+#endif
+
 Tensor grouped_shrink(const Tensor& x, const Tensor& store, const Tensor& offsets, const Tensor& pieces,
                       const Tensor& segments, const Tensor& assignments, int64_t k, int64_t width) {
   const char* op = "grouped_shrink";
   check_activations(op, "x", x);
   STD_TORCH_CHECK(width >= 0, op, ": width is ", width, ", must not be negative");
   check(op, "store", store, Where::cpu, {x.scalar_type(), f32}, {store.numel()});
-  const Batch batch(op, store, offsets, pieces, segments, assignments, nullptr, k, {x.size(0), x.size(1), -1, width});
+  Batch batch(op, store, offsets, pieces, segments, assignments, nullptr, k, {x.size(0), x.size(1), -1, width});
   Tensor s = empty_on(x, {assignments.numel(), width}, f32);
+#if defined(FASTFT_TILES)
+  if (constexpr bf16* type = nullptr; in_bf16(x, store)) {
+    auto* sums = static_cast<float*>(s.mutable_data_ptr());
+    Wide(batch, data(store, type), true, false).each([&](const WidePiece& one, int64_t p, int64_t t, int64_t rows) {
+      const Scratch<float> own(rows * one.sums_width());
+      one.shrink(data(x, type), x.stride(0), t, rows, own.get(), Ahead());
+      for (int64_t i = 0; i < rows; ++i)
+        std::copy_n(own.get() + i * one.sums_width(), one.piece.count, sums + (p + i) * width + one.piece.s_first);
+    });
+  }
+#endif
   dispatch_pair(x, store, [&](auto* type, auto* own) {
     using T = std::remove_pointer_t<decltype(type)>;
     using W = std::remove_pointer_t<decltype(own)>;
@@ -97,8 +115,16 @@ void grouped_expand_(Tensor y, const Tensor& x, const Tensor& s, const Tensor& s
   check_rows(op, "s", s, Where::cpu, {f32}, {assignments.numel(), s.size(1)});
   check(op, "store", store, Where::cpu, {y.scalar_type(), f32}, {store.numel()});
   check(op, "columns", columns, Where::cpu, {ScalarType::Short}, {columns.numel()});
-  const Batch batch(op, store, offsets, pieces, segments, assignments, weights ? &*weights : nullptr, k,
-                    {y.size(0), x.size(1), y.size(1), s.size(1)});
+  Batch batch(op, store, offsets, pieces, segments, assignments, weights ? &*weights : nullptr, k,
+              {y.size(0), x.size(1), y.size(1), s.size(1)});
+#if defined(FASTFT_TILES)
+  if (constexpr bf16* type = nullptr; in_bf16(y, store)) {
+    const Sums<const float> sums = in_rows(s);
+    Wide(batch, data(store, type), false, true).each([&](const WidePiece& one, int64_t p, int64_t t, int64_t rows) {
+      one.expand({&sums.at(p, one.piece.s_first), sums.row, one.piece.count}, mutable_data(y, type), y.stride(0), t, rows);
+    });
+  }
+#endif
   dispatch_pair(y, store, [&](auto* type, auto* own) {
     using T = std::remove_pointer_t<decltype(type)>;
     using W = std::remove_pointer_t<decltype(own)>;
@@ -119,8 +145,18 @@ void grouped_add_(Tensor y, const Tensor& x, const Tensor& store, const Tensor& 
   STD_TORCH_CHECK(width >= 0, op, ": width is ", width, ", must not be negative");
   check(op, "store", store, Where::cpu, {y.scalar_type(), f32}, {store.numel()});
   check(op, "columns", columns, Where::cpu, {ScalarType::Short}, {columns.numel()});
-  const Batch batch(op, store, offsets, pieces, segments, assignments, weights ? &*weights : nullptr, k,
-                    {to.count, from.width, to.width, width});
+  Batch batch(op, store, offsets, pieces, segments, assignments, weights ? &*weights : nullptr, k,
+              {to.count, from.width, to.width, width});
+#if defined(FASTFT_TILES)
+  if (constexpr bf16* type = nullptr; in_bf16(y, store)) {
+    const auto* in = data(x, type);
+    auto* out = mutable_data(y, type);
+    Wide(batch, data(store, type), true, true).each([&](const WidePiece& piece, int64_t, int64_t t, int64_t rows) {
+      piece.add(in, from.stride, out, to.stride, t, rows);
+    });
+  }
+#endif
+  if (batch.segments.empty()) return;
   const int64_t column = round_up(assignments.numel(), 16);  // whole cache lines
   const Scratch<float> s(column * width);
   dispatch_pair(y, store, [&](auto* type, auto* own) {

@@ -107,39 +107,6 @@ std::tuple<Tensor, Tensor> lora_shrink(const Tensor& x, const Tensor& a, const s
   return {s, mask};
 }
 
-// Adds to an activation in its own dtype, rounded once. Of a `part` vector the first `cols` columns are there.
-template <class T, bool masked, bool part>
-struct AddToActivation {
-  static constexpr bool one_vector = part;
-  T* to;
-  int64_t ld, cols;
-  Mask mask;
-  int64_t t, c;  // of `to` in the mask
-  AddToActivation from(int64_t i, int64_t v) const { return {to + i * ld + v, ld, cols, mask, t + i, c + v}; }
-  template <int M>
-  [[gnu::always_inline]] void prefetch() const {
-    if constexpr (!part)
-      for (int i = 0; i < M; ++i) fetch_ahead(to + i * ld);
-  }
-  vf added(int64_t i, int64_t v, vf sum) const {
-    // Adding -0 changes no bit, not even those of a zero.
-    if constexpr (masked) sum = mask.keep(t + i, c + v) ? sum : -vf{};
-    if constexpr (part) return load(to + i * ld + v, cols) + sum;
-    return load(to + i * ld + v) + sum;
-  }
-  void put(int64_t i, int64_t v, vf total) const {
-    if constexpr (part) return store(to + i * ld + v, total, cols);
-    store(to + i * ld + v, total);
-  }
-};
-
-template <bool masked, class T>
-auto add_to_activation(T* to, int64_t ld, Mask mask) {
-  return [=](int64_t t, int64_t c, int64_t cols, auto part) {
-    return AddToActivation<T, masked, decltype(part)::value>{to + t * ld + c, ld, cols, mask, t, c};
-  };
-}
-
 void lora_expand_(Tensor y, const Tensor& s, const Tensor& b, double scale) {
   const char* op = "lora_expand_";
   check_matrix(op, "s", s);

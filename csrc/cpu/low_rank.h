@@ -59,6 +59,39 @@ void add_low_rank(int64_t tokens, int64_t C, Coefficients s, const P& panel, flo
   });
 }
 
+// Adds to an activation in its own dtype, rounded once. Of a `part` vector the first `cols` columns are there.
+template <class T, bool masked, bool part>
+struct AddToActivation {
+  static constexpr bool one_vector = part;
+  T* to;
+  int64_t ld, cols;
+  Mask mask;
+  int64_t t, c;  // of `to` in the mask
+  AddToActivation from(int64_t i, int64_t v) const { return {to + i * ld + v, ld, cols, mask, t + i, c + v}; }
+  template <int M>
+  [[gnu::always_inline]] void prefetch() const {
+    if constexpr (!part)
+      for (int i = 0; i < M; ++i) fetch_ahead(to + i * ld);
+  }
+  vf added(int64_t i, int64_t v, vf sum) const {
+    // Adding -0 changes no bit, not even those of a zero.
+    if constexpr (masked) sum = mask.keep(t + i, c + v) ? sum : -vf{};
+    if constexpr (part) return load(to + i * ld + v, cols) + sum;
+    return load(to + i * ld + v) + sum;
+  }
+  void put(int64_t i, int64_t v, vf total) const {
+    if constexpr (part) return store(to + i * ld + v, total, cols);
+    store(to + i * ld + v, total);
+  }
+};
+
+template <bool masked, class T>
+auto add_to_activation(T* to, int64_t ld, Mask mask) {
+  return [=](int64_t t, int64_t c, int64_t cols, auto part) {
+    return AddToActivation<T, masked, decltype(part)::value>{to + t * ld + c, ld, cols, mask, t, c};
+  };
+}
+
 // Partial sums of a product over tokens, out [R, C] = Σ_t s[t]ᵀ x[t]: one float32 part a chunk of tokens, in order.
 struct TokenParts {
   // As many chunks as it takes for 16 tasks of `slabs` columns each, so that several threads find work; of a length that

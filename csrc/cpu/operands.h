@@ -173,25 +173,39 @@ class Panel : public Packed<Unit> {
   explicit Panel(const Tensor& t, int parts = 1) : Panel(t, 0, t.size(0), parts) {}
   Panel(const Tensor& t, int64_t first, int64_t rows, int parts = 1) : Packed<Unit>(units<Unit>(rows), t.size(1), parts) {
     const int64_t cols = t.size(1);
-    dispatch(t, [&](auto* type) {
-      auto* from = data(t, type) + first * cols;
-      torch::stable::parallel_for(
-          0, units<Unit>(rows), std::max<int64_t>(1, 16384 / std::max<int64_t>(cols, 1)), [&](int64_t begin, int64_t end) {
-            for (int64_t u = begin; u < end; ++u)
-              for (int64_t j = 0; j < cols; j += VL) {
-                const int64_t i = u * terms<Unit>;
-                vf one = load(from + i * cols + j, cols - j);
-                vf second = terms<Unit> == 2 && i + 1 < rows ? load(from + (i + 1) * cols + j, cols - j) : vf{};
-                if constexpr (in_tiles<Unit>)
-                  for (int part = 0; part < parts; ++part) {
-                    const vu low = take_part(one, part + 1 == parts);
-                    store(this->to(u, j, part), low | take_part(second, part + 1 == parts) << 16);
-                  }
-                else
-                  store_unit_row(this->to(u, j), one, second);
+    dispatch(t, [&](auto* type) { fill(data(t, type) + first * cols, rows, cols); });
+  }
+  template <class T>
+  Panel(const T* from, int64_t rows, int64_t cols) : Packed<Unit>(units<Unit>(rows), cols, 1) {
+    fill(from, rows, cols);
+  }
+
+ private:
+  template <class T>
+  void fill(const T* from, int64_t rows, int64_t cols) {
+    const int parts = this->parts();
+    torch::stable::parallel_for(
+        0, units<Unit>(rows), std::max<int64_t>(1, 16384 / std::max<int64_t>(cols, 1)), [&](int64_t begin, int64_t end) {
+          for (int64_t u = begin; u < end; ++u)
+            for (int64_t j = 0; j < cols; j += VL) {
+              const int64_t i = u * terms<Unit>;
+              if constexpr (terms<Unit> == 2 && std::is_same_v<T, bf16>) {
+                if (i + 1 < rows && j + VL <= cols) {  // bits side by side, with no way over float32
+                  store(this->to(u, j), load_bits(from + i * cols + j) | load_bits(from + (i + 1) * cols + j) << 16);
+                  continue;
+                }
               }
-          });
-    });
+              vf one = load(from + i * cols + j, cols - j);
+              vf second = terms<Unit> == 2 && i + 1 < rows ? load(from + (i + 1) * cols + j, cols - j) : vf{};
+              if constexpr (in_tiles<Unit>)
+                for (int part = 0; part < parts; ++part) {
+                  const vu low = take_part(one, part + 1 == parts);
+                  store(this->to(u, j, part), low | take_part(second, part + 1 == parts) << 16);
+                }
+              else
+                store_unit_row(this->to(u, j), one, second);
+            }
+        });
   }
 };
 
@@ -209,6 +223,9 @@ class TransposedPanel : public Packed<Unit> {
       fill_parts(static_cast<const float*>(t.const_data_ptr()) + first * cols, rows, cols);
     else
       fill_pairs(static_cast<const uint16_t*>(t.const_data_ptr()) + first * cols, rows, cols);
+  }
+  TransposedPanel(const bf16* from, int64_t rows, int64_t cols) : Packed<Unit>(units<Unit>(cols), rows, 1) {
+    fill_pairs(reinterpret_cast<const uint16_t*>(from), rows, cols);
   }
 
  private:
@@ -318,6 +335,7 @@ struct Coefficients {
   Coefficients(const Tensor& s, int64_t first, int64_t ranks)
       : p(static_cast<const float*>(s.const_data_ptr()) + first), ld(s.stride(0)), ranks(ranks) {}
   explicit Coefficients(const Tensor& s) : Coefficients(s, 0, s.size(1)) {}
+  Coefficients(const float* p, int64_t ld, int64_t ranks) : p(p), ld(ld), ranks(ranks) {}
   const float* p;
   int64_t ld, ranks;
 };

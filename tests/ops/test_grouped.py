@@ -37,10 +37,15 @@ LARGE = [
     (LORAS, 1408, (512, 130), [1] * 100 + [-1] * 20 + [3] * 57 + [0]),
     ([[(COLUMNS, 430)], [(ROWS, 430)], [(ENTRIES, 1)], [(LOW_RANK, 64)]], 512, (1408,), [0, 1, 2, 3] * 9 + [2] * 40),
     ([[(LOW_RANK, 512)]], 40, (24,), [0, 0, -1]),
+    # Prompts: many neighbouring tokens of one adapter, and as many that are no neighbours or have another kind besides.
+    (LORAS, 41, (1, 37), [3] * 70 + [0] * 64 + [-1] * 3 + [2] * 131 + [1] * 63),
+    (LORAS, 1030, (300, 64), [3, 2] * 70 + [1] * 200),
+    ([[(LOW_RANK, 150)], [(LOW_RANK, 16)], [(ENTRIES, 5)]], 72, (48,), [1] * 64 + [0] * 99 + [2] * 80),
+    ([[(LOW_RANK, 8), (ENTRIES, 3)], [(LOW_RANK, 8), None]], 72, (48, 16), [0] * 70 + [1] * 70),
 ]
 
 
-@pytest.fixture(params=backends())
+@pytest.fixture(params=backends("amx"))
 def backend(request):
     with run_on(request.param) as device:
         yield device

@@ -16,7 +16,7 @@ RANKS, SCALES = (3, 1, 8, 0, 5), (0.5, 2.0, 1.0, 1.0, 0.25)
 ADAPTERS = torch.tensor([[0, 1], [2, 2], [-1, 4], [3, 0], [-1, -1], [1, 2], [2, 0]])
 
 
-@pytest.fixture(params=backends())
+@pytest.fixture(params=backends("amx"))
 def backend(request):
     with run_on(request.param) as device:
         yield device
