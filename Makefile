@@ -31,10 +31,10 @@ help:
 setup:
 	@$(MAKE) --silent --no-print-directory -j 2 $(VENV)/.built
 
-# torch goes first and alone: a range that another package asks for would fetch the newest CUDA build. Python compiles what
-# is imported; pip would compile all 20,000 files, in a minute and a half of one core.
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
+# torch goes first and alone: a range that another package asks for would fetch the newest CUDA build. Python compiles what
+# is imported; pip would compile all 20,000 files, in a minute and a half of one core.
 $(VENV)/.tools: requirements/build.txt Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastft needs Python 3.10 or newer, this is " + sys.version)'
 	@echo "make: pinned packages into $(VENV), of which torch is the largest: minutes, as the network is"

@@ -69,12 +69,6 @@ void check_activations(const char* op, const char* name, const Tensor& t) {
   check_rows(op, name, t, Where::cpu, {f32, b16, h16}, {t.size(0), t.size(1)});
 }
 
-#if defined(FASTFT_TILES)
-bool in_bf16(const Tensor& activation, const Tensor& store) {
-  return activation.scalar_type() == b16 && store.scalar_type() == b16;
-}
-#endif
-
 Tensor grouped_shrink(const Tensor& x, const Tensor& store, const Tensor& offsets, const Tensor& pieces,
                       const Tensor& segments, const Tensor& assignments, int64_t k, int64_t width) {
   const char* op = "grouped_shrink";
@@ -83,23 +77,17 @@ Tensor grouped_shrink(const Tensor& x, const Tensor& store, const Tensor& offset
   check(op, "store", store, Where::cpu, {x.scalar_type(), f32}, {store.numel()});
   Batch batch(op, store, offsets, pieces, segments, assignments, nullptr, k, {x.size(0), x.size(1), -1, width});
   Tensor s = empty_on(x, {assignments.numel(), width}, f32);
-#if defined(FASTFT_TILES)
-  if (constexpr bf16* type = nullptr; in_bf16(x, store)) {
-    auto* sums = static_cast<float*>(s.mutable_data_ptr());
-    Wide(batch, data(store, type), true, false).each([&](const WidePiece& one, int64_t p, int64_t t, int64_t rows) {
-      const Scratch<float> own(rows * one.sums_width());
-      one.shrink(data(x, type), x.stride(0), t, rows, own.get(), Ahead());
-      for (int64_t i = 0; i < rows; ++i)
-        std::copy_n(own.get() + i * one.sums_width(), one.piece.count, sums + (p + i) * width + one.piece.s_first);
-    });
-  }
-#endif
+  auto* sums = static_cast<float*>(s.mutable_data_ptr());
+  take_wide(batch, x, store, true, false, [&](const auto& one, int64_t p, int64_t t, int64_t rows) {
+    const Scratch<float> own(rows * one.sums_width());
+    one.shrink(static_cast<const bf16*>(x.const_data_ptr()), x.stride(0), t, rows, own.get(), Ahead());
+    for (int64_t i = 0; i < rows; ++i)
+      std::copy_n(own.get() + i * one.sums_width(), one.piece.count, sums + (p + i) * width + one.piece.s_first);
+  });
   dispatch_pair(x, store, [&](auto* type, auto* own) {
     using T = std::remove_pointer_t<decltype(type)>;
     using W = std::remove_pointer_t<decltype(own)>;
-    run_all(batch,
-            Shrink<T, W>{
-                batch, data(x, type), x.stride(0), data(store, own), {static_cast<float*>(s.mutable_data_ptr()), width, 1}});
+    run_all(batch, Shrink<T, W>{batch, data(x, type), x.stride(0), data(store, own), {sums, width, 1}});
   });
   return s;
 }
@@ -117,18 +105,15 @@ void grouped_expand_(Tensor y, const Tensor& x, const Tensor& s, const Tensor& s
   check(op, "columns", columns, Where::cpu, {ScalarType::Short}, {columns.numel()});
   Batch batch(op, store, offsets, pieces, segments, assignments, weights ? &*weights : nullptr, k,
               {y.size(0), x.size(1), y.size(1), s.size(1)});
-#if defined(FASTFT_TILES)
-  if (constexpr bf16* type = nullptr; in_bf16(y, store)) {
-    const Sums<const float> sums = in_rows(s);
-    Wide(batch, data(store, type), false, true).each([&](const WidePiece& one, int64_t p, int64_t t, int64_t rows) {
-      one.expand({&sums.at(p, one.piece.s_first), sums.row, one.piece.count}, mutable_data(y, type), y.stride(0), t, rows);
-    });
-  }
-#endif
+  const Sums<const float> sums = in_rows(s);
+  take_wide(batch, y, store, false, true, [&](const auto& one, int64_t p, int64_t t, int64_t rows) {
+    auto* to = static_cast<bf16*>(y.mutable_data_ptr());
+    one.expand({&sums.at(p, one.piece.s_first), sums.row, one.piece.count}, to, y.stride(0), t, rows);
+  });
   dispatch_pair(y, store, [&](auto* type, auto* own) {
     using T = std::remove_pointer_t<decltype(type)>;
     using W = std::remove_pointer_t<decltype(own)>;
-    run_all(batch, Expand<T, W>{batch, mutable_data(y, type), y.stride(0), data(x, type), x.stride(0), in_rows(s),
+    run_all(batch, Expand<T, W>{batch, mutable_data(y, type), y.stride(0), data(x, type), x.stride(0), sums,
                                 data(store, own), static_cast<const uint16_t*>(columns.const_data_ptr()), columns.numel()});
   });
 }
@@ -147,15 +132,10 @@ void grouped_add_(Tensor y, const Tensor& x, const Tensor& store, const Tensor& 
   check(op, "columns", columns, Where::cpu, {ScalarType::Short}, {columns.numel()});
   Batch batch(op, store, offsets, pieces, segments, assignments, weights ? &*weights : nullptr, k,
               {to.count, from.width, to.width, width});
-#if defined(FASTFT_TILES)
-  if (constexpr bf16* type = nullptr; in_bf16(y, store)) {
-    const auto* in = data(x, type);
-    auto* out = mutable_data(y, type);
-    Wide(batch, data(store, type), true, true).each([&](const WidePiece& piece, int64_t, int64_t t, int64_t rows) {
-      piece.add(in, from.stride, out, to.stride, t, rows);
-    });
-  }
-#endif
+  take_wide(batch, y, store, true, true, [&](const auto& one, int64_t, int64_t t, int64_t rows) {
+    one.add(static_cast<const bf16*>(x.const_data_ptr()), from.stride, static_cast<bf16*>(y.mutable_data_ptr()), to.stride,
+            t, rows);
+  });
   if (batch.segments.empty()) return;
   const int64_t column = round_up(assignments.numel(), 16);  // whole cache lines
   const Scratch<float> s(column * width);

@@ -137,3 +137,19 @@ class Wide {
 
 }  // namespace fastft
 #endif
+
+namespace fastft {
+
+// run(piece, first position, first token, tokens) for the pieces of the batch's wide segments, which it then has no more; of
+// other dtypes and without AMX there are none.
+template <class F>
+void take_wide([[maybe_unused]] Batch& batch, [[maybe_unused]] const Tensor& activation,
+               [[maybe_unused]] const Tensor& store, [[maybe_unused]] bool down, [[maybe_unused]] bool up,
+               [[maybe_unused]] const F& run) {
+#if defined(FASTFT_TILES)
+  if (activation.scalar_type() == b16 && store.scalar_type() == b16)
+    Wide(batch, static_cast<const bf16*>(store.const_data_ptr()), down, up).each(run);
+#endif
+}
+
+}  // namespace fastft
