@@ -20,7 +20,6 @@ def under_sanitizer(*arguments, timeout=500, **environment):
         "LD_PRELOAD": " ".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python itself leaks at exit
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        "PYTHONMALLOC": "malloc",
         "PYTHONPATH": str(ROOT),
         **environment,
     }

@@ -2,7 +2,6 @@
 merged."""
 
 import copy
-import gc
 import time
 
 import pytest
@@ -13,7 +12,6 @@ import fastft
 transformers = pytest.importorskip("transformers")
 
 VOCABULARY = 128
-gc.freeze()  # the library collects garbage at every stop: 1.5 s each if it looks through all that was imported
 
 
 def llama(seed=0, dtype=torch.float32, **options):
