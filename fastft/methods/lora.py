@@ -232,8 +232,8 @@ class LoRA(Method):
             "lora_dropout": self.lora_dropout,
             "target_modules": self._written_targets(matched),
             "exclude_modules": _as_list(self.exclude_modules),
-            "layers_to_transform": self.layers_to_transform,
-            "layers_pattern": self.layers_pattern,
+            "layers_to_transform": _as_list(self.layers_to_transform),
+            "layers_pattern": _in_order(self.layers_pattern),
             "rank_pattern": dict(self.rank_pattern),
             "alpha_pattern": dict(self.alpha_pattern),
             "modules_to_save": _as_list(self.modules_to_save),
@@ -273,4 +273,10 @@ def _some(names):
 
 
 def _as_list(value: Any):
-    return value if value is None or isinstance(value, str) else sorted(value)
+    """As JSON can hold it: sets and ranges are lists there."""
+    return value if value is None or isinstance(value, (str, int)) else sorted(value)
+
+
+def _in_order(value: Any):
+    """The same for what counts in its order: of several patterns the first that matches does."""
+    return list(value) if isinstance(value, (list, tuple)) else _as_list(value)

@@ -1,6 +1,7 @@
 """LoRA's options, and that they mean what they mean in PEFT."""
 
 import itertools
+import json
 import math
 import warnings
 
@@ -206,6 +207,16 @@ def test_options_that_do_nothing_or_are_ignored_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fastft.attach(gpt2(), fastft.LoRA(target_modules=["c_attn"], fan_in_fan_out=True))
+
+
+@pytest.mark.parametrize(("layers", "written"), [(range(2), [0, 1]), ({1, 0}, [0, 1]), ((1,), [1]), (1, 1)])
+def test_chosen_layers_go_into_files_whatever_held_them(tmp_path, layers, written):
+    options = {"target_modules": ["q_proj"], "layers_to_transform": layers, "layers_pattern": {"layers"}}
+    handle = fastft.attach(llama(), fastft.LoRA(**options))
+    handle.save(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["layers_to_transform"], config["layers_pattern"]) == (written, ["layers"])
+    assert fastft.load(llama(), tmp_path).targets.keys() == handle.targets.keys()
 
 
 def test_default_targets_without_a_known_architecture():
