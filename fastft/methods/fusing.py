@@ -6,7 +6,7 @@ import torch
 
 from .base import check_name, install_adapter, plain_model
 from .handle import Handle, handles
-from .targets import Matched
+from .targets import Matched, exactly
 
 
 def fuse(model, weights: dict[str, float], adapter_name: str = "fused") -> Handle:
@@ -45,7 +45,7 @@ def fuse(model, weights: dict[str, float], adapter_name: str = "fused") -> Handl
         parts = [(handle, weights[handle.name]) for handle in sources if path in handle.targets]
         tensors[path], chosen[path] = _sum(path, module, parts)
     first = sources[0].method
-    method = replace(first, target_modules=list(chosen), chosen=chosen, units=None)
+    method = replace(first, target_modules=exactly(chosen), chosen=chosen, units=None)
     fused = install_adapter(model, method, adapter_name, Matched(targets, {}), tensors, {})
     for handle in sources:
         handle.set_active(False)

@@ -23,7 +23,7 @@ from ..ops.partial_linear import slice_dim
 from ..optim.slice_adamw import SliceAdamW
 from .base import Method
 from .selection import SELECTORS, choose, unit_scores, wanted_slices
-from .targets import check_rows, match, tied_names
+from .targets import check_rows, exactly, match, tied_names
 from .units import coupled_units
 
 # Fractions of the paper's experiments, by model; o and d there are o_ratio and down_ratio here.
@@ -128,6 +128,7 @@ class S2FT(Method):
 
     def bind(self, model):
         if self.units is not None:  # chosen on another model; one of the same shapes gets the same
+            self._check_modules(model)
             return self
         ratios = self.ratios()
         structures = coupled_units(model, by_group=self.v_ratio > 0)
@@ -149,7 +150,15 @@ class S2FT(Method):
             for name, found in units.items()
         }
         limits = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None, "calibration": None}
-        return replace(self, target_modules=list(chosen), chosen=chosen, units=units, **limits)
+        return replace(self, target_modules=exactly(chosen), chosen=chosen, units=units, **limits)
+
+    def _check_modules(self, model):
+        modules = dict(model.named_modules())
+        if missing := [name for name in self.chosen if name not in modules]:
+            raise ValueError(
+                f"the units were chosen on another model, and this one has no modules {missing[:3]}; attach to a model of "
+                "the same architecture, or a new S2FT(...), which chooses anew"
+            )
 
     def check(self, matched, model):
         tied = tied_names(model)
@@ -229,7 +238,7 @@ class S2FT(Method):
             raise ValueError("adapter_config.json has no slices")
         chosen = {name: _chosen(name, one) for name, one in slices.items()}
         options = {key: config[key] for key in _IN_FILES if config.get(key) is not None}
-        return cls(**options, target_modules=list(chosen), chosen=chosen)
+        return cls(**options, target_modules=exactly(chosen), chosen=chosen)
 
 
 def _dim(one: ChosenSlice, module) -> int:

@@ -4,7 +4,6 @@ Forward and dX cost what the frozen model costs; of dW only the entries are comp
 `spiel` and `lift` for methods that choose the entries themselves, again and again.
 """
 
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -21,7 +20,7 @@ from ..optim.sparse import SparseAdamW
 from .base import Method
 from .processes import check_whole_state
 from .sparse_files import pack_index, unpack_index
-from .targets import check_rows, tied_names
+from .targets import check_rows, exactly, tied_names
 
 _DESCRIPTIVE = {"peft_type", "base_model_name_or_path", "auto_mapping", "inference_mode", "target_modules"}
 _OF_TARGETS = {"modules_to_save", "bias", "task_type"}
@@ -270,11 +269,6 @@ class SparseMethod(Method):
 
     def schedule(self, handle, updates: int) -> None:
         """Called once per optimizer update, of which there were `updates`. The default chooses nothing anew."""
-
-
-def exactly(names) -> str:
-    """What `target_modules` must be for these modules alone: an entry of a list also means those whose names end with it."""
-    return "|".join(map(re.escape, names))
 
 
 def stored_shape(module) -> tuple[int, int]:

@@ -10,8 +10,9 @@ import torch
 
 from ..modules.adapted_linear import features
 from ..ops.entries import Entries
-from .sparse import Counts, SparseMask, SparseMethod, exactly, stored_shape
+from .sparse import Counts, SparseMask, SparseMethod, stored_shape
 from .sparse_files import pack_index
+from .targets import exactly
 
 _SHARED = {"peft_type", "base_model_name_or_path", "auto_mapping", "inference_mode", "target_modules", "revision"}
 _SHARED |= {"modules_to_save", "task_type", "peft_version"}

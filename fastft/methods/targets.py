@@ -77,6 +77,11 @@ def check_pattern(option: str, pattern: str) -> None:
         raise ValueError(f"{option}: {pattern!r} is no regular expression: {error}") from error
 
 
+def exactly(names) -> str:
+    """What `target_modules` must be for these modules alone: an entry of a list also means those whose names end with it."""
+    return "|".join(map(re.escape, names))
+
+
 def check_rows(name: str, weight: torch.Tensor) -> None:
     """Raises ValueError unless the rows lie in memory without gaps inside and without overlapping, as ops need it that write
     parts of a weight."""

@@ -296,6 +296,35 @@ def test_what_can_not_be_fused():
     assert_same(before, snapshot(model))
 
 
+class Named(torch.nn.Module):
+    """Two feed-forwards, of which one's names are the ends of the other's."""
+
+    def __init__(self):
+        super().__init__()
+        self.mlp, self.draft = self.feed_forward(), torch.nn.ModuleDict({"mlp": self.feed_forward()})
+
+    def feed_forward(self):
+        return torch.nn.ModuleDict({"up_proj": torch.nn.Linear(8, 16), "down_proj": torch.nn.Linear(16, 8)})
+
+    def forward(self, x):
+        return self.mlp["down_proj"](self.mlp["up_proj"](x).relu())
+
+
+def test_names_that_end_others_mean_one_module(tmp_path):
+    import json
+
+    model, other = Named(), Named()
+    other.load_state_dict(model.state_dict())
+    handle = fastft.attach(model, fastft.S2FT(down_ratio=0.5, target_modules=["down_proj"], exclude_modules=r"draft\..*"))
+    assert list(handle.targets) == ["mlp.down_proj"]
+    randomize(handle)
+    handle.save(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == ["mlp.down_proj"]
+    x = torch.randn(3, 8)
+    assert list(fastft.load(other, tmp_path).targets) == ["mlp.down_proj"] and torch.equal(other(x), model(x))
+    assert list(fastft.fuse(model, {"default": 2.0}).targets) == ["mlp.down_proj"]
+
+
 @pytest.mark.parametrize("optimizer", ["ours", "fused", "foreach", "sgd", "by hand", "data"])
 def test_any_optimizer(optimizer):
     """The weights follow whatever changes the deltas."""

@@ -25,3 +25,5 @@ def test_units_that_another_model_does_not_have_are_refused():
     with pytest.raises(ValueError, match="don't fit"):
         fastft.attach(small, first.method)
     assert_same(before, snapshot(small))
+    with pytest.raises(ValueError, match=r"this one has no modules \['model.layers.1.mlp.down_proj'"):
+        fastft.attach(llama(num_hidden_layers=1), first.method)
