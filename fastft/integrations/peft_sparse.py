@@ -30,12 +30,15 @@ class SparseRecord(Record):
         weight."""
         made = self.made.get(adapter)
         if made is None or made[0] is not index or made[1] != index._version:
-            positions = flat().long()
-            ordered, order = positions.sort()
-            entries = Entries.of_flat(ordered, shape)
-            order = None if torch.equal(ordered, positions) else order
-            made = self.made[adapter] = index, index._version, (entries, order, Ways.of(entries))
+            with torch.inference_mode(False):  # a first forward in inference mode makes what backward needs later
+                made = self.made[adapter] = index, index._version, _places(flat().long(), shape)
         return made[2]
+
+
+def _places(positions, shape):
+    ordered, order = positions.sort()
+    entries = Entries.of_flat(ordered, shape)
+    return entries, None if torch.equal(ordered, positions) else order, Ways.of(entries)
 
 
 def accelerate_sparse_layers(model: nn.Module, strict: bool) -> None:
@@ -132,7 +135,8 @@ class FastShira(FastSparse):
     def _index(self, name):
         index = self.shira_indices[name]
         if index.device != self.shira_weight[name].device:  # as PEFT does in its forward
-            index = self.shira_indices[name] = index.to(self.shira_weight[name].device)
+            with torch.inference_mode(False):  # its version is asked for
+                index = self.shira_indices[name] = index.to(self.shira_weight[name].device)
         return index
 
     def _values(self, name):

@@ -130,6 +130,14 @@ def test_training_lowers_the_loss_and_checks_itself(kind):
 
 
 @each_kind
+def test_a_first_forward_in_inference_mode_is_no_obstacle_to_training(kind):
+    plain, fast = model(kind), accelerated(kind, strict=True)
+    with torch.inference_mode():
+        fast(x())
+    torch.testing.assert_close(run(layer(fast), x()), run(layer(plain), x()))
+
+
+@each_kind
 def test_nothing_dense_is_kept(kind):
     fast, sizes = accelerated(kind, strict=True), []
     weights = {p.data_ptr() for p in fast.parameters()}
