@@ -365,5 +365,23 @@ def _copied_tensors(modules, names, saved, bias) -> dict[str, tuple[nn.Module, l
         if own and "forward" in module.__dict__:
             raise ValueError(f"the forward of {name!r} was replaced on the instance; attach before adding such hooks")
         if own:
+            _check_called(name, modules, "bias" if own == ["bias"] and bias == "all" else "modules_to_save")
             copies[name] = (module, own)
     return copies
+
+
+def _check_called(name: str, modules, option: str) -> None:
+    """Raises ValueError where others read the module's own tensors without calling it: they would pass over copies."""
+    parent, _, own = name.rpartition(".")
+    parts = name.split(".")
+    around = [name, *(".".join(parts[:i]) for i in range(len(parts) - 1, -1, -1))]
+    if any(isinstance(modules.get(one), nn.TransformerEncoderLayer) for one in around):
+        why = (
+            "is or lies in an nn.TransformerEncoderLayer, which in evaluation reads the weights without calling the modules"
+        )
+    elif own == "out_proj" and isinstance(modules.get(parent), nn.MultiheadAttention):
+        why = "belongs to an nn.MultiheadAttention, which reads its weight and bias without calling it"
+    else:
+        return
+    advice = 'use bias="none" or "lora_only"' if option == "bias" else "leave it out, with longer names in modules_to_save"
+    raise ValueError(f"{option} selects {name!r}, which {why}, so that a copy would be passed over; {advice}")

@@ -67,6 +67,33 @@ def test_layers_that_their_owner_reads_without_a_call():
         fastft.attach(model, fastft.LoRA(target_modules=["linear1"]))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"modules_to_save": ["layer"]},
+            r"modules_to_save selects 'layer.self_attn', which is or lies in an .*longer",
+        ),
+        ({"modules_to_save": ["norm1"]}, r"modules_to_save selects 'layer.norm1', which is or lies in an nn.Transformer"),
+        (
+            {"modules_to_save": ["attention"]},
+            "selects 'attention.out_proj', which belongs to an nn.MultiheadAttention",
+        ),
+        ({"bias": "all"}, r"bias selects 'attention.out_proj', which .*; use bias=\"none\" or \"lora_only\""),
+    ],
+)
+def test_copies_that_the_owner_would_pass_over(options, message):
+    parts = {"inp": nn.Linear(8, 8), "layer": nn.TransformerEncoderLayer(8, 2, 16), "attention": nn.MultiheadAttention(8, 2)}
+    if options == {"bias": "all"}:
+        del parts["layer"]
+    model = nn.ModuleDict(parts)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        fastft.attach(model, fastft.LoRA(target_modules=["inp"], **options))
+    assert_same(before, snapshot(model))
+    fastft.attach(model, fastft.LoRA(target_modules=["inp"], bias="lora_only"))
+
+
 def test_refused_modules():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.MultiheadAttention(4, 2))
     with pytest.raises(ValueError, match=r"'2.out_proj' is matched but is a .*NonDynamicallyQuantizableLinear"):
