@@ -86,6 +86,7 @@ class SparseDeltaLinear(nn.Linear):
     @torch.no_grad()
     def _write(self):
         """Bring the weight up to date with the delta."""
+        self._check_own()
         if self._base is None:
             self._base = gather_entries(self.weight, self.starts, self.columns)
         elif version_of(self.delta) == self._written and not self._trained:
@@ -94,6 +95,19 @@ class SparseDeltaLinear(nn.Linear):
         if version_of(self.delta) != self._written:  # a graph that saved the weight must notice; the same bits do no harm
             torch.autograd.graph.increment_version(self.weight)
         self._written, self._trained = version_of(self.delta), self.delta.grad is not None
+
+    def _check_own(self):
+        """The delta must not get into a tensor of somebody else's: a ``state_dict`` shows the pretrained weight."""
+        if type(self.weight) is nn.Parameter or "_is_replica" in self.__dict__ or torch.compiler.is_compiling():
+            return  # DataParallel's replicas have copies
+        if "weight" in self._parameters:
+            advice = "give functional_call the delta alone ({'delta': ...}); FSDP and fully_shard don't go with this layer"
+        else:
+            advice = "pruning and parametrizations compute it from others; remove them (parametrize.remove_parametrizations)"
+        raise RuntimeError(
+            f"the weight is a {type(self.weight).__name__} of shape {list(self.weight.shape)} and not the layer's own "
+            f"Parameter, the only one in which the delta can stand: {advice}"
+        )
 
     @torch.no_grad()
     def restore(self):

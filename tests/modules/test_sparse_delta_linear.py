@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
+from torch.nn.utils import parametrizations
 
 import fastft
 
@@ -106,6 +108,22 @@ def test_copies_files_and_casts():
     assert one.delta.dtype == F32 and torch.equal(one.delta, delta)
     assert torch.equal(one.state_dict()["weight"], pretrained.to(BF16))
     assert torch.equal(one(x.to(BF16)), F.linear(x.to(BF16), with_delta(pretrained.to(BF16), delta), one.bias))
+
+
+def test_the_delta_is_written_into_no_other_tensor():
+    one, x = layer(), batch()
+    with torch.no_grad():
+        one.delta.add_(1.0)
+    want, state = one(x), one.state_dict()
+    with pytest.raises(RuntimeError, match=r"the weight is a Tensor .*give functional_call the delta alone"):
+        functional_call(one, state, (x,))
+    assert torch.equal(state["weight"], layer().weight)
+    torch.testing.assert_close(functional_call(one, {"delta": torch.zeros_like(one.delta)}, (x,)), layer()(x))
+    one.load_state_dict(state)
+    assert torch.equal(one(x), want)
+    parametrizations.weight_norm(one)
+    with pytest.raises(RuntimeError, match="pruning and parametrizations"):
+        one(x)
 
 
 def test_wrong_arguments_say_what_is_wrong():
