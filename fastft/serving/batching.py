@@ -289,6 +289,8 @@ def _hook(processor, steps: Steps, config) -> None:
         for state in states:
             state.status = type(state.status).FINISHED  # a step in flight, which has it, then leaves it alone
             steps.end(state.request, "cancelled")
+        if states:  # the library lets new requests in again when one finishes, which perhaps none does any more
+            scheduler.block_new_requests = False
         return states
 
     cache.search_prefix_match, cache.mark_complete_blocks = search_prefix_match, mark_complete_blocks

@@ -70,7 +70,8 @@ USES = {
     "input_outputs.HostDeviceIOPair.transfer_inputs_h2d": "_transfer_inputs",
     "input_outputs.ContinuousBatchingIOs.get_graph": "_get_graph_key",
     "input_outputs.ContinuousBatchingIOs.prepare_batch_update": "output_ids return_logprobs",
-    "scheduler.Scheduler.reset": "waiting_requests _requests_to_cancel",
+    "scheduler.Scheduler.reset": "waiting_requests _requests_to_cancel block_new_requests",
+    "scheduler.FIFOScheduler.schedule_batch": "block_new_requests",
     "scheduler.Scheduler._infer_request_tokens": "search_prefix_match",
     "cache.PagedAttentionCache.__init__": "device cache_allocators layer_to_allocator num_blocks max_batch_tokens",
     "cache_allocators.cache_allocator.CacheAllocator._before_cache_tensor_init": (
