@@ -129,8 +129,13 @@ class Engine:
             # Drawing and stopping are ours: the library is to take every token as it comes.
             generation = GenerationConfig(do_sample=False, eos_token_id=-1)
             manager = library()(self._steps, self.model, generation, self._config)
-            manager.batch_processor = manager._create_batch_processor()
-            manager.start()
+            try:
+                manager.batch_processor = manager._create_batch_processor()
+                manager.start()
+            except BaseException:  # a cache too large: the model gets its own attention back
+                if manager._original_attn_impl is not None:
+                    self.model.set_attn_implementation(manager._original_attn_impl)
+                raise
             self._manager = manager
         stop = weakref.WeakMethod(self.stop)
         atexit.register(lambda: stop() and stop()(drain=False, timeout=5))
@@ -168,7 +173,11 @@ class Engine:
                     self._routed.uninstall()
 
     def __enter__(self) -> Engine:
-        return self.start()
+        try:
+            return self.start()
+        except BaseException:
+            self.close()
+            raise
 
     def __exit__(self, kind, *_):
         try:
@@ -227,6 +236,8 @@ class Engine:
         manager.wake()
         if self._failure is not None or not manager.is_running():  # it ended in between, and may not have seen the request
             self._steps.stopped(self._failure)
+        elif self._stopping and self._admission.withdraw(request):  # it is ending, and may never see it
+            raise EngineStopped("the engine is being stopped")
         return request
 
     def generate(self, prompts, adapters=None, **sampling) -> list[Completion]:
@@ -316,4 +327,4 @@ class Engine:
             manager.wake()
 
     def _ended(self, error: Exception | None) -> None:
-        self._failure = error
+        self._failure = error or self._failure  # told twice of one end, the second time perhaps without the reason

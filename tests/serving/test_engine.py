@@ -327,6 +327,30 @@ def test_a_cache_too_small_for_all_still_gives_right_tokens(make, references):
     assert alone[0].result(30).tokens == drawn[0] and all(len(tokens) == 50 for tokens in drawn)
 
 
+def test_cancelling_all_that_run_in_a_full_cache_lets_others_go_on(make):
+    """The library lets no request in from when it took one's cache away until one finishes."""
+    engine = make(num_blocks=24, max_running=6, prefix_sharing=False)
+    requests = [engine.submit(prompt(8, s), max_tokens=80) for s in (1, 2)]
+    scheduler = engine._manager.batch_processor.scheduler
+    waits_until(lambda: scheduler.block_new_requests)
+    running = [request for request in requests if request.id in scheduler.active_requests]
+    for request in running:
+        request.cancel()
+    requests.append(engine.submit(prompt(4, 3), max_tokens=3))
+    for request in requests:
+        wanted = "cancelled" if request in running else "length"
+        assert request.result(20).finish_reason == wanted
+    assert len(running) == 1
+
+
+def test_a_start_that_fails_leaves_the_model_as_it_was(folder):
+    model = llama()
+    with pytest.raises((MemoryError, RuntimeError)), Engine(model, adapter_dir=folder, **{**SIZES, "num_blocks": 1 << 40}):
+        pass
+    assert model.config._attn_implementation == llama().config._attn_implementation
+    assert {type(m) for m in model.modules()} == {type(m) for m in llama().modules()}
+
+
 def test_sizes_by_default_are_modest():
     model = llama(max_position_embeddings=1 << 20)
     with Engine(model) as engine:
