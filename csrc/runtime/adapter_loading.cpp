@@ -46,7 +46,7 @@ std::optional<Task> AdapterTable::choose(Clock::time_point& wake) {
     switch (make_room(name, pages, urgent, wake)) {
       case Room::ready: return start_place(name, entry);
       case Room::retiring: return Task{};
-      case Room::never: fail(name, entry, Failure::room, why_never(name, pages)); break;
+      case Room::never: fail(name, entry, Failure::room, why_never(name, pages)); return Task{};  // so that others are told
       case Room::none_now:
         if (urgent) {
           blocked = entry.no_room = true;

@@ -44,6 +44,7 @@ class Loader:
             return False
         if task.kind is self._kinds.collect:
             self.collect()
+            self._changed()  # a load may have failed because there will never be room
             return True
         try:
             if task.kind is self._kinds.read:

@@ -231,6 +231,45 @@ def test_pinned_adapters_stay(root):
         assert memory.state("a0") != "on_device" and {r.name for r in memory.residents() if r.pinned} == {"a1", "a3"}
 
 
+def test_a_load_that_will_never_have_room_is_told_at_once(root):
+    """Also one whose folder was read before, and that waited for room until its users' adapters were pinned."""
+    with memory_of(root, slots=1, start=False) as memory:
+        memory.acquire("a1")
+        while memory.step():
+            pass
+        lease = memory.acquire("a1")
+        assert memory.acquire("a0") is None
+        while memory.step():
+            pass
+        assert memory.waits_for_room("a0")
+        told = []
+        memory.on_change(lambda: told.append(memory.error("a0")))
+        memory._table.pin("a1", True)
+        assert memory.step() and "pinned adapters hold all 1" in told[-1]
+        memory.release(lease)
+
+
+def test_an_error_is_told_to_who_comes_late_and_then_tried_again(root):
+    """An engine whose steps take longer than errors are remembered."""
+    packer = made_up.Packer()
+    packer.fail["a0"] = AdapterFileError("a0 is damaged")
+    with memory_of(root, packer, start=False, retry_seconds=0.2) as memory:
+        for reads in (1, 2):
+            assert memory.acquire("a0") is None and memory.error("a0") is None
+            assert memory.step() and not memory.step()
+            time.sleep(0.25)
+            for _ in range(3):  # so many wait for it
+                assert memory.acquire("a0") is None and memory.error("a0") == "a0 is damaged"
+            assert len(packer.reads) == reads
+            time.sleep(0.25)
+        packer.fail.clear()
+        assert memory.acquire("a0") is None
+        while memory.step():
+            pass
+        lease = memory.acquire("a0")
+        memory.release(lease)
+
+
 def test_update_in_place(memory, root):
     memory.load("a1", 20)
     old = memory.acquire("a1")
