@@ -275,8 +275,8 @@ class AdapterMemory:
         return self._loader.step(seconds)
 
     def _late_error(self, name: str) -> str | None:
-        """Why the load that the last `acquire` asked for failed, if nobody looked before it was forgotten, or None: an engine
-        whose steps take longer than `retry_seconds` would ask anew at every step."""
+        """Why the load that the last `acquire` asked for failed, if nobody looked before that was forgotten, or None: an
+        engine whose steps take longer than `retry_seconds` would ask anew at every step."""
         ticket = self._asked.pop(name, None)
         if ticket is not None and (outcome := self._table.wait(ticket, 0)) is None:
             self._asked[name] = ticket
