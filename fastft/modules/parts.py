@@ -153,6 +153,8 @@ class TrainsParts:
 
     def _write_changes(self) -> None:
         """Deltas that were changed in place by something else than an optimizer are written before they are used."""
+        if self._store is not None and type(self._parameters.get("weight")) is torch.Tensor:
+            self.check_whole()  # functional_call's, of a state_dict: no delta stands in it, and none would count
         for name, settings in self._parts.items():
             if settings.version != (version := settings.index_version(self, name)):
                 # DistributedDataParallel sends rank 0's to all ranks: indices, deltas, weights and what they were before.

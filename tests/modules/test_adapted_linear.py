@@ -121,6 +121,15 @@ def test_functional_call_on_parts():
     torch.testing.assert_close(model(x), changed)
 
 
+@pytest.mark.parametrize("no_grad", [False, True])
+def test_functional_call_with_the_base_alone_does_not_pass_over_the_delta(no_grad):
+    model, handle = attached("mask")
+    adapter = {name for name, _ in handle.named_parameters()}
+    base = {name: value for name, value in model.state_dict().items() if name not in adapter}
+    with torch.set_grad_enabled(not no_grad), pytest.raises(RuntimeError, match="functional_call put it there"):
+        functional_call(model, base, (inputs(0),))
+
+
 def test_functional_call_never_writes_into_what_is_kept():
     """With a merged LoRA beside, all of the weight is kept, and ``state_dict`` shows just that tensor."""
     model, handle = attached("mask")
