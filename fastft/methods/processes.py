@@ -1,5 +1,8 @@
 """What several processes that train one model have to agree on, where torch.distributed runs."""
 
+import gc
+import warnings
+
 import torch
 
 # What is wrapped around a model, by module (so that nothing is imported), and has looked at its parameters by then.
@@ -15,13 +18,31 @@ def check_unwrapped(model: torch.nn.Module) -> None:
     """Parameters that come after a model was wrapped would train in each process by itself.
 
     Raises:
-        ValueError: the model is such a wrapper. (One that is around the model given here can't be seen from it.)
+        ValueError: the model is such a wrapper. One that is around the model is warned of: another may come later.
     """
-    if any(kind.__module__ in _WRAPPERS for kind in type(model).__mro__):
+    if _is_wrapper(type(model)):
         raise ValueError(
             f"the model is wrapped in {type(model).__name__} already, which would not see the adapter's parameters: attach "
             "to the model itself first, then wrap it, then make the optimizer"
         )
+    around = _wrapper_around(model) if several() else None
+    if around is not None:
+        warnings.warn(
+            f"a {type(around).__name__} is around this model already and does not see the adapter's parameters, which each "
+            "process would train by itself: attach first, then wrap the model, then make the optimizer",
+            stacklevel=4,
+        )
+
+
+def _is_wrapper(kind: type) -> bool:
+    return any(parent.__module__ in _WRAPPERS for parent in kind.__mro__)
+
+
+def _wrapper_around(model: torch.nn.Module):
+    """A module doesn't know who holds it, so all that there is is looked at: a tenth of a second."""
+    modules = (there for there in gc.get_objects() if issubclass(type(there), torch.nn.Module))
+    wrappers = (there for there in modules if _is_wrapper(type(there)))
+    return next((there for there in wrappers if any(module is model for module in there.modules())), None)
 
 
 def check_whole_state(optimizer: torch.optim.Optimizer) -> None:

@@ -1,5 +1,6 @@
 """SpIEL, LIFT and SparseMask on two processes: both choose the same entries, hold the same bits; fully_shard is refused."""
 
+import warnings
 from contextlib import nullcontext
 
 import pytest
@@ -84,6 +85,11 @@ def job(rank):
     optimizer.step()
     found["divided state"] = refusal(handle.step)
     found["wrapped"] = refusal(lambda: fastft.attach(DistributedDataParallel(llama()), METHODS["lift"]()))
+    wrapper = DistributedDataParallel(llama())
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fastft.attach(wrapper.module, METHODS["lift"]())
+    found["around"] = " ".join(str(one.message) for one in told)
     handle = attach("mask")
     for layer in handle.model.model.layers:
         fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
@@ -150,3 +156,4 @@ def test_what_would_train_ranks_apart_is_said(ranks):
     for rank in ranks:
         assert "ZeroRedundancyOptimizer divides the optimizer's state" in rank["divided state"]
         assert "wrapped in DistributedDataParallel already" in rank["wrapped"] and "then wrap it" in rank["wrapped"]
+        assert "a DistributedDataParallel is around this model already" in rank["around"]
