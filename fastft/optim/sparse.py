@@ -109,14 +109,15 @@ class SparseSM3(InPlaceOptimizer):
         return True
 
     def _update_others(self, parameters, group):
+        lr = float(group["lr"])
         for parameter in parameters:
             state = self.state[parameter]
             if not state:
                 state["sum"] = torch.zeros_like(parameter)
             state["sum"].addcmul_(parameter.grad, parameter.grad)
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.mul_(1 - lr * group["weight_decay"])
             root = (state["sum"].to(torch.promote_types(parameter.dtype, torch.float32)) + group["eps"]).rsqrt_()
-            parameter.add_(root.mul_(parameter.grad), alpha=-group["lr"])  # (in float16 eps would be 0)
+            parameter.add_(root.mul_(parameter.grad), alpha=-lr)  # (in float16 eps would be 0)
 
 
 def _nowhere(delta):

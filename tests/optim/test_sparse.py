@@ -79,6 +79,18 @@ def test_full_copies_in_float16_stay_numbers(optimizer):
     torch.testing.assert_close(half.float(), whole, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("optimizer", [fastft.SliceAdamW, fastft.SparseAdamW, fastft.SparseSM3])
+def test_a_learning_rate_may_be_a_tensor(optimizer):
+    """As schedules under torch.compile make it: for full copies too."""
+    results = []
+    for lr in (0.125, torch.tensor(0.125)):
+        parameter = torch.nn.Parameter(torch.ones(4))
+        parameter.grad = torch.tensor([0.0, 0.25, -0.5, 1.0])
+        optimizer([parameter], {}, lr=lr).step()
+        results.append(parameter.detach())
+    assert torch.equal(*results)
+
+
 def test_second_moments_of_bfloat16_decay():
     _, handle = attached("mask")
     optimizer = handle.optimizer(lr=1e-3, moment_dtype=BF16)
