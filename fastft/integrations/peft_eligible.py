@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ..modules.class_swap import is_bound
 from ..ops.lora_linear import transformed
-from .swapping import is_bound
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 PLAIN = frozenset((torch.Tensor, nn.Parameter))

@@ -5,9 +5,10 @@ entry to the instance, ``_fastft``. Copies and pickles keep the class.
 """
 
 import functools
-from types import MethodType
 
 from torch import nn
+
+from ..modules.class_swap import give_class, is_bound
 
 RECORD = "_fastft"
 
@@ -36,7 +37,7 @@ def _empty(mixin: type, plain: type) -> nn.Module:
 def swap(module: nn.Module, mixin: type, record) -> None:
     """Put `mixin` in front of the module's class and `record` into its ``_fastft``."""
     module.__dict__[RECORD] = record  # first: another thread may be about to call it
-    _give(module, swapped_class(mixin, type(module)))
+    give_class(module, swapped_class(mixin, type(module)))
 
 
 def unswap(module: nn.Module) -> None:
@@ -50,25 +51,8 @@ def unswap(module: nn.Module) -> None:
         raise RuntimeError(
             f"the class of this {cls.plain.__name__} was changed to {cls.__name__} after it was accelerated; undo that first"
         )
-    _give(module, cls.plain)
+    give_class(module, cls.plain)
     del module.__dict__[RECORD]
-
-
-# Where accelerate's hooks keep the forward that they wrapped, and where that is left when they are removed.
-_KEPT = ("_old_forward", "forward")
-
-
-def _give(module: nn.Module, cls: type) -> None:
-    """The class, and its forward in place of the old class's to those that hold that bound to the module."""
-    before, module.__class__ = type(module).forward, cls
-    for key in _KEPT:
-        if is_bound(module.__dict__.get(key), before, module):
-            module.__dict__[key] = MethodType(cls.forward, module)
-
-
-def is_bound(method, function, module: nn.Module) -> bool:
-    """Is it this function as a method of this module?"""
-    return type(method) is MethodType and method.__func__ is function and method.__self__ is module
 
 
 def replaced(module: nn.Module) -> bool:

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from .adapter import Adapter
+from .class_swap import give_class
 from .merging import Mergeable, pristine
 from .norms import RowNorms, factor, keep_wide
 from .packed import unshare
@@ -176,7 +177,7 @@ class Adapted(Mergeable):
         if not self._adapters:
             for name in _STATE:
                 delattr(self, name)
-            self.__class__ = self.plain
+            give_class(self, self.plain)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -84,6 +84,21 @@ def test_detaching_waits_until_a_parametrization_is_removed(change):
     assert type(model[0]) is nn.Linear and model(x).shape == want.shape
 
 
+@pytest.mark.parametrize("removed", [False, True])
+def test_detaching_under_hooks_of_accelerate(removed):
+    """They keep the forward that they found, and leave it on the module."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, handle, x = net()
+    want = model(x)
+    for layer in model:
+        hooks.add_hook_to_module(layer, hooks.ModelHook())
+    torch.testing.assert_close(model(x), want)
+    if removed:
+        hooks.remove_hook_from_submodules(model)
+    handle.merge_and_unload()
+    torch.testing.assert_close(model(x), want)
+
+
 def test_no_layer_is_detached_where_one_of_them_can_not_be():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     handle = fastft.attach(model, fastft.LoRA(target_modules=["0", "1"]))
