@@ -23,7 +23,7 @@ from ..ops.partial_linear import slice_dim
 from ..optim.slice_adamw import SliceAdamW
 from .base import Method
 from .selection import SELECTORS, choose, unit_scores, wanted_slices
-from .targets import check_rows, exactly, match, tied_names
+from .targets import check_rows, exactly, in_layers, match, tied_names
 from .units import coupled_units
 
 # Fractions of the paper's experiments, by model; o and d there are o_ratio and down_ratio here.
@@ -133,8 +133,7 @@ class S2FT(Method):
         ratios = self.ratios()
         structures = coupled_units(model, by_group=self.v_ratio > 0)
         possible = [s.module for c in structures for kind, s in c.slices.items() if kind in ratios]
-        wanted = self if self.target_modules is not None else replace(self, target_modules=possible)
-        allowed = match(model, wanted).targets.keys()
+        allowed = match(model, self if self.target_modules is not None else self._anywhere(possible)).targets.keys()
         if strangers := sorted(allowed - set(possible)):
             raise ValueError(
                 f"target_modules matches {strangers[:3]}, of which no slice is asked for; with these ratios S²FT trains "
@@ -151,6 +150,16 @@ class S2FT(Method):
         }
         limits = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None, "calibration": None}
         return replace(self, target_modules=exactly(chosen), chosen=chosen, units=units, **limits)
+
+    def _anywhere(self, possible):
+        """The same options with all of these modules as targets, within the chosen layers."""
+        names = [name for name in possible if in_layers(name, self)]
+        if possible and not names:
+            raise ValueError(
+                f"layers_to_transform={self.layers_to_transform!r}: no slice lies in these layers; slices can be chosen of "
+                f"modules like {possible[:3]}"
+            )
+        return replace(self, target_modules=exactly(names), layers_to_transform=None, layers_pattern=None)
 
     def _check_modules(self, model):
         modules = dict(model.named_modules())

@@ -216,10 +216,11 @@ def _is_target(name: str, targets, options: TargetOptions) -> bool:
         return re.fullmatch(targets, name) is not None
     if name in targets:  # a full name is meant whatever its layer
         return True
-    return _ends_with(name, targets) and _in_layers(name, options)
+    return _ends_with(name, targets) and in_layers(name, options)
 
 
-def _in_layers(name: str, options: TargetOptions) -> bool:
+def in_layers(name: str, options: TargetOptions) -> bool:
+    """Is the module in one of the layers_to_transform? All are where none are given."""
     wanted = options.layers_to_transform
     if wanted is None or wanted == []:
         return True

@@ -325,6 +325,13 @@ def test_names_that_end_others_mean_one_module(tmp_path):
     assert list(fastft.fuse(model, {"default": 2.0}).targets) == ["mlp.down_proj"]
 
 
+def test_chosen_layers_are_kept_to_without_target_modules():
+    handle = fastft.attach(llama(num_hidden_layers=3), fastft.S2FT(down_ratio=0.25, layers_to_transform=[0, 2]))
+    assert list(handle.targets) == ["model.layers.0.mlp.down_proj", "model.layers.2.mlp.down_proj"]
+    with pytest.raises(ValueError, match=r"layers_to_transform=9: no slice lies in these layers.*'model.layers.0.mlp.down_"):
+        fastft.attach(llama(), fastft.S2FT(down_ratio=0.25, layers_to_transform=9))
+
+
 @pytest.mark.parametrize("optimizer", ["ours", "fused", "foreach", "sgd", "by hand", "data"])
 def test_any_optimizer(optimizer):
     """The weights follow whatever changes the deltas."""
