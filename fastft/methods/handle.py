@@ -50,6 +50,8 @@ def _note_update(optimizer, args, kwargs) -> None:
                 f"an optimizer updated adapter {handle.name!r} while it is merged: forwards use the weights from "
                 "before, and no gradient reaches it; unmerge() before training"
             )
+        if not handle._ever_updated:
+            _warn_of_unreached(handle, held)
         handle._updated = handle._ever_updated = True
         handle._optimizer = weakref.ref(optimizer)
         handle.method.at_update(handle)
@@ -59,6 +61,22 @@ def _note_update(optimizer, args, kwargs) -> None:
             tensors = module.adapter_tensors(handle._adapter) if handle.name in module._parts else ()
             if any(id(tensor) in held for _, _, tensor in tensors):
                 module.refresh()
+
+
+def _warn_of_unreached(handle, held) -> None:
+    """Some of the parameters with these ids have gradients and others have none, which no optimizer tells of."""
+    # Empty ones are what FSDP leaves of a parameter that other processes hold.
+    own = [(name, p.grad) for name, p in handle.named_parameters() if id(p) in held and p.requires_grad and p.numel()]
+    names = [name for name, grad in own if grad is None]
+    if names and len(names) < len(own):
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        warnings.warn(
+            f"no gradient reached {', '.join(names[:3])}{more} of adapter {handle.name!r}: the model reads these weights "
+            "without calling the layers (then nothing trains there; leave them out with exclude_modules), or they took no "
+            "part in this step (unused experts, dropped layers), or gradient checkpointing with use_reentrant=True cut them "
+            "off (model.enable_input_require_grads() helps)",
+            stacklevel=4,
+        )
 
 
 register_optimizer_step_post_hook(_note_update)

@@ -1,6 +1,7 @@
 """Training an attached model: losses over two forwards, checkpointing, compilation, optimizers, transformers' Trainer."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -197,6 +198,51 @@ def test_an_optimizer_without_the_adapter_is_noticed():
     optimizer.step()
     with pytest.warns(UserWarning, match="no optimizer that holds its parameters"):
         handle.step()
+
+
+class Reads(nn.Module):
+    """The second layer's weight is read without a call."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.c(nn.functional.linear(self.a(x), self.b.weight))
+
+
+def test_layers_that_no_gradient_reaches_are_named_once():
+    model = Reads()
+    handle = fastft.attach(model, fastft.LoRA(r=2, target_modules=["a", "b", "c"]))
+    optimizer = handle.optimizer()
+    model(torch.randn(4, 6)).sum().backward()
+    with pytest.warns(UserWarning, match=r"no gradient reached b.lora_A.default, b.lora_B.default of adapter 'default'"):
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
+def test_parameters_without_gradients_for_good_reasons_are_not_named():
+    """Frozen, in another optimizer, stepped one by one in backward, or all of them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for case in ("frozen", "others", "in backward", "all"):
+            model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+            handle = attached(model, target_modules=["0", "1"])
+            first, *rest = handle.parameters()
+            if case == "frozen":
+                first.requires_grad_(False)
+            optimizers = [torch.optim.SGD([p], lr=0.1) for p in (first, *rest)]
+            optimizers = [handle.optimizer()] if case in ("frozen", "all") else optimizers
+            if case == "in backward":
+                for parameter, optimizer in zip((first, *rest), optimizers, strict=True):
+                    parameter.register_post_accumulate_grad_hook(lambda p, o=optimizer: o.step() or o.zero_grad())
+            if case != "all":
+                model(torch.randn(4, 6)).sum().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            assert handle._ever_updated
 
 
 @pytest.mark.parametrize("fused", [False, True])
