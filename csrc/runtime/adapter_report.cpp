@@ -23,10 +23,10 @@ bool AdapterTable::waits_for_room(const std::string& name) const {
   return found != entries_.end() && found->second.no_room;
 }
 
-std::optional<std::string> AdapterTable::error(const std::string& name) const {
+std::optional<std::string> AdapterTable::error(const std::string& name, double waited) const {
   std::lock_guard lock(mutex_);
   const auto found = entries_.find(name);
-  if (found == entries_.end() || !remembers_error(found->second)) return std::nullopt;
+  if (found == entries_.end() || !remembers_error(found->second, waited)) return std::nullopt;
   return found->second.error;
 }
 

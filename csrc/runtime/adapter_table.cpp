@@ -19,7 +19,7 @@ AdapterTable::AdapterTable(Limits limits)
 
 // ---- requests
 
-std::variant<Lease, Miss> AdapterTable::acquire(const std::string& name) {
+std::variant<Lease, Miss> AdapterTable::acquire(const std::string& name, double waited) {
   std::lock_guard lock(mutex_);
   const auto found = entries_.find(name);
   if (found == entries_.end()) return Miss::absent;
@@ -38,7 +38,7 @@ std::variant<Lease, Miss> AdapterTable::acquire(const std::string& name) {
     if (queue_.contains(name)) queue_.push(name, true);
     return Miss::pending;
   }
-  return remembers_error(entry) ? Miss::failed : Miss::absent;
+  return remembers_error(entry, waited) ? Miss::failed : Miss::absent;
 }
 
 void AdapterTable::release(const Lease& lease) {
@@ -296,8 +296,9 @@ void AdapterTable::tidy(const std::string& name) {
   entries_.erase(found);
 }
 
-bool AdapterTable::remembers_error(const Entry& entry) const {
-  return !entry.error.empty() && Clock::now() - entry.error_at < std::chrono::duration<double>(limits_.retry_seconds);
+bool AdapterTable::remembers_error(const Entry& entry, double waited) const {
+  const std::chrono::duration<double> limit(std::max(limits_.retry_seconds, waited));
+  return !entry.error.empty() && Clock::now() - entry.error_at < limit;
 }
 
 bool AdapterTable::is_current(uint64_t generation, const Version& version) const {

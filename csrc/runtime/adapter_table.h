@@ -105,8 +105,9 @@ class AdapterTable {
 
   explicit AdapterTable(Limits limits);
 
-  // Requests. Misses of `absent` adapters are for the caller to look up and to `want`.
-  std::variant<Lease, Miss> acquire(const std::string& name);
+  // Requests. Misses of `absent` adapters are for the caller to look up and to `want`. Errors are told for `retry_seconds`,
+  // and to who has `waited` (seconds) since before.
+  std::variant<Lease, Miss> acquire(const std::string& name, double waited = 0);
   void release(const Lease& lease);  // throws std::invalid_argument where it was given back before
   bool holds(const Lease& lease) const;
   Ticket want(const std::string& name, Urgency urgency);
@@ -132,7 +133,7 @@ class AdapterTable {
 
   State state(const std::string& name) const;
   bool waits_for_room(const std::string& name) const;  // all is ready but for a slot or pages that users have to leave
-  std::optional<std::string> error(const std::string& name) const;
+  std::optional<std::string> error(const std::string& name, double waited = 0) const;
   std::vector<Resident> residents() const;
   Stats stats() const;
   void check() const;  // throws std::logic_error where the books are wrong
@@ -191,7 +192,7 @@ class AdapterTable {
   void retire(uint64_t generation);
   void settle(std::vector<HostTier::Gone>& gone);
   void tidy(const std::string& name);
-  bool remembers_error(const Entry& entry) const;
+  bool remembers_error(const Entry& entry, double waited = 0) const;
   bool is_current(uint64_t generation, const Version& version) const;
   void notify();
 

@@ -119,7 +119,7 @@ void bind_table(py::module_& m) {
            }),
            py::kw_only(), py::arg("slots"), py::arg("pages"), py::arg("page_bytes"), py::arg("host_bytes"),
            py::arg("reserve_seconds") = 5.0, py::arg("retry_seconds") = 1.0)
-      .def("acquire", &AdapterTable::acquire)
+      .def("acquire", &AdapterTable::acquire, py::arg("name"), py::arg("waited") = 0.0)
       .def("release", &AdapterTable::release)
       .def("holds", &AdapterTable::holds)
       // Tickets go through Python and back; pybind11 knows no pointers to const.
@@ -148,7 +148,7 @@ void bind_table(py::module_& m) {
       .def("close", &AdapterTable::close)
       .def("state", &AdapterTable::state)
       .def("waits_for_room", &AdapterTable::waits_for_room)
-      .def("error", &AdapterTable::error)
+      .def("error", &AdapterTable::error, py::arg("name"), py::arg("waited") = 0.0)
       .def("residents", &AdapterTable::residents)
       .def("check", &AdapterTable::check)
       .def("stats", [](const AdapterTable& table) {

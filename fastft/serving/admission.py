@@ -106,9 +106,10 @@ class Admission:
         return request
 
     def _acquire(self, request: Request, name: str):
+        waited = self.clock() - request.submitted
         try:
-            lease = self.memory.acquire(name)
-            reason = None if lease is not None else self.memory.error(name)
+            lease = self.memory.acquire(name, waited)
+            reason = None if lease is not None else self.memory.error(name, waited)
         except (KeyError, RuntimeError) as error:  # its folder was removed while the request waited, or the memory closed
             lease, reason = None, error
         if reason is not None:

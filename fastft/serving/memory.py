@@ -9,7 +9,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -96,10 +95,6 @@ class AdapterMemory:
             reserve_seconds=reserve_seconds,
             retry_seconds=retry_seconds,
         )
-        failures = self._runtime.Failure
-        self._lasting, self._retry_seconds = (failures.files, failures.room, failures.other), retry_seconds
-        self._asked: dict[str, Any] = {}  # the tickets of loads that `acquire` asked for
-        self._late: dict[str, tuple[str, float]] = {}  # errors of theirs, and until when they are told
         self._callbacks: list[Callable] = []
         # The thread holds no reference to the memory, so that one nobody uses any more ends.
         own = weakref.ref(self)
@@ -125,9 +120,9 @@ class AdapterMemory:
         """ "on_disk", "in_host", "loading", "on_device" or "draining" (being unloaded)."""
         return self._table.state(name).name
 
-    def error(self, name: str) -> str | None:
-        """Why its last load failed, for `retry_seconds`; if nobody looked in that time, from when `acquire` does."""
-        return self._table.error(name) or self._late_error(name)
+    def error(self, name: str, waited: float = 0.0) -> str | None:
+        """Why its last load failed, for `retry_seconds`, or for as long as one who asks has `waited` for it."""
+        return self._table.error(name, waited)
 
     def waits_for_room(self, name: str) -> bool:
         """Whether its load waits for nothing but that users of other adapters leave."""
@@ -146,26 +141,27 @@ class AdapterMemory:
 
     # Use
 
-    def acquire(self, name: str):
+    def acquire(self, name: str, waited: float = 0.0):
         """The right to use an adapter, or None: not on the device yet. Then its load is queued, and `on_change` tells.
 
         The lease's slot keeps its content until `release`, also if the adapter is updated or forgotten. `widths` are large
         enough for it from now on. On a GPU, call this under the stream that will read the memory, or tell `read_on` of it.
 
+        Args:
+            waited: for how many seconds already: a failure since then is told, however seldom one looks.
         Returns:
             Lease(slot, generation, digest, name), or None; after a failure None and no new try while `error` tells it.
         Raises:
             UnknownAdapter: no such adapter in the folder, and none on the device.
         """
-        found = self._table.acquire(name)
+        found = self._table.acquire(name, waited)
         if isinstance(found, self._runtime.Lease):
-            self._asked.pop(name, None)
             self.pool.read_on()
             return found
         self._open()
-        if found is self._runtime.Miss.absent and self._late_error(name) is None:
+        if found is self._runtime.Miss.absent:
             self._check(name)
-            self._asked[name] = self._table.want(name, self._runtime.Urgency.demand)
+            self._table.want(name, self._runtime.Urgency.demand)
         return None
 
     def release(self, lease) -> None:
@@ -241,8 +237,6 @@ class AdapterMemory:
 
     def forget(self, name: str) -> None:
         """Let go of all that is known about an adapter, without waiting: its memory goes with its last user."""
-        self._asked.pop(name, None)
-        self._late.pop(name, None)
         self._table.forget(name)
         self._loader.collect()
         self._changed()
@@ -273,20 +267,6 @@ class AdapterMemory:
     def step(self, seconds: float = 0.0) -> bool:
         """Where there is no thread: do one thing that is to be done. Whether there was one."""
         return self._loader.step(seconds)
-
-    def _late_error(self, name: str) -> str | None:
-        """Why the load that the last `acquire` asked for failed, if nobody looked before that was forgotten, or None: an
-        engine whose steps take longer than `retry_seconds` would ask anew at every step."""
-        ticket = self._asked.pop(name, None)
-        if ticket is not None and (outcome := self._table.wait(ticket, 0)) is None:
-            self._asked[name] = ticket
-        elif ticket is not None and outcome.failure in self._lasting:
-            self._late[name] = outcome.error, time.monotonic() + self._retry_seconds
-        error, until = self._late.get(name, (None, 0.0))
-        if time.monotonic() < until:
-            return error
-        self._late.pop(name, None)
-        return None
 
     def _check(self, name: str) -> None:
         """Raises UnknownAdapter. What was read needs no folder any more: it may be unmounted for a while."""

@@ -23,7 +23,7 @@ class Memory:
         self.queue: OrderedDict[str, int] = OrderedDict()  # name -> ticks left
         self.failures: dict[str, Exception] = {}
 
-    def acquire(self, name):
+    def acquire(self, name, waited=0.0):
         if name not in self.known:
             raise KeyError(f"no adapter {name!r}")
         if name not in self.here:
@@ -37,7 +37,7 @@ class Memory:
     def release(self, lease):
         self.here[lease.name] -= 1
 
-    def error(self, name):
+    def error(self, name, waited=0.0):
         return self.failures.get(name)
 
     def state(self, name):
@@ -196,10 +196,10 @@ def test_a_failed_load_and_a_forgotten_adapter_end_their_requests_alone():
 
 
 def unless_closed(acquire):
-    def of(name):
+    def of(name, waited=0.0):
         if name == "c":
             raise RuntimeError("the adapter memory was closed")
-        return acquire(name)
+        return acquire(name, waited)
 
     return of
 

@@ -249,8 +249,8 @@ def test_a_load_that_will_never_have_room_is_told_at_once(root):
         memory.release(lease)
 
 
-def test_an_error_is_told_to_who_comes_late_and_then_tried_again(root):
-    """An engine whose steps take longer than errors are remembered."""
+def test_an_error_is_told_to_who_waited_for_it_and_others_try_again(root):
+    """Also in an engine whose steps take longer than errors are remembered."""
     packer = made_up.Packer()
     packer.fail["a0"] = AdapterFileError("a0 is damaged")
     with memory_of(root, packer, start=False, retry_seconds=0.2) as memory:
@@ -259,7 +259,7 @@ def test_an_error_is_told_to_who_comes_late_and_then_tried_again(root):
             assert memory.step() and not memory.step()
             time.sleep(0.25)
             for _ in range(3):  # so many wait for it
-                assert memory.acquire("a0") is None and memory.error("a0") == "a0 is damaged"
+                assert memory.acquire("a0", 0.3) is None and memory.error("a0", 0.3) == "a0 is damaged"
             assert len(packer.reads) == reads
             time.sleep(0.25)
         packer.fail.clear()
