@@ -95,7 +95,7 @@ class FakeEngine:
         weight = torch.empty(len(tokenizer), 1)
         self.model = types.SimpleNamespace(get_input_embeddings=lambda: types.SimpleNamespace(weight=weight))
         self.submitted, self.cancelled, self.fail, self.reason, self.failure = [], [], {}, None, None
-        self.running, self._lock, self._stopped = set(), threading.Lock(), False
+        self.running, self._lock, self._stopped, self.steps = set(), threading.Lock(), False, 0
         self._free = threading.Event()
         self._free.set()
 
@@ -145,6 +145,7 @@ class FakeEngine:
             time.sleep(self.delay)
             if request.finish_reason is not None:
                 return
+            self.steps += 1
             request._produce(token, -0.5 - at if request.sampling.logprobs else None)
         request._finish(reason)
         self.running.discard(request)
@@ -158,7 +159,7 @@ class FakeEngine:
         return self.reason
 
     def stats(self):
-        return {"running": len(self.running), "waiting": 0}
+        return {"running": len(self.running), "waiting": 0, "steps_total": self.steps}
 
     def stop(self, drain=True, timeout=None):
         self._stopped = True

@@ -1,5 +1,7 @@
 """Health, metrics and the operator's routes."""
 
+import time
+
 import pytest
 
 from fastft.serving.api import status
@@ -46,14 +48,32 @@ def test_health_of_an_engine_that_hangs(engine, monkeypatch):
     engine.go()
 
 
+def test_health_behind_a_long_prompt(engine, monkeypatch):
+    """Its steps take all room for longer than the probe waits; no token comes, and nothing is wrong."""
+    monkeypatch.setattr(status, "_PROBE_SECONDS", 0.1)
+    engine.hold()
+    submit = engine.submit
+
+    def submitted(*arguments, **options):
+        engine.steps += 1
+        return submit(*arguments, **options)
+
+    monkeypatch.setattr(engine, "submit", submitted)
+    assert client(engine).get("/health").status_code == 200
+    engine.go()
+
+
 def test_health_of_a_busy_engine(engine, monkeypatch):
     http = client(engine)
     post(http, HELLO)
     monkeypatch.setattr(status, "_FRESH", 0.0)
     engine.max_waiting = 0
+    monkeypatch.setattr(status, "_BUSY_SECONDS", 0.05)
+    assert http.get("/health").status_code == 200  # however long nobody asked for anything before
+    time.sleep(0.1)
+    assert "has made no step for" in http.get("/health").json()["reason"]
+    engine.steps += 1
     assert http.get("/health").status_code == 200
-    monkeypatch.setattr(status, "_BUSY_SECONDS", 0.0)
-    assert "no token has come" in http.get("/health").json()["reason"]
 
 
 def test_health_tells_of_a_failing_engine(tokenizer):

@@ -18,7 +18,7 @@ from .schemas import Model, ModelList
 
 _FRESH = 5.0  # seconds: a token, or a probe's answer, that recent tells that the engine works
 _PROBE_SECONDS = 30.0
-_BUSY_SECONDS = 60.0  # without a token although the queue is full
+_BUSY_SECONDS = 60.0  # without a step although the queue is full
 
 
 class Health(BaseModel):
@@ -86,6 +86,7 @@ class Probe:
         self._service = service
         self._lock = asyncio.Lock()
         self._asked, self._reason = float("-inf"), None
+        self._steps, self._stepped = -1, 0.0  # as many were seen, at that time
 
     async def reason(self) -> str | None:
         """Why the server can't be used now, or None."""
@@ -101,13 +102,14 @@ class Probe:
             return self._reason
 
     async def _ask(self) -> str | None:
-        quiet = time.monotonic() - self._service.last_token
-        if quiet < _FRESH:
+        if time.monotonic() - self._service.last_token < _FRESH:
             return None
+        stepped = self._last_step()
         try:
             request = self._service.engine.submit([0], max_tokens=1)
         except QueueFull:
-            return None if quiet < _BUSY_SECONDS else f"the queue is full and no token has come for {quiet:.0f} s"
+            quiet = time.monotonic() - stepped
+            return None if quiet < _BUSY_SECONDS else f"the queue is full and the engine has made no step for {quiet:.0f} s"
         except EngineStopped as error:
             return str(error)
         ended = asyncio.Event()
@@ -116,10 +118,19 @@ class Probe:
         try:
             await asyncio.wait_for(ended.wait(), _PROBE_SECONDS)
         except asyncio.TimeoutError:
-            return f"the engine has not produced a token within {_PROBE_SECONDS:g} s"
+            if self._last_step() > stepped:  # a long prompt stands before it
+                return None
+            return f"the engine has made no step within {_PROBE_SECONDS:g} s"
         finally:
             request.cancel()
         if request.finish_reason == "error":
             logger.error("the health probe failed: %s", request.error)
             return "the engine failed to produce a token; the server's log says why"
         return None
+
+    def _last_step(self) -> float:
+        """When the engine was first seen to have made as many steps as now: one that nobody asked anything makes none."""
+        steps = self._service.engine.stats()["steps_total"]
+        if steps != self._steps:
+            self._steps, self._stepped = steps, time.monotonic()
+        return self._stepped
