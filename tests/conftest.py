@@ -103,6 +103,7 @@ class _Collector:
 
 
 def pytest_sessionfinish(session):
+    gc.unfreeze()
     path = _of_this_process(session.config, "--write-proof")
     if path:
         table = json.loads(path.read_text()) if path.exists() else {}
