@@ -242,7 +242,24 @@ def test_modules_that_are_no_sites(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "slow", [r"(a+)+b", r"((a*)b?)*", r"(a|ab)*c", r"(?:x\d{1,9}){2,}", ".*a.*b.*c.*d.*e", "a" * 5000, "(?=(a+)+)b"]
+    "slow",
+    [
+        r"(a+)+b",
+        r"((a*)b?)*",
+        r"(a|ab)*c",
+        r"(?:x\d{1,9}){2,}",
+        ".*a.*b.*c.*d.*e",
+        "a" * 5000,
+        "(?=(a+)+)b",
+        ".?" * 22 + "X",
+        "(?:.|..)" * 22 + "X",
+        "(a?){22}a{22}X",
+        "(?:.?.?.?.?.?.?.?){3}X",
+        "(?i)" + "(?:A|a.?)" * 22 + "X",
+        ".*.*.*.*" + ".?" * 3 + "X",
+        "(" * 2000 + "a" + ")" * 2000,
+    ],
+    ids=lambda pattern: pattern[:30],
 )
 def test_patterns_that_could_take_for_ever(slow):
     assert slow_because(slow)
@@ -258,6 +275,11 @@ def test_patterns_that_could_take_for_ever(slow):
         r"layers\.\d+\.(mlp\.)?down_proj",
         "(",  # not ours to refuse
         r"a{3}(?:bc)*",
+        r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
+        ".*decoder.*(SelfAttention|EncDecAttention).*(q|v)$",
+        r"model\.layers\.(?:[0-9]|1[0-9]|2[0-7])\.(?:self_attn|mlp)\.(?:q|k)_proj",
+        r".*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?(?:q_proj|k_proj|qkv_proj|qkv|gate_up_proj|dense).*?",
+        "|".join(f"layer{i}_proj" for i in range(250)),
     ],
 )
 def test_patterns_that_people_write(fine):
