@@ -40,6 +40,8 @@ class Guard:
 
     def _check(self, path: str, headers: Headers) -> None:
         if path == PUBLIC:
+            if headers.get("content-length", "0").strip("0") or "transfer-encoding" in headers:
+                raise ApiError(413, "body_too_large", f"{PUBLIC} takes no body; send GET {PUBLIC} alone.")
             return
         if not self.keys:
             host = headers.get("host", "")
