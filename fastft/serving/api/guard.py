@@ -9,12 +9,11 @@ from collections.abc import Iterable
 
 from starlette.datastructures import Headers
 
-from .config import Limits, ServerConfig
+from .config import Limits, ServerConfig, is_loopback
 from .errors import ApiError, shown
 
 PUBLIC = "/health"
 ADMIN = "/admin"
-_LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
 class Guard:
@@ -45,12 +44,13 @@ class Guard:
             return
         if not self.keys:
             host = headers.get("host", "")
-            if (host[: host.rfind(":")] if host.rpartition(":")[2].isdigit() else host).lower() not in _LOCAL_NAMES:
+            name = host[: host.rfind(":")] if host.rpartition(":")[2].isdigit() else host
+            if not is_loopback(name.lower()):
                 raise ApiError(
                     403,
                     "host_not_allowed",
-                    f"Given the Host {shown(host)}; a server without an API key only answers to localhost and 127.0.0.1. "
-                    "Start it with --api-key-file to use it under other names.",
+                    f"Given the Host {shown(host)}; a server without an API key only answers to localhost and addresses of "
+                    "this machine alone (127.0.0.1). Start it with --api-key-file to use it under other names.",
                 )
         admin = path == ADMIN or path.startswith(ADMIN + "/")
         if admin and not self.admin:
