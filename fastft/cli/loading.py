@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -45,18 +46,55 @@ def load(auto_class: str, model: str, **options: Any) -> Any:
     """`transformers.<auto_class>.from_pretrained(model, **options)`.
 
     Raises:
-        UserError: the checkpoint is missing or unreadable.
+        UserError: the checkpoint is missing or unreadable, or its weights are not those of the architecture.
     """
     import transformers
+    from safetensors import SafetensorError
 
     path = check_model(model)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # of reading local files; downloads keep theirs
     from_pretrained: Callable = getattr(transformers, auto_class).from_pretrained
+    weights = auto_class.startswith("AutoModel")
+    if (
+        weights
+    ):  # sizes too are looked at below: transformers' error says only that its report, which is silenced, names them
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        return from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        loaded = from_pretrained(path, **options)
+    except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
+        raise UserError(f"model {model}: its weights are damaged or cut short: {error}") from error
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise UserError(f"model {model}: {auto_class} cannot load it: {str(error).strip() or repr(error)}") from error
+    if not weights:
+        return loaded
+    loaded, found = loaded
+    _check_weights(model, type(loaded).__name__, found)
+    return loaded
+
+
+def _check_weights(model: str, architecture: str, found: dict[str, Any]) -> None:
+    """transformers gives random values to what a checkpoint lacks, with a warning at most.
+
+    Raises:
+        UserError: weights are missing, or have another size.
+    """
+    for key, stored, wanted in sorted(found["mismatched_keys"]):
+        raise UserError(
+            f"model {model}: {key} is {list(stored)} in its file and {list(wanted)} in {architecture} by its config.json"
+        )
+    if found["missing_keys"]:
+        hint = f" (it has others: {_few(found['unexpected_keys'])})" if found["unexpected_keys"] else ""
+        raise UserError(
+            f"model {model}: its files lack weights that {architecture} has by its config.json: "
+            f"{_few(found['missing_keys'])}{hint}"
+        )
+    if found["unexpected_keys"]:
+        print(f"note: weights of {model} that {architecture} does not have are left out: {_few(found['unexpected_keys'])}")
+
+
+def _few(keys: set[str]) -> str:
+    return ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3:,} more" if len(keys) > 3 else "")
 
 
 def check_bitsandbytes(bits: int | None) -> None:
