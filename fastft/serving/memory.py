@@ -17,10 +17,11 @@ from ..checkpoint.files import AdapterFileError
 from .folder import AdapterFolder
 from .loading import Loader
 from .pool import AdapterPool
-from .requests import AdaptersUnavailable
+from .requests import AdaptersUnavailable, UnknownAdapter
 
 _log = logging.getLogger("fastft.serving")
 _SLICE = 0.2  # seconds that C++ waits at a time, so that Python can react to signals
+_SEEN = 0.1  # seconds that a folder counts as there: many requests come at a time, and each look takes a network's answers
 _TOTALS = ("hits", "misses", "host_hits", "reads", "loads", "failures", "evictions", "host_evictions")
 _GIB = 1 << 30
 
@@ -96,6 +97,7 @@ class AdapterMemory:
             retry_seconds=retry_seconds,
         )
         self._callbacks: list[Callable] = []
+        self._seen: dict[str, float] = {}  # when the adapters were last seen in the folder
         # The thread holds no reference to the memory, so that one nobody uses any more ends.
         own = weakref.ref(self)
         self._loader = Loader(
@@ -237,6 +239,7 @@ class AdapterMemory:
 
     def forget(self, name: str) -> None:
         """Let go of all that is known about an adapter, without waiting: its memory goes with its last user."""
+        self._seen.pop(name, None)
         self._table.forget(name)
         self._loader.collect()
         self._changed()
@@ -269,12 +272,24 @@ class AdapterMemory:
         return self._loader.step(seconds)
 
     def _check(self, name: str) -> None:
-        """Raises UnknownAdapter. What was read needs no folder any more: it may be unmounted for a while."""
+        """Raises UnknownAdapter. What was read needs no folder any more: it may be unmounted for a while.
+
+        But what is gone from the folder is forgotten, or another adapter of its name would be answered for by this one.
+        """
+        now = time.monotonic()
+        if now - self._seen.get(name, -_SEEN) < _SEEN:
+            return
         try:
             self._folder.path(name)
         except AdaptersUnavailable:
             if self.state(name) == "on_disk":
                 raise
+        except UnknownAdapter:
+            if self.state(name) != "on_disk":
+                self.forget(name)
+            raise
+        else:
+            self._seen[name] = now
 
     def _changed(self) -> None:
         for callback in list(self._callbacks):

@@ -162,6 +162,30 @@ def test_a_new_folder_is_found_and_a_removed_one_is_served_until_it_is_forgotten
         memory.acquire("b0")
 
 
+def test_a_removed_adapter_does_not_answer_for_the_next_one_of_its_name(memory, root, monkeypatch):
+    monkeypatch.setattr("fastft.serving.memory._SEEN", 0)
+    memory.load("a1", 20)
+    lease = memory.acquire("a1")
+    (root / "a1").rename(root.parent / "away")
+    with pytest.raises(UnknownAdapter):
+        memory.prefetch("a1")
+    write(root, "a1", version=1)
+    memory.prefetch("a1")
+    assert memory.load("a1", 20) == digest_of("a1", 1)
+    check_content(memory, lease.slot, "a1", 0, pages_of("a1"))  # whose request began before
+    memory.release(lease)
+
+
+def test_many_requests_at_a_time_look_at_the_folder_once(memory, monkeypatch):
+    looks = []
+    find = memory._folder.path
+    monkeypatch.setattr(memory._folder, "path", lambda name: looks.append(name) or find(name))
+    monkeypatch.setattr("fastft.serving.memory._SEEN", 60)
+    for name in ("a0", "a1", "a0", "a0", "a1"):
+        memory.prefetch(name)
+    assert looks == ["a0", "a1"]
+
+
 def test_files_that_are_wrong(root):
     packer = made_up.Packer()
     packer.fail["a0"] = AdapterFileError("a0 is damaged")
