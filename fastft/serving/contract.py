@@ -63,6 +63,9 @@ USES = {
         "prepare_batch_update update_and_check_completion mark_complete_blocks finish_request deliver_batch"
     ),
     "continuous_api.BackgroundThreadStatus.__init__": "fatal_error",
+    "cache.PagedAttentionCache.compute_free_capacity": "cache_allocators bytes_per_block num_sectors bytes_per_sector",
+    "cache.PagedAttentionCache.evict_cached_blocks": "ledger",
+    "cache_allocators.cache_allocator.BlockLedger.evict_cached_blocks": "cached_blocks",
     "model_runner.ModelRunner._forward_process_and_sample": "_sample logits_indices",
     "model_runner.ModelRunner.compute_batch": "_capture_graph",
     "input_outputs.ContinuousBatchingAsyncIOs.__init__": "io_pairs compute_stream",

@@ -273,7 +273,7 @@ class Engine:
             numbers = {
                 "cache_blocks": processor.cache.num_blocks,
                 "cache_bytes": processor.cache.num_blocks * limits.block_bytes(self.model, self._config.page_size),
-                "cache_free": processor.cache.compute_free_capacity(),
+                "cache_free": limits.free_share(processor.cache),
             }
         return {
             "running": len(self._admission.running),

@@ -72,6 +72,12 @@ def block_bytes(model, page_size: int) -> int:
     return config.num_hidden_layers * 2 * heads * size * model.dtype.itemsize * page_size
 
 
+def free_share(cache) -> float:
+    """What requests can have of the library's cache, 0 to 1: also blocks that are only kept in case a prompt comes again."""
+    kept = sum(len(allocator.ledger.cached_blocks) * allocator.bytes_per_block for allocator in cache.cache_allocators.values())
+    return (cache.compute_free_capacity(relative=False) + kept) / (cache.num_sectors * cache.bytes_per_sector)
+
+
 def positions(model) -> int:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or _INT32
 

@@ -202,6 +202,15 @@ def test_generate_waits_for_places_that_others_have_and_leaves_nothing_running(m
     assert engine.stats()["tokens_total"] < 100 + 5 + 3 + 200
 
 
+def test_an_idle_engines_cache_is_free(make):
+    """What is kept in case a prompt comes again is given up for others."""
+    engine = make()
+    engine.generate([prompt(40, 1)], max_tokens=3)
+    cache = engine._manager.batch_processor.cache
+    waits_until(lambda: any(allocator.ledger.cached_blocks for allocator in cache.cache_allocators.values()))
+    assert engine.stats()["cache_free"] == 1.0
+
+
 def test_requests_need_a_running_engine(make):
     engine = make()
     engine.stop()
