@@ -19,7 +19,7 @@ from fastft.checkpoint.files import AdapterFileError
 from fastft.serving.api.config import Limits
 from fastft.serving.server import listen
 
-from .server_fixtures import HELLO, KEY, FakeEngine, load_tokenizer, saying, serving
+from .server_fixtures import ADMIN, HELLO, KEY, FakeEngine, load_tokenizer, saying, serving
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 
@@ -196,6 +196,30 @@ def test_slow_bodies_time_out(tokenizer):
         connection.endheaders(b"{")
         answer = connection.getresponse()
         assert answer.status == 408 and json.loads(answer.read())["error"]["code"] == "body_too_slow"
+
+
+def test_what_an_operator_waits_for_holds_up_nothing_else(tokenizer):
+    engine, ended = FakeEngine(tokenizer), threading.Event()
+    unloads = []
+
+    def unload(name, timeout):
+        unloads.append(name)
+        ended.wait(20)
+        return 0
+
+    engine.adapters.unload = unload
+    headers = {"authorization": f"Bearer {ADMIN}"}
+    with serving(engine, admin_token=ADMIN) as (url, _), contextlib.ExitStack() as stack:
+        waiting = [stack.enter_context(connected(url)) for _ in range(6)]
+        for connection in waiting:
+            connection.request("POST", "/admin/adapters/math/unload", headers=headers)
+        until(lambda: len(unloads) == 4)
+        with connected(url) as quick:
+            for method, path in (("GET", "/admin/adapters"), ("POST", "/admin/adapters/math/unpin")):
+                quick.request(method, path, headers=headers)
+                assert quick.getresponse().read() and len(unloads) == 4
+        ended.set()
+        assert {connection.getresponse().status for connection in waiting} == {200}
 
 
 # Stopping

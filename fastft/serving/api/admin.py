@@ -49,10 +49,10 @@ def router(service: Service) -> APIRouter:
     threads = anyio.CapacityLimiter(_SIDE_THREADS)
     described = responses(404, 409, 503)
 
-    async def in_thread(work: Callable) -> Any:
+    async def in_thread(work: Callable, limiter: anyio.CapacityLimiter | None = None) -> Any:
         if memory is None:
             raise ApiError(404, "no_adapters", "The server was started without adapters; give it --adapters FOLDER.")
-        return await anyio.to_thread.run_sync(work, limiter=threads)
+        return await anyio.to_thread.run_sync(work, limiter=limiter)
 
     def known(work: Callable, name: str, *arguments: Any) -> Any:
         if memory.state(name) == "on_disk" and name not in memory:
@@ -62,7 +62,8 @@ def router(service: Service) -> APIRouter:
     async def act(action: str, name: str, *arguments: Any) -> dict[str, Any]:
         begun = time.monotonic()
         try:
-            result = await in_thread(lambda: known(getattr(memory, action), name, *arguments))
+            # Those with a timeout may wait, and are not to hold up what does not.
+            result = await in_thread(lambda: known(getattr(memory, action), name, *arguments), threads if arguments else None)
         except Exception as error:
             raise _refusal(action, error) from error
         done = {"freed_bytes": result} if action == "unload" else {"digest": result}
