@@ -74,7 +74,7 @@ def block_bytes(model, page_size: int) -> int:
 
 def free_share(cache) -> float:
     """What requests can have of the library's cache, 0 to 1: also blocks that are only kept in case a prompt comes again."""
-    kept = sum(len(allocator.ledger.cached_blocks) * allocator.bytes_per_block for allocator in cache.cache_allocators.values())
+    kept = sum(len(each.ledger.cached_blocks) * each.bytes_per_block for each in cache.cache_allocators.values())
     return (cache.compute_free_capacity(relative=False) + kept) / (cache.num_sectors * cache.bytes_per_sector)
 
 

@@ -63,7 +63,8 @@ def router(service: Service) -> APIRouter:
         begun = time.monotonic()
         try:
             # Those with a timeout may wait, and are not to hold up what does not.
-            result = await in_thread(lambda: known(getattr(memory, action), name, *arguments), threads if arguments else None)
+            limiter = threads if arguments else None
+            result = await in_thread(lambda: known(getattr(memory, action), name, *arguments), limiter)
         except Exception as error:
             raise _refusal(action, error) from error
         done = {"freed_bytes": result} if action == "unload" else {"digest": result}
