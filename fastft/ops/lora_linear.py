@@ -11,6 +11,7 @@ with A frozen no x; with a magnitude that trains x, and the output before the ma
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from ._lora_nodes import ExpandDoraNode, ExpandNode, LoRALinearNode, ShrinkNode, UpdateNode
 from .dora import inverse_norm
@@ -136,7 +137,13 @@ def transformed() -> bool:
     that these compute then."""
     if torch.compiler.is_compiling():
         return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_mode()
+
+
+def forward_mode() -> bool:
+    """Are we inside a forward-mode differentiation (`torch.func.jvp` is one)? It goes on without gradients, too, and in our
+    ops its tangents end without a word: there a node has to refuse them."""
+    return forward_ad._current_level >= 0
 
 
 def lora_linear(

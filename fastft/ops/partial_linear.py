@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from . import _twice
 from ._written import output_to_write_on
 from .entries import Entries
-from .lora_linear import _autocast, _rows
+from .lora_linear import _autocast, _rows, forward_mode
 from .partial import gather_columns, scatter_add_columns_
 from .registry import Scope
 from .sparse_linear import Sampling, entries_gradient, product
@@ -244,7 +244,7 @@ def partial_linear(
     x, weight, bias = _autocast(x, weight, bias, wide=())
     _check(x, weight, parts, trained, fan_in_fan_out)
     logical = weight.t() if fan_in_fan_out else weight
-    if not parts or not torch.is_grad_enabled():
+    if not parts or not (torch.is_grad_enabled() or forward_mode()):
         return F.linear(x, logical, bias)
     y = _PartialNode.apply(_rows(x), logical, bias, parts, tuple(observers), fan_in_fan_out, *trained)
     return y.view(*x.shape[:-1], logical.shape[0])
@@ -259,7 +259,8 @@ def delta_linear(x, weight, bias, part: Part, delta, *, fan_in_fan_out: bool = F
     _check(x, weight, (part,), (delta,), fan_in_fan_out)
     _check_slice(part)
     logical = weight.t() if fan_in_fan_out else weight
-    if not torch.is_grad_enabled():  # decoding: a node that keeps nothing costs as much as the product of one token
+    # Decoding: a node that keeps nothing costs as much as the product of one token.
+    if not torch.is_grad_enabled() and not forward_mode():
         rows = _rows(x)
         y = F.linear(rows, logical, bias)
         add_delta_(y, rows, (delta.t() if fan_in_fan_out else delta).to(x.dtype), part)

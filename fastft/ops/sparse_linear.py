@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from . import _twice
 from ._written import output_to_write_on
 from .entries import Entries
-from .lora_linear import _autocast, _rows
+from .lora_linear import _autocast, _rows, forward_mode
 from .partial import gather_columns
 from .registry import Scope
 from .sparse import add_sparse_product_, gather_entries, sampled_product_
@@ -230,7 +230,7 @@ def sparse_linear(x, weight, bias, entries: Entries, delta, *, fan_in_fan_out: b
     if x.dtype != weight.dtype:
         raise TypeError(f"x is {x.dtype}, the weight {weight.dtype}; they must be of one dtype")
     ways = ways or Ways.of(entries, fan_in_fan_out)
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and not forward_mode():
         rows = _rows(x)
         y = F.linear(rows, logical, bias)
         add_delta_(y, rows, delta, *ways.forth)

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import fastft
@@ -12,7 +13,7 @@ from fastft.ops.dora import dora_norm, squared_row_norm
 from fastft.ops.entries import Entries
 from fastft.ops.grouped_linear import Routing, grouped_lora
 from fastft.ops.lora_linear import SharedInput, lora_linear, lora_update
-from fastft.ops.partial_linear import Part, delta_linear
+from fastft.ops.partial_linear import Part, delta_linear, partial_linear
 from fastft.ops.sparse_linear import sparse_linear
 from tests.ops.layers import BF16, F16, F32, F64, composition, grads, layer, seeded
 
@@ -139,6 +140,25 @@ def test_transforms_and_forward_mode():
                 ]
             )
         assert_all_close(*found)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_deltas_beside_and_in_the_weight_refuse_forward_mode(tokens, enabled):
+    """Without gradients, too, where no node is needed: in our ops the tangents would end, in part or all of them."""
+    x, w, *_ = (t.detach() for t in layer((tokens,), 7, 5, 2))
+    chosen, rows, columns = Entries.of_mask(w > 0), Part.of("rows", [1, 4], 5), Part.of("columns", [0, 3], 7)
+    for f, delta in (
+        (lambda x, d: sparse_linear(x, w, None, chosen, d), torch.ones(len(chosen))),
+        (lambda x, d: delta_linear(x, w, None, rows, d), torch.ones(2, 7)),
+        (lambda x, d: delta_linear(x, w, None, columns, d), torch.ones(5, 2)),
+        (lambda x, d: partial_linear(x, w, None, rows, d), torch.ones(2, 7)),
+    ):
+        for one, t in ((lambda x, f=f, d=delta: f(x, d)), x), ((lambda d, f=f: f(x, d)), delta):
+            with torch.set_grad_enabled(enabled), forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+                one(forward_ad.make_dual(t, t))
+            with torch.set_grad_enabled(enabled), pytest.raises(RuntimeError, match="functorch transforms"):
+                torch.func.jvp(one, (t,), (t,))
 
 
 def _of_x(inputs):
