@@ -62,7 +62,9 @@ def _complete(checkpoint: Path) -> bool:
         TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     except (OSError, ValueError, TypeError):
         return False
-    return all((checkpoint / "adapter" / name).is_file() for name in ADAPTER_FILES)
+    # Without these Trainer would go on with a fresh optimizer, schedule or generator and say nothing.
+    files = ["optimizer.pt", "scheduler.pt", *(f"adapter/{name}" for name in ADAPTER_FILES)]
+    return all((checkpoint / name).is_file() for name in files) and any(checkpoint.glob("rng_state*.pth"))
 
 
 def finish(trainer, checkpoint: Path) -> None:

@@ -124,6 +124,13 @@ def test_resuming_a_finished_run_trains_nothing(straight, tmp_path, fastft_comma
     assert after["steps"] == 30 and after["held_out_loss"] == before["held_out_loss"]
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_without_the_trainers_state_is_not_resumed(straight, tmp_path, name):
+    shutil.copytree(straight[0], tmp_path / "out")
+    (tmp_path / "out" / "checkpoint-30" / name).unlink()
+    assert last_checkpoint(tmp_path / "out").name == "checkpoint-25"
+
+
 def test_epochs_are_counted_as_trainer_counts_them(tiny_model, text_data, tmp_path, fastft_command):
     options = ["--model", tiny_model, "--data", text_data, "--out", tmp_path / "out", *SMALL]
     assert fastft_command("train", *options, "--epochs", "1.5", "--gradient-accumulation", "4").exit_code == 0
