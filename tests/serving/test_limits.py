@@ -8,9 +8,11 @@ import pytest
 
 from fastft.serving.api import errors, prompts
 from fastft.serving.api.config import Limits
+from fastft.serving.api.generation import Sampling
 from fastft.serving.api.guard import BodyLimit
 
 from .server_fixtures import CHAT, HELLO, FakeEngine, client, load_tokenizer, post, serving
+from .tiny import waits_until
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +123,17 @@ def test_sequences_and_adapters_in_progress_are_limited(engine):
         for thread in threads:
             thread.join()
         post(http, {**HELLO, "model": "code"})
+
+
+@pytest.mark.anyio
+async def test_answers_that_nobody_reads_take_nobodys_place(engine):
+    """The engine is done with them, while a client that reads nothing may keep its connection for hours."""
+    service = client(engine, limits=Limits(sequences=2, adapters=1)).app.state.service
+    sampling = Sampling(max_tokens=8, temperature=0, top_p=1, seed=None, stops=[], logprobs=False)
+    for adapter in ("math", "code"):
+        unread = service.submit([[5]], 2, adapter, sampling)
+        waits_until(lambda unread=unread: all(request.finish_reason for request in unread.requests))
+    assert len(service.jobs) == 2
 
 
 def test_a_stopped_engine(engine):

@@ -80,12 +80,12 @@ class Service:
         if self.stopping:
             raise ApiError(503, "stopping", "The server is stopping and takes no new requests.")
         limits = self.config.limits
-        running = sum(len(job.requests) for job in self.jobs)
+        running = sum(job.unfinished for job in self.jobs)
         if running + len(prompts) * choices > limits.sequences:
             raise ApiError(
                 429, "too_many_requests", f"{running} sequences are in progress, of {limits.sequences}. Try again later."
             )
-        adapters = {job.adapter for job in self.jobs} - {None}
+        adapters = {job.adapter for job in self.jobs if job.unfinished} - {None}
         if adapter is not None and adapter not in adapters and len(adapters) >= limits.adapters:
             raise ApiError(
                 429,
@@ -163,6 +163,11 @@ class Job:
             self.prompt_tokens += len(prompt)
             self._metrics.prompt_tokens.inc(len(prompt))
         request.on_token(lambda token: self._post((index, token, time.monotonic())))
+
+    @property
+    def unfinished(self) -> int:
+        """Sequences that the engine has to do with; not those whose answers only wait for a client that does not read."""
+        return sum(request.finish_reason is None for request in self.requests)
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta] | None]:
         """(choice, what is new of it), until each has its finish_reason; None after PING_SECONDS without news.
