@@ -241,6 +241,8 @@ def progress(trainer) -> Any:
             self.seconds = self.tokens_per_second = 0.0
 
         def on_train_begin(self, args, state, control, **kwargs):
+            # A resumed state brings the earlier run's steps between logs, evaluations and checkpoints: this one's count.
+            state.compute_steps(args, state.max_steps)
             if sys.stderr.isatty() and state.is_world_process_zero:
                 from tqdm.auto import tqdm
 

@@ -124,6 +124,16 @@ def test_resuming_a_finished_run_trains_nothing(straight, tmp_path, fastft_comma
     assert after["steps"] == 30 and after["held_out_loss"] == before["held_out_loss"]
 
 
+def test_a_resumed_run_logs_evaluates_and_saves_as_it_is_told_now(straight, tmp_path, fastft_command):
+    out = stopped(straight[0], tmp_path / "out", 30)
+    more = ["--max-steps", "31", "--save-steps", "4", "--eval-steps", "3", "--log-steps", "2", "--keep-checkpoints", "9"]
+    assert fastft_command("train", "--resume", "--out", out, *more).exit_code == 0
+    found = json.loads((out / "summary.json").read_text())
+    assert [p["step"] for p in found["held_out_curve"]] == [0, 27, 30, 31]
+    assert [p["step"] for p in found["train_curve"]][24:] == [25, 26, 28, 30]
+    assert {p.name for p in out.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (25, 28, 31)}
+
+
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_checkpoint_without_the_trainers_state_is_not_resumed(straight, tmp_path, name):
     shutil.copytree(straight[0], tmp_path / "out")
