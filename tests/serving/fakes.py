@@ -86,7 +86,7 @@ class FakeMemory:
 
 class FakeEngine:
     """script(prompt_ids, adapter, sampling) -> tokens. delay: seconds a token takes. fail: {adapter: the exception its
-    requests end with}. `hold()` keeps tokens back until `go()`."""
+    requests end with}. stops: tokens that end its answers. `hold()` keeps tokens back until `go()`."""
 
     def __init__(self, tokenizer, adapters=("math", "code"), *, script=None, delay=0.0, max_waiting=64, max_length=512):
         self.tokenizer, self.max_length, self.max_waiting, self.delay = tokenizer, max_length, max_waiting, delay
@@ -96,6 +96,7 @@ class FakeEngine:
         self.model = types.SimpleNamespace(get_input_embeddings=lambda: types.SimpleNamespace(weight=weight))
         self.submitted, self.cancelled, self.fail, self.reason, self.failure = [], [], {}, None, None
         self.running, self._lock, self._stopped, self.steps = set(), threading.Lock(), False, 0
+        self.stops = frozenset()
         self._free = threading.Event()
         self._free.set()
 
@@ -108,7 +109,18 @@ class FakeEngine:
     def go(self):
         self._free.set()
 
-    def submit(self, prompt_ids, *, adapter=None, max_tokens, temperature=0.0, top_p=1.0, seed=None, logprobs=False):
+    def submit(
+        self,
+        prompt_ids,
+        *,
+        adapter=None,
+        max_tokens,
+        temperature=0.0,
+        top_p=1.0,
+        seed=None,
+        stop_token_ids=(),
+        logprobs=False,
+    ):
         assert prompt_ids and 0 <= min(prompt_ids) <= max(prompt_ids) < len(self.tokenizer)
         assert len(prompt_ids) + max_tokens <= self.max_length
         if self._stopped:
@@ -118,7 +130,7 @@ class FakeEngine:
         with self._lock:
             if len(self.running) >= self.max_waiting:
                 raise QueueFull(f"{self.max_waiting} requests wait")
-            sampling = Sampling(max_tokens, temperature, top_p, seed or 0, frozenset(), logprobs)
+            sampling = Sampling(max_tokens, temperature, top_p, seed or 0, self.stops.union(stop_token_ids), logprobs)
             request = Request(f"r{len(self.submitted)}", list(prompt_ids), adapter, sampling, self._cancel)
             self.submitted.append(request)
             self.running.add(request)
@@ -147,6 +159,9 @@ class FakeEngine:
                 return
             self.steps += 1
             request._produce(token, -0.5 - at if request.sampling.logprobs else None)
+            if token in request.sampling.stop_token_ids:
+                reason = "stop"
+                break
         request._finish(reason)
         self.running.discard(request)
 

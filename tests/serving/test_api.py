@@ -161,6 +161,20 @@ def test_the_models_own_end_is_not_shown(tokenizer):
     assert answer["choices"][0]["text"] == "done" and answer["choices"][0]["finish_reason"] == "stop"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_token_that_ends_an_answer_has_no_text(tokenizer, stream):
+    """Whatever the tokenizer decodes it to: a model's end need not be one of the tokenizer's special tokens."""
+    said, (end,) = tokenizer("so be it", verbose=False)["input_ids"], tokenizer("!")["input_ids"]
+    engine = FakeEngine(tokenizer, script=lambda *_: [*said, end, *said])
+    engine.stops = frozenset({end})
+    body = {**HELLO, "max_tokens": 50, "logprobs": 0, "stream": stream}
+    answer = client(engine).post("/v1/completions", json=body)
+    choices = [chunk["choices"][0] for chunk in (events(answer) if stream else [answer.json()])]
+    assert "".join(choice["text"] for choice in choices) == "so be it" and choices[-1]["finish_reason"] == "stop"
+    assert choices[-1]["logprobs"]["tokens"][-1] == ""
+    assert sum(len(choice["logprobs"]["token_logprobs"]) for choice in choices) == len(said) + 1
+
+
 def test_logprobs_of_the_likeliest_at_temperature_0(engine):
     http = client(engine)
     logprobs = post(http, {**HELLO, "logprobs": 1, "temperature": 0})["choices"][0]["logprobs"]

@@ -29,6 +29,7 @@ class Sampling:
     seed: int | None
     stops: list[str]
     logprobs: bool
+    stop_token_ids: tuple[int, ...] = ()
 
 
 class Service:
@@ -152,6 +153,7 @@ class Job:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             seed=seed,
+            stop_token_ids=sampling.stop_token_ids,
             logprobs=sampling.logprobs,
         )
         self._metrics = self._metrics or self._service.metrics.of(self.adapter or self._service.config.model)
@@ -192,7 +194,8 @@ class Job:
                     self._measure(index, taken[index], at)
                     logprob = self.requests[index].logprobs[taken[index]] if self.sampling.logprobs else None
                     taken[index] += 1
-                    delta = self.outputs[index].push(token, logprob)
+                    ends = token in self.requests[index].sampling.stop_token_ids
+                    delta = self.outputs[index].push(token, logprob, ends)
                     if delta.finish_reason is not None:
                         self.requests[index].cancel()
                         self._ended(index, "stop", at)

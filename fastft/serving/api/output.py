@@ -42,10 +42,13 @@ class Output:
         self.count = 0
         self.finish_reason: str | None = None
 
-    def push(self, token: int, logprob: float | None = None) -> Delta:
-        """Its finish_reason is "stop" when a stop string is complete: the caller then cancels the engine's request."""
+    def push(self, token: int, logprob: float | None = None, ends: bool = False) -> Delta:
+        """Its finish_reason is "stop" when a stop string is complete: the caller then cancels the engine's request.
+
+        ends: it is the one at which the engine stops, which has no text, also where the tokenizer has one for it.
+        """
         self.count += 1
-        piece = self._detokenizer.push(token)
+        piece = "" if ends else self._detokenizer.push(token)
         if logprob is not None and not math.isfinite(logprob):
             logprob = LEAST_LOGPROB
         self._waiting.append(Token(piece, self._decoded, logprob))
