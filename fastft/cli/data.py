@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 import random
 import re
 import sys
@@ -162,6 +163,33 @@ def tokenize(records: list[Record], tokenizer: Any, max_length: int, packing: bo
     if not rows:
         raise UserError(f"no example has a token to learn in its first {max_length} tokens; raise --max-length")
     return Tokenized(_pack(rows, max_length) if packing else rows, notes)
+
+
+def check_fit(model: Any, *sets: Tokenized) -> None:
+    """Notes rows longer than the model was made for, where it takes them.
+
+    Raises:
+        UserError: a token without an embedding, or a row longer than a table of positions: both would stop the training.
+    """
+    import torch
+
+    rows = [row["input_ids"] for one in sets for row in one.rows]
+    embeddings = model.get_input_embeddings()
+    if (largest := max(map(max, rows))) >= embeddings.num_embeddings:
+        raise UserError(
+            f"the tokenizer gives token {largest} and the model has embeddings for {embeddings.num_embeddings} tokens only; "
+            "give a model together with its own tokenizer"
+        )
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if (longest := max(map(len, rows))) <= limit:
+        return
+    # Learned positions, of which OPT has two more than it uses, or GPT-J's computed ones: rotary ones go on without end.
+    others = (module for module in model.modules() if isinstance(module, torch.nn.Embedding) and module is not embeddings)
+    if any(limit <= module.num_embeddings <= limit + 2 for module in others) or any(
+        name.endswith("embed_positions") for name, _ in model.named_buffers()
+    ):
+        raise UserError(f"a row has {longest} tokens and the model positions for {limit}; give --max-length {limit}")
+    print(f"note: the longest row has {longest} tokens, more than the {limit} that the model was made for")
 
 
 def _encode_text(record: Record, tokenizer: Any, marked: bool) -> tuple[list[int], list[int]]:

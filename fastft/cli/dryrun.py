@@ -12,18 +12,18 @@ from ..modules.adapted_linear import features, is_linear
 from ..modules.sparse import SparseEntries
 from ..ops.entries import Entries
 from .config import TrainConfig
-from .data import Tokenized
+from .data import Tokenized, check_fit
 from .errors import UserError
 from .loading import load
 from .slices import memory, pattern, per_layer, share
 from .train import attach, choose_device_and_dtype, make_method
 
 
-def report(config: TrainConfig, rows: Tokenized) -> None:
+def report(config: TrainConfig, rows: Tokenized, held_out: Tokenized) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    handle, sizes = estimate(config, rows)
+    handle, sizes = estimate(config, rows, held_out)
     console = Console()
     table = Table("modules with an adapter", "how many", "in -> out", title=config.title(), title_justify="left")
     for (name, shape), count in _matched(handle).items():
@@ -45,7 +45,7 @@ def report(config: TrainConfig, rows: Tokenized) -> None:
     console.print("without the Python process itself and the allocator's reserve")
 
 
-def estimate(config: TrainConfig, rows: Tokenized) -> tuple[Any, dict[str, int]]:
+def estimate(config: TrainConfig, rows: Tokenized, *held_out: Tokenized) -> tuple[Any, dict[str, int]]:
     """Run one forward with the longest rows on fake tensors and count what autograd keeps for backward.
 
     Returns:
@@ -59,6 +59,7 @@ def estimate(config: TrainConfig, rows: Tokenized) -> tuple[Any, dict[str, int]]
     architecture = load("AutoConfig", config.model)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
+    check_fit(model, rows, *held_out)
     _hollow(model)
     base = _base(model, dtype, config.bits())
     longest = sorted((len(row["input_ids"]) for row in rows.rows), reverse=True)[: config.batch_size]

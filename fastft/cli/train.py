@@ -10,7 +10,7 @@ from typing import Any
 from ..checkpoint.files import WEIGHTS
 from . import launch
 from .config import TrainConfig
-from .data import Record, Tokenized, read_jsonl, split, tokenize
+from .data import Record, Tokenized, check_fit, read_jsonl, split, tokenize
 from .errors import UserError
 from .folder import after_stop, check_out, clear, writing
 from .loading import check_bitsandbytes, load, load_base
@@ -49,7 +49,7 @@ def run(
         from .dryrun import report
 
         if launch.rank() == 0:
-            report(config, train_rows)
+            report(config, train_rows, eval_rows)
         return None
     with writing(out):
         return _train(config, out, resume, tokenizer, train_rows, eval_rows)
@@ -203,9 +203,12 @@ def _train(
     if checkpoint:
         launch.check_resume(checkpoint)
     model = load_base(config.model, device, dtype, config.bits())
+    check_fit(model, train_rows, eval_rows)
     if config.gradient_checkpointing:
         _recompute(model)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    if pad >= model.get_input_embeddings().num_embeddings:  # a token that was added to the tokenizer alone
+        pad = 0  # nothing sees it
     steps = _steps(config, len(train_rows.rows))
     # First, as processes know each other from here on, and methods agree on what trains while they are attached.
     arguments = _arguments(config, out, device, steps, bool(eval_rows.rows), start=checkpoint is None)

@@ -1,6 +1,8 @@
 import pytest
+import torch
+import transformers
 
-from fastft.cli.data import IGNORED, Record, read_jsonl, split, tokenize
+from fastft.cli.data import IGNORED, Record, Tokenized, check_fit, read_jsonl, split, tokenize
 from fastft.cli.errors import UserError
 
 from .conftest import TOKENIZER
@@ -147,3 +149,31 @@ def test_a_byte_order_mark_is_skipped_and_an_array_is_named(tmp_path):
     path.write_text('[{"text": "a"},\n {"text": "b"}]')
     with pytest.raises(UserError, match="is a JSON array; write one object a line"):
         read_jsonl(str(path))
+
+
+SIZES = {"vocab_size": 50, "max_position_embeddings": 8, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    "architecture, config, takes_more",
+    [
+        ("LlamaForCausalLM", transformers.LlamaConfig(**SIZES, intermediate_size=16), True),
+        ("GPT2LMHeadModel", transformers.GPT2Config(**SIZES), False),
+        ("OPTForCausalLM", transformers.OPTConfig(**SIZES, ffn_dim=16, word_embed_proj_dim=16), False),
+        ("GPTJForCausalLM", transformers.GPTJConfig(**SIZES, rotary_dim=4), False),
+    ],
+)
+def test_rows_that_the_model_cannot_take(architecture, config, takes_more, capsys):
+    with torch.device("meta"):
+        model = getattr(transformers, architecture)(config)
+    good, foreign, long = (Tokenized([{"input_ids": ids, "labels": ids}], []) for ids in ([49] * 8, [0, 50], [1] * 9))
+    check_fit(model, good, Tokenized([], []))
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match="gives token 50 and the model has embeddings for 50 tokens only"):
+        check_fit(model, good, foreign)
+    if takes_more:
+        check_fit(model, good, long)
+        assert "the longest row has 9 tokens, more than the 8 that" in capsys.readouterr().out
+    else:
+        with pytest.raises(UserError, match="a row has 9 tokens and the model positions for 8; give --max-length 8"):
+            check_fit(model, good, long)
