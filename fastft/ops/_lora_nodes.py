@@ -19,7 +19,8 @@ class ShrinkNode(torch.autograd.Function):
     """x [T, K] -> an alias of x, and S_g [T, R_g] for every adapter."""
 
     @staticmethod
-    def forward(ctx, x, p, seed, *factors):
+    def forward(ctx, *inputs):  # (inputs named beside *factors Dynamo takes for ctx where as many names are given)
+        x, p, seed, *factors = inputs
         ctx.ranks, ctx.p, ctx.scope = [a.shape[0] for a in factors], p, Scope.captured()
         ctx.set_materialize_grads(False)
         s, mask = lora_shrink(x, _stack(factors), ctx.ranks, p, seed)

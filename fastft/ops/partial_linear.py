@@ -97,7 +97,8 @@ class _PartialNode(torch.autograd.Function):
     """x [T, K] -> x Wᵀ + bias; the gradient of each trained tensor is its part's of W."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, parts, observers, transposed, *trained):
+    def forward(ctx, *inputs):  # (named ones beside *trained Dynamo takes for ctx where as many names are given)
+        x, weight, bias, parts, observers, transposed, *trained = inputs
         y = F.linear(x, weight, bias)
         ctx.parts, ctx.observers, ctx.transposed, ctx.scope = parts, observers, transposed, Scope.captured()
         ctx.kinds, ctx.features = [t.dtype for t in trained], x.shape[1]

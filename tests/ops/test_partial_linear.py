@@ -239,6 +239,16 @@ def test_compiles_into_one_graph(kind):
         torch.testing.assert_close(one, two)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_any_number_of_parts_compiles_where_nothing_trains(count):
+    """Dynamo runs forward alone then, and binds its arguments by their number."""
+    x, weight, bias, _ = (t.detach() for t in layer(20, F32))
+    parts = [part(kind) for kind in ("rows", "columns", "all")[:count]]
+    trained = [torch.zeros(p.shape(weight)) for p in parts]
+    compiled = torch.compile(partial_linear, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x, weight, bias, parts, trained), F.linear(x, weight, bias))
+
+
 def test_under_autocast_as_f_linear():
     x, weight, bias, _ = layer(20, F32)
     chosen = part("columns")

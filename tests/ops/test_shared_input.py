@@ -230,6 +230,15 @@ def test_each_adapter_has_its_own_mask_and_each_input_new_ones():
     assert all(torch.equal(g, w) for g, w in zip(seeded(shared)(x, members, 0.4), first))
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_any_number_of_adapters_compiles_for_evaluation(count):
+    """Without gradients Dynamo runs forward alone, and binds its arguments by their number."""
+    x, members = group()
+    with torch.no_grad():
+        got = torch.compile(shared, fullgraph=True, backend="eager")(x, members[:count])
+        assert all(torch.equal(y, want) for y, want in zip(got, shared(x, members[:count]), strict=True))
+
+
 @pytest.mark.parametrize("p", [0.0, 0.4])
 def test_gradcheck(p):
     x, members = group((3,), k=9, act=F64, adapter=F64, ranks=(2, 0, 1), out=(4, 3, 5))
