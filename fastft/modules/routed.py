@@ -125,7 +125,7 @@ class RoutedSite:
         None."""
         where, plan = (self.store, self.offsets), (self.pieces, self.route.segments, self.route.assignments)
         rows, s = x.reshape(-1, self.in_features), None
-        if rows.stride(1) != 1:
+        if rows.stride(1) != 1 or (len(rows) > 1 and rows.stride(0) < self.in_features):  # across, or one row many times
             rows = rows.contiguous()
         if y is None and len(rows) <= self.overlap_rows and width:
             y, s = self._beside(member, x, (rows, *where, *plan, 1, width))

@@ -429,6 +429,15 @@ def test_autocast_and_inputs_that_lie_across(tmp_path):
     torch.testing.assert_close(got.float(), want, rtol=0.05, atol=0.05)
 
 
+def test_rows_that_overlap(backend, tmp_path):
+    """One row for all tokens, say: no kernel takes it as it lies."""
+    model = Block()
+    routed = one_adapter(model, tmp_path, fastft.LoRA(r=2, target_modules=["o_proj"]))
+    route(routed.tokens, [0, -1, 0])
+    for x in (X[0, :6].expand(3, 6), X[0, :6].expand(1, 3, 6), X.flatten().as_strided((3, 6), (2, 1))):
+        same(model.o_proj(x), model.o_proj(x.contiguous()))
+
+
 def test_sites_without_any_adapter_in_memory(block):
     """`widths` says so; nothing but the base runs there, whatever the pieces hold."""
     model, routed, twin, _ = block
