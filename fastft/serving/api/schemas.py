@@ -49,7 +49,18 @@ _PROMPT = "a string, a list of strings, a list of token ids, or a list of such l
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    """Keys that it does not have may be null, as some clients send all they know of: that asks for nothing."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra={"additionalProperties": {"type": "null"}}
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nulls(cls, value):
+        if not isinstance(value, dict):
+            return value
+        return {key: one for key, one in value.items() if one is not None or key in cls.model_fields}
 
 
 class StreamOptions(Strict):
@@ -174,7 +185,7 @@ class Message(Strict):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)] | None = Field(
-        description="null, an assistant's alone: nothing."
+        None, validate_default=True, description="null or not there, an assistant's alone: nothing."
     )
     name: str | None = None
     refusal: Literal[""] | None = None
