@@ -127,9 +127,14 @@ EMPTY = {"refusal": None, "annotations": [], "audio": None, "function_call": Non
 
 def test_answers_sent_back_as_messages(engine, tokenizer):
     http, user = client(engine), {"role": "user", "content": "hello"}
-    for own in ({"content": "yes", **EMPTY}, {"content": None}, {"content": "", "refusal": "", "tool_calls": []}):
+    for own in (
+        {"content": "yes", **EMPTY},
+        {"content": None, "reasoning_content": None},
+        {},
+        {"content": "", "refusal": "", "tool_calls": []},
+    ):
         post(http, {**CHAT, "messages": [user, {"role": "assistant", **own}, user]}, "/v1/chat/completions")
-        said = own["content"] or ""
+        said = own.get("content") or ""
         asked = tokenizer.decode(engine.submitted[-1].prompt_ids)
         assert asked == f"<|user|>hello<|assistant|>{said}<|endoftext|><|user|>hello<|assistant|>"
     unused = {"service_tier": "auto", "prompt_cache_key": "k", "safety_identifier": "s", "prompt_cache_retention": "24h"}
@@ -139,6 +144,7 @@ def test_answers_sent_back_as_messages(engine, tokenizer):
         ({"tool_calls": [{"type": "function"}]}, "messages.1.tool_calls"),
         ({"audio": {"id": "x"}}, "messages.1.audio"),
         ({"role": "user", "content": None}, "messages.1.content: given a NoneType"),
+        ({"reasoning_content": ""}, "messages.1.reasoning_content: not supported"),
     ]:
         body = {**CHAT, "messages": [user, {"role": "assistant", "content": "yes", **wrong}]}
         assert where in post(http, body, "/v1/chat/completions", 422)["error"]["message"]
@@ -153,6 +159,21 @@ def test_stop_strings_end_the_engines_request(tokenizer, stream):
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "one two "
     assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
     assert engine.cancelled == engine.submitted and len(engine.submitted[0].tokens) < 12
+
+
+def test_stops_that_are_special_tokens(tokenizer):
+    """They have no text that a stop string could match."""
+    ids = tokenizer("hello<|assistant|> and more")["input_ids"]
+    engine = FakeEngine(tokenizer, script=lambda *_: ids)
+    http = client(engine)
+    body = {**HELLO, "max_tokens": 50, "stop": ["never", "<|assistant|>"]}
+    choice = post(http, body)["choices"][0]
+    assert choice["text"] == "hello" and choice["finish_reason"] == "stop"
+    error = post(http, {**body, "stop": "x<|assistant|>"}, status=422)["error"]
+    assert error["param"] == "stop" and "'<|assistant|>' in it is a special token" in error["message"]
+    # Its characters may also be written by other tokens.
+    ids = tokenizer("one <|assis")["input_ids"] + tokenizer("tant|> two")["input_ids"]
+    assert post(http, body)["choices"][0]["text"] == "one "
 
 
 def test_the_models_own_end_is_not_shown(tokenizer):
@@ -215,6 +236,7 @@ def test_unknown_models_are_named_and_never_reach_the_disk(engine):
         ({"frequency_penalty": 0.5}, "frequency_penalty: not supported"),
         ({"logit_bias": {"5": 1}}, "logit_bias: not supported"),
         ({"best_of": 2}, "best_of: not supported"),
+        ({"top_k": 5, "min_p": None}, "top_k: not supported by this server; leave it out"),
         ({"guided_json": {}}, "guided_json: not supported by this server; leave it out"),
         ({"stop": ""}, "stop"),
         ({"stop": [1]}, "supported are a string and a list of strings"),
@@ -234,6 +256,8 @@ def test_neutral_values_of_what_is_not_supported(engine):
     post(client(engine), {**HELLO, **neutral, "best_of": 1, "echo": False, "suffix": None})
     more = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "store": False, "metadata": {"a": "b"}}
     post(client(engine), {**CHAT, **neutral, **more}, "/v1/chat/completions")
+    unknown = dict.fromkeys(("functions", "reasoning_effort", "top_k", "min_p"))
+    post(client(engine), {**CHAT, **unknown, "stream_options": None}, "/v1/chat/completions")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 
 import anyio
 
-from .errors import ApiError
+from .errors import ApiError, shown
 from .generation import Sampling, Service
 from .schemas import ChatRequest, CompletionRequest
 
@@ -23,6 +23,9 @@ class Prompts:
         self.vocabulary = service.engine.model.get_input_embeddings().weight.shape[0]
         # Characters that one token can stand for.
         self._widest = max(map(len, self._tokenizer.get_vocab()), default=1)
+        # Their text is in no answer.
+        added = getattr(self._tokenizer, "added_tokens_decoder", {})
+        self._special = {token.content: at for at, token in added.items() if token.special}
 
     async def of_completion(self, request: CompletionRequest) -> tuple[list[list[int]], Sampling]:
         self._check(request, len(request.prompts()) * (request.n or 1))
@@ -92,6 +95,16 @@ class Prompts:
                 f"Given a stop string of {longest} characters, supported are {limits.stop_length}.",
                 "stop",
             )
+        for stop in stops:
+            within = next((token for token in self._special if token in stop and token != stop), None)
+            if within is not None and stop not in self._special:
+                raise ApiError(
+                    422,
+                    "special_token_in_stop",
+                    f"Given the stop string {shown(stop)}; {shown(within)} in it is a special token of the model, which "
+                    "answers are written without, so it would never match. Supported is such a token alone; give that.",
+                    "stop",
+                )
 
     def _most_tokens(self) -> int:
         whole = self._service.engine.max_length - 1
@@ -153,6 +166,7 @@ class Prompts:
             seed=request.seed,
             stops=request.stops,
             logprobs=logprobs,
+            stop_token_ids=tuple(self._special[stop] for stop in request.stops if stop in self._special),
         )
 
 
