@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..ops.partial_linear import Part
-from .stores import EntryStore, SliceStore, version_of
+from .stores import EntryStore, Seen, SliceStore
 
 _PRISTINE = "_pristine_"
 PART = "_pristine_part"
@@ -144,7 +144,7 @@ class Mergeable(nn.Module):
         self.register_buffer(PART, base, persistent=False)
         self.note_written(store.names)
         if first:
-            store.untouched = version_of(self.weight)
+            store.untouched = Seen(self.weight)
 
     def _drop_parts(self, restore: bool) -> None:
         """Forget the store; with `restore` put the pristine bits back before."""
@@ -166,10 +166,9 @@ class Mergeable(nn.Module):
         """
         if self._store is None or self._store.untouched is None or torch.compiler.is_compiling():
             return
-        weight, (known, version) = self.weight, self._store.untouched
-        if id(weight) == known and weight._version != version:  # another than that is functional_call's, for this forward
+        if self._store.untouched.changed(self.weight):  # another than that is functional_call's, for this forward
             self._buffers[PART].copy_(self._store.gather(self))
-            self._store.untouched = version_of(weight)
+            self._store.untouched = Seen(self.weight)
 
     def check_whole(self) -> None:
         """Raises RuntimeError where the weight is not the module's own whole Parameter, so that parts of it can be neither

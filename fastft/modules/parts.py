@@ -11,11 +11,16 @@ import torch
 from ..ops.lora_linear import lora_update
 from ..ops.partial_linear import partial_linear
 from .merging import pristine
-from .stores import version_of
+from .stores import Seen
 
 
 class PartSettings:
-    """What a module knows of one adapter's part, beside the tensors that the adapter holds there."""
+    """What a module knows of one adapter's part, beside the tensors that the adapter holds there.
+
+    seen: the tensor that the indices follow, as it was when they did.
+    """
+
+    seen: Seen
 
     def part(self, module, name):
         """Its `Part`, with indices on the weight's device."""
@@ -24,12 +29,12 @@ class PartSettings:
     def delta(self, module, name) -> torch.nn.Parameter:
         raise NotImplementedError
 
-    def index_version(self, module, name):
-        """Changes when the indices do."""
+    def places(self, module, name) -> torch.Tensor:
+        """The tensor that the indices follow."""
         raise NotImplementedError
 
     def forget(self) -> None:
-        """The indices have changed."""
+        """The indices have changed, or may have."""
         raise NotImplementedError
 
     def linear(self, module, name, x, weight, bias):
@@ -64,7 +69,7 @@ class TrainsParts:
 
     def note_written(self, names):
         for name in names:
-            self._written[name] = version_of(self.delta_of(name))
+            self._written[name] = Seen(self.delta_of(name))
         if self._store is not None:
             self._store.untouched = None
 
@@ -75,7 +80,16 @@ class TrainsParts:
         if self._store is not None:
             self._store.forget()
 
+    def _forget_seen(self) -> None:
+        """Before tensors may be swapped, which is refused for those that a weak reference knows."""
+        self._written = dict.fromkeys(self._written, Seen())
+        for settings in self._parts.values():
+            settings.forget()
+        if self._store is not None and self._store.untouched is not None:
+            self._store.untouched = Seen()
+
     def _load_from_state_dict(self, *args, **kwargs):
+        self._forget_seen()
         super()._load_from_state_dict(*args, **kwargs)
         self.forget_indices()  # read again by the rebuild that follows when the children are loaded
 
@@ -84,7 +98,11 @@ class TrainsParts:
             return super()._apply(fn, *args, **kwargs)
         deltas = {name: self.delta_of(name).data for name in self._parts}
         before = self.weight.dtype
+        self.follow_weight()
+        self._forget_seen()
         super()._apply(fn, *args, **kwargs)
+        if self._store is not None and self._store.untouched is not None:
+            self._store.untouched = Seen(self.weight)
         if self.weight.dtype != before:
             # A cast of the model rounds its weights; the delta stays what 16-bit weights need it for.
             wide = torch.promote_types(self.weight.dtype, torch.float32)
@@ -156,13 +174,13 @@ class TrainsParts:
         if self._store is not None and type(self._parameters.get("weight")) is torch.Tensor:
             self.check_whole()  # functional_call's, of a state_dict: no delta stands in it, and none would count
         for name, settings in self._parts.items():
-            if settings.version != (version := settings.index_version(self, name)):
+            if not settings.seen.still(places := settings.places(self, name)):
                 # DistributedDataParallel sends rank 0's to all ranks: indices, deltas, weights and what they were before.
-                settings.version = version
                 settings.forget()
+                settings.seen = Seen(places)
                 if self._store is not None:
                     self._store.forget()
         self.follow_weight()
-        for name, version in self._written.items():
-            if version_of(self.delta_of(name)) != version:
+        for name, seen in self._written.items():
+            if not seen.still(self.delta_of(name)):
                 return self.refresh()

@@ -10,22 +10,22 @@ import torch
 from torch import nn
 
 from ..ops.partial_linear import Part, delta_linear, delta_update
-from .parts import PartSettings, version_of
+from .parts import PartSettings
+from .stores import Seen
 
 
 @dataclass(eq=False)
 class SliceSettings(PartSettings):
     """Where a slice lies: unit u is the `size` features from ``offset + u * size`` on, of the rows or columns.
 
-    version: of the units that the index follows. cast: (version of the delta, the delta in the weight's 16-bit dtype), for
-    inference beside the weight.
+    cast: (the delta as it was seen, the delta in the weight's 16-bit dtype), for inference beside the weight.
     """
 
     kind: str
     size: int = 1
     offset: int = 0
-    version: tuple[int, int] | None = None
-    cast: tuple | None = field(default=None, repr=False)
+    seen: Seen = field(default_factory=Seen, repr=False)
+    cast: tuple[Seen, torch.Tensor] | None = field(default=None, repr=False)
     _part: Part | None = field(default=None, repr=False)
 
     def index(self, units: torch.Tensor) -> torch.Tensor:
@@ -41,11 +41,11 @@ class SliceSettings(PartSettings):
     def delta(self, module, name):
         return module.slice_delta[name]
 
-    def index_version(self, module, name):
-        return version_of(module.slice_units[name])
+    def places(self, module, name):
+        return module.slice_units[name]
 
     def forget(self):
-        self._part = None
+        self.seen, self.cast, self._part = Seen(), None, None
 
     def linear(self, module, name, x, weight, bias):
         delta = self.delta(module, name) if torch.is_grad_enabled() else self._cast(module, name)
@@ -60,8 +60,8 @@ class SliceSettings(PartSettings):
         delta, dtype = self.delta(module, name), module.weight.dtype
         if delta.dtype == dtype or dtype == torch.float64:
             return delta
-        if self.cast is None or self.cast[0] != version_of(delta) or self.cast[1].device != delta.device:
-            self.cast = version_of(delta), delta.detach().to(dtype)
+        if self.cast is None or not self.cast[0].still(delta) or self.cast[1].device != delta.device:
+            self.cast = Seen(delta), delta.detach().to(dtype)
         return self.cast[1]
 
 

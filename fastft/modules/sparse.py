@@ -13,8 +13,9 @@ from torch import nn
 from ..ops.entries import Entries
 from ..ops.partial_linear import Part
 from ..ops.sparse_linear import Ways, sparse_linear, sparse_update
-from .parts import PartSettings, version_of
+from .parts import PartSettings
 from .quantized import quantization
+from .stores import Seen
 
 _WATCHED = 64  # numbers of a gradient that tell by what it was multiplied
 SUMS = ("candidate_sum", "candidate_square", "candidate_pending")
@@ -239,9 +240,7 @@ class SparseEntries(nn.Module):
 
 @dataclass(eq=False)
 class EntrySettings(PartSettings):
-    """version: of the columns that the rest follows."""
-
-    version: tuple[int, int] | None = None
+    seen: Seen = field(default_factory=Seen, repr=False)
     _part: Part | None = field(default=None, repr=False)
     _ways: list[Ways] = field(default_factory=list, repr=False)  # of `SparseEntries.deltas`
 
@@ -256,11 +255,11 @@ class EntrySettings(PartSettings):
     def deltas(self, module, name):
         return module.sparse[name].deltas()
 
-    def index_version(self, module, name):
-        return version_of(module.sparse[name].columns)
+    def places(self, module, name):
+        return module.sparse[name].columns
 
     def forget(self):
-        self._part, self._ways = None, []
+        self.seen, self._part, self._ways = Seen(), None, []
 
     def linear(self, module, name, x, weight, bias):
         ((entries, delta, options), *rest) = self._beside(module, name)

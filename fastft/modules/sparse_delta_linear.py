@@ -6,7 +6,7 @@ from torch import nn
 from ..ops.entries import Entries
 from ..ops.partial_linear import Part, partial_linear
 from ..ops.sparse import gather_entries, write_entries_
-from .parts import version_of
+from .stores import Seen
 
 
 class SparseDeltaLinear(nn.Linear):
@@ -66,7 +66,7 @@ class SparseDeltaLinear(nn.Linear):
         self.register_buffer("starts", entries.starts.to(device))
         self.register_buffer("columns", entries.columns.to(device))
         self.register_buffer("_base", None, persistent=False)  # the entries' pretrained bits, while a delta stands
-        self._written = None  # the version of the delta that was written
+        self._written = Seen()  # the delta that was written
         self._trained = False  # a gradient came since, and an optimizer may not tell that it changed the delta
         self._part = None
 
@@ -89,12 +89,12 @@ class SparseDeltaLinear(nn.Linear):
         self._check_own()
         if self._base is None:
             self._base = gather_entries(self.weight, self.starts, self.columns)
-        elif version_of(self.delta) == self._written and not self._trained:
+        elif self._written.still(self.delta) and not self._trained:
             return
         write_entries_(self.weight, self.starts, self.columns, self._base, self.delta.detach())
-        if version_of(self.delta) != self._written:  # a graph that saved the weight must notice; the same bits do no harm
+        if not self._written.still(self.delta):  # a graph that saved the weight must notice; the same bits do no harm
             torch.autograd.graph.increment_version(self.weight)
-        self._written, self._trained = version_of(self.delta), self.delta.grad is not None
+        self._written, self._trained = Seen(self.delta), self.delta.grad is not None
 
     def _check_own(self):
         """The delta must not get into a tensor of somebody else's: a ``state_dict`` shows the pretrained weight."""
@@ -114,7 +114,7 @@ class SparseDeltaLinear(nn.Linear):
         """Put the pretrained bits back into the weight; the next forward writes the delta again."""
         if self._base is not None:
             write_entries_(self.weight, self.starts, self.columns, self._base, None)
-            self._base = self._written = None
+            self._base, self._written = None, Seen()
 
     def _apply(self, fn, *args, **kwargs):
         delta, self._part = self.delta.data, None

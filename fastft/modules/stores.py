@@ -1,10 +1,11 @@
 """What is kept of a weight in which a part of it trains: whose parts stand in it, and how their pristine values come back.
 
 A store knows what to write where; the pristine values themselves (`base`) are a buffer of the module, to follow it.
-`module` is always the adapted linear layer; deltas are float32 (float64 on a float64 weight). `untouched`: the version of
-the weight while all that was ever written into it is zeros, else None.
+`module` is always the adapted linear layer; deltas are float32 (float64 on a float64 weight). `untouched`: the weight as
+it was, while all that was ever written into it is zeros, else None.
 """
 
+import weakref
 from dataclasses import dataclass, field
 
 import torch
@@ -15,9 +16,34 @@ from ..ops.partial import exchange_slice_, write_slice_
 from ..ops.sparse import gather_entries, write_entries_
 
 
-def version_of(tensor) -> tuple[int, int]:
-    """Changes with every change in place, and is another's for a copy, whose counter starts anew."""
-    return id(tensor), tensor._version
+class Seen:
+    """A tensor as it is now, to ask later whether another one is that one still.
+
+    By a weak reference, as ids are reused (`functional_call` with a new delta each time comes across its old one's id soon).
+    `Module.to` and loading may swap tensors, and refuse those that are referenced so: forget before. Inference tensors don't
+    count their changes and are new each time. Copies and pickles have seen nothing.
+    """
+
+    __slots__ = ("_tensor", "_version")
+
+    def __init__(self, tensor=None):
+        counts = tensor is not None and not tensor.is_inference()
+        self._tensor, self._version = (weakref.ref(tensor), tensor._version) if counts else (_gone, None)
+
+    def __reduce__(self):
+        return Seen, ()
+
+    def still(self, tensor) -> bool:
+        """Is it this tensor, without any change in place since?"""
+        return self._tensor() is tensor and self._version == tensor._version
+
+    def changed(self, tensor) -> bool:
+        """Is it this tensor, changed in place since?"""
+        return self._tensor() is tensor and self._version != tensor._version
+
+
+def _gone() -> None:
+    return None
 
 
 def _surely_zero(delta) -> bool:
@@ -36,7 +62,7 @@ class SliceStore:
     names: tuple[str, ...]
     dim: int
     union: torch.Tensor | None = None  # of their indices, ascending; on the weight's device
-    untouched: tuple[int, int] | None = None
+    untouched: Seen | None = None
 
     def index(self, module) -> torch.Tensor:
         if self.union is None or self.union.device != module.weight.device:
@@ -100,7 +126,7 @@ class EntryStore:
     is the union. base [E]: one after the other as `parts` are."""
 
     names: tuple[str, ...]
-    untouched: tuple[int, int] | None = None
+    untouched: Seen | None = None
     _parts: list[Entries] = field(default_factory=list, repr=False)
 
     def parts(self, module) -> list[Entries]:

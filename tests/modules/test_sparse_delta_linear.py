@@ -126,6 +126,35 @@ def test_the_delta_is_written_into_no_other_tensor():
         one(x)
 
 
+@pytest.mark.parametrize("inference", [False, True])
+def test_each_new_delta_is_used(inference):
+    """Also where it gets the id of the one before."""
+    one, x, pretrained = layer(), batch(), layer().weight
+    for _ in range(20):
+        with torch.inference_mode(inference):
+            fresh = torch.randn(len(one.entries))
+            got = functional_call(one, {"delta": fresh}, (x,))
+        assert torch.equal(got, F.linear(x, with_delta(pretrained, fresh), one.bias))
+        del fresh
+    assert torch.equal(one(x), layer()(x))
+
+
+def test_swapped_tensors():
+    """PyTorch refuses to swap tensors that a weak reference knows."""
+    one, x = layer(), batch()
+    nn.init.normal_(one.delta)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        with torch.no_grad():
+            want, state = one(x), one.state_dict()
+            for dtype in (BF16, F32):
+                one.to(dtype)(x.to(dtype))
+        one.load_state_dict(state)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert torch.equal(one(x), want)
+
+
 def test_wrong_arguments_say_what_is_wrong():
     for message, options in (
         ("either mask or indices", {}),

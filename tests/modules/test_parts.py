@@ -1,0 +1,84 @@
+"""Layers of which parts train, and who else changes their tensors: deltas made anew, swaps, fused optimizers, casts."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+import fastft
+from tests.methods.models import randomize
+
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+class MLP(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(12, 24), nn.Linear(12, 24), nn.Linear(24, 12)
+
+    def forward(self, x):
+        return self.down_proj(torch.tanh(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mlp = MLP()
+
+    def forward(self, x):
+        return x + self.mlp(x)
+
+
+def net(merged=True, dtype=F32):
+    """One slice, of down_proj."""
+    torch.manual_seed(0)
+    model = Net().to(dtype)
+    handle = fastft.attach(model, fastft.S2FT(down_ratio=0.25, o_ratio=0))
+    if not merged:
+        handle.unmerge()
+    return model, handle, torch.randn(5, 12).to(dtype)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("merged, dtype", [(True, F32), (False, F32), (False, BF16)])
+def test_each_new_delta_is_used(merged, dtype, inference):
+    """Also where it gets the id of the one before."""
+    model, handle, x = net(merged, dtype)
+    ((name, delta),) = handle.named_parameters()
+    twin = copy.deepcopy(model)
+    own = twin.get_parameter(name)
+    for _ in range(20):
+        with torch.inference_mode(inference):
+            fresh = torch.randn(delta.shape)
+            got = functional_call(model, {name: fresh}, (x,))
+        with torch.no_grad():
+            own.copy_(fresh)
+            assert torch.equal(got, twin(x))
+        del fresh
+    with torch.no_grad():
+        own.copy_(delta)
+        assert torch.equal(model(x), twin(x))
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_swapped_tensors(merged):
+    """PyTorch refuses to swap tensors that a weak reference knows."""
+    model, handle, x = net(merged)
+    randomize(handle)
+    with torch.no_grad():
+        want, state = model(x), model.state_dict()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        for dtype in (BF16, torch.float16, BF16):
+            model.to(dtype)
+            with torch.no_grad():
+                model(x.to(dtype))
+        model.to(F32).load_state_dict(state)
+        with torch.no_grad():
+            assert torch.equal(model(x), want)
+        model.load_state_dict(state)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert torch.equal(model(x), want)
