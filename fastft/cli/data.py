@@ -162,7 +162,10 @@ def tokenize(records: list[Record], tokenizer: Any, max_length: int, packing: bo
         notes.append(f"{empty} examples dropped: no token to learn in the first {max_length}")
     if not rows:
         raise UserError(f"no example has a token to learn in its first {max_length} tokens; raise --max-length")
-    return Tokenized(_pack(rows, max_length) if packing else rows, notes)
+    rows = _pack(rows, max_length) if packing else rows
+    for row in rows:  # nothing predicts it, and Trainer would count it in the mean for models whose loss it can't look into
+        row["labels"][0] = IGNORED
+    return Tokenized(rows, notes)
 
 
 def check_fit(model: Any, *sets: Tokenized) -> None:

@@ -19,10 +19,10 @@ def learned(row, tokenizer):
     return tokenizer.decode([token for token in row["labels"] if token != IGNORED])
 
 
-def test_text_learns_everything(write_jsonl, tokenizer):
+def test_text_learns_all_but_the_first_token(write_jsonl, tokenizer):
     tokenized = tokenize(read_jsonl(write_jsonl({"text": "def f(x): pass", "id": 3})), tokenizer, 64)
     (row,) = tokenized.rows
-    assert row["labels"] == row["input_ids"] and learned(row, tokenizer) == "def f(x): pass<|endoftext|>"
+    assert row["labels"] == [IGNORED, *row["input_ids"][1:]] and learned(row, tokenizer) == " f(x): pass<|endoftext|>"
     assert tokenized.notes == ["1 text examples, loss on all tokens"]
 
 
@@ -53,7 +53,7 @@ def test_messages_without_marks_learn_everything_and_say_so(write_jsonl, tokeniz
     plain = type(tokenizer).from_pretrained(TOKENIZER)
     plain.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     tokenized = tokenize(read_jsonl(write_jsonl(CHAT)), plain, 64)
-    assert tokenized.rows[0]["labels"] == tokenized.rows[0]["input_ids"]
+    assert tokenized.rows[0]["labels"][1:] == tokenized.rows[0]["input_ids"][1:]
     assert "marks no turns" in tokenized.notes[0]
 
 
@@ -128,6 +128,7 @@ def test_packing_keeps_every_token_in_order(write_jsonl, tokenizer):
     packed = tokenize(records, tokenizer, 16, packing=True)
     assert [t for row in packed.rows for t in row["input_ids"]] == [t for row in apart.rows for t in row["input_ids"]]
     assert {len(row["input_ids"]) for row in packed.rows[:-1]} == {16}
+    assert all(row["labels"] == [IGNORED, *row["input_ids"][1:]] for row in packed.rows)  # nothing predicts the first
 
 
 def test_split_is_deterministic_and_disjoint():
