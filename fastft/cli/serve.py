@@ -77,10 +77,11 @@ def make_server_config(config: ServeConfig) -> Any:
         raise ConfigError(f"{config.admin_token_file} holds {len(tokens)} lines; there is one admin token")
     limits = Limits(
         body_bytes=config.bytes_of("max_body"),
-        choices=config.max_choices,
+        choices=min(config.max_choices, config.max_waiting),  # all of a request wait at first
         prompt_tokens=config.max_prompt_tokens,
         max_tokens=config.max_tokens,
         sequences=config.max_waiting + (config.max_running or 1024),  # the engine's own queue decides
+        adapters=max(Limits.adapters, config.slots),
     )
     return ServerConfig(
         model=name,

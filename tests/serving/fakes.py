@@ -129,7 +129,7 @@ class FakeEngine:
             raise UnknownAdapter(f"no adapter {adapter!r}")
         with self._lock:
             if len(self.running) >= self.max_waiting:
-                raise QueueFull(f"{self.max_waiting} requests wait")
+                raise QueueFull(f"{self.max_waiting} requests wait: try again later")
             sampling = Sampling(max_tokens, temperature, top_p, seed or 0, self.stops.union(stop_token_ids), logprobs)
             request = Request(f"r{len(self.submitted)}", list(prompt_ids), adapter, sampling, self._cancel)
             self.submitted.append(request)

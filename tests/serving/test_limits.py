@@ -100,8 +100,15 @@ def test_a_full_queue_says_try_again(tokenizer):
     engine.hold()  # or the first could have been answered before the third came
     answer = client(engine).post("/v1/completions", json={**HELLO, "n": 3})
     assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
-    assert answer.json()["error"]["code"] == "queue_full" and answer.json()["error"]["type"] == "rate_limit_error"
+    error = answer.json()["error"]
+    assert error["code"] == "queue_full" and error["type"] == "rate_limit_error"
+    assert error["message"] == "The queue is full: 2 requests wait: try again later."
     assert engine.cancelled == engine.submitted and len(engine.submitted) == 2  # the two that got in are not left behind
+
+
+def test_what_can_never_be_in_progress_is_not_told_to_try_again(engine):
+    error = post(client(engine, limits=Limits(sequences=3)), {**HELLO, "n": 4}, status=422)["error"]
+    assert error["code"] == "too_many_choices" and "supported are 3" in error["message"]
 
 
 def test_sequences_and_adapters_in_progress_are_limited(engine):

@@ -89,6 +89,14 @@ def test_names_of_the_base_model():
         make_server_config(ServeConfig(str(TOKENIZER), name="no spaces"))
 
 
+def test_limits_that_go_together():
+    """What the queue or the slots allow is not told to try again later because of another limit, or the other way round."""
+    limits = make_server_config(ServeConfig(str(TOKENIZER), max_choices=16, max_waiting=4, slots=1000)).limits
+    assert limits.choices == 4 and limits.adapters == 1000
+    limits = make_server_config(ServeConfig(str(TOKENIZER))).limits
+    assert limits.choices == ServeConfig.max_choices and limits.adapters == 256
+
+
 def test_keys_come_from_files_or_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTFT_API_KEY", KEY)
     config = make_server_config(

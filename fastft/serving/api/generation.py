@@ -102,7 +102,7 @@ class Service:
                     job.add(prompt, choice)
         except QueueFull as error:
             job.close("rejected")
-            raise ApiError(429, "queue_full", f"The queue is full: {error}. Try again later.") from error
+            raise ApiError(429, "queue_full", f"The queue is full: {error}.") from error
         except EngineStopped as error:
             job.close("rejected")
             raise ApiError(503, "engine_stopped", f"The engine takes no requests: {error}.") from error

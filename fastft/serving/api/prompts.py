@@ -73,11 +73,12 @@ class Prompts:
 
     def _check(self, request: CompletionRequest | ChatRequest, choices: int) -> None:
         limits = self._service.config.limits
-        if choices > limits.choices:
+        most = min(limits.choices, limits.sequences)
+        if choices > most:
             raise ApiError(
                 422,
                 "too_many_choices",
-                f"Given {choices} answers in one request (prompts × n), supported are {limits.choices}; send more requests.",
+                f"Given {choices} answers in one request (prompts × n), supported are {most}; send more requests.",
                 "n" if (request.n or 1) > 1 else "prompt",
             )
         if request.stream_options is not None and not request.stream:
