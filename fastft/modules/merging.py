@@ -77,7 +77,7 @@ class Mergeable(nn.Module):
         raise NotImplementedError
 
     def note_written(self, names) -> None:
-        """The parts of these adapters have just been written into the weight."""
+        """The parts of these adapters have just been written into the weight, and no others stand in it."""
 
     def _add_delta(self, totals: dict[str, torch.Tensor], name: str) -> None:
         """Add adapter `name`'s delta to the totals of the tensors it edits, in place, in their layout and (float32 or

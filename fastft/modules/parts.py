@@ -37,6 +37,9 @@ class PartSettings:
         """The indices have changed, or may have."""
         raise NotImplementedError
 
+    def drop_values(self) -> None:
+        """The delta may have changed without counting it."""
+
     def linear(self, module, name, x, weight, bias):
         """x Wᵀ + bias with the delta beside the weight."""
         raise NotImplementedError
@@ -68,8 +71,7 @@ class TrainsParts:
         return self._parts[name].deltas(self, name)
 
     def note_written(self, names):
-        for name in names:
-            self._written[name] = Seen(self.delta_of(name))
+        self._written = {name: Seen(self.delta_of(name)) for name in names}
         if self._store is not None:
             self._store.untouched = None
 
@@ -79,6 +81,11 @@ class TrainsParts:
             settings.forget()
         if self._store is not None:
             self._store.forget()
+
+    def refresh(self) -> None:
+        for settings in self._parts.values():
+            settings.drop_values()
+        super().refresh()
 
     def _forget_seen(self) -> None:
         """Before tensors may be swapped, which is refused for those that a weak reference knows."""

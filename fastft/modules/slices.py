@@ -11,14 +11,14 @@ from torch import nn
 
 from ..ops.partial_linear import Part, delta_linear, delta_update
 from .parts import PartSettings
-from .stores import Seen
+from .stores import Seen, has_gradient
 
 
 @dataclass(eq=False)
 class SliceSettings(PartSettings):
     """Where a slice lies: unit u is the `size` features from ``offset + u * size`` on, of the rows or columns.
 
-    cast: (the delta as it was seen, the delta in the weight's 16-bit dtype), for inference beside the weight.
+    cast: (the delta as it was seen, the delta in the 16-bit dtype of a forward), for inference beside the weight.
     """
 
     kind: str
@@ -48,21 +48,27 @@ class SliceSettings(PartSettings):
         self.seen, self.cast, self._part = Seen(), None, None
 
     def linear(self, module, name, x, weight, bias):
-        delta = self.delta(module, name) if torch.is_grad_enabled() else self._cast(module, name)
+        delta = self.delta(module, name) if torch.is_grad_enabled() else self._cast(module, name, weight)
         return delta_linear(x, weight, bias, self.part(module, name), delta, fan_in_fan_out=module.fan_in_fan_out)
 
     def update(self, module, name, x, y):
         part, delta = self.part(module, name), self.delta(module, name)
         return delta_update(y, x, part, delta, fan_in_fan_out=module.fan_in_fan_out)
 
-    def _cast(self, module, name):
-        """The delta as inference multiplies it: of a 16-bit weight rounded to its dtype, once for all forwards."""
-        delta, dtype = self.delta(module, name), module.weight.dtype
-        if delta.dtype == dtype or dtype == torch.float64:
+    def drop_values(self):
+        self.cast = None
+
+    def _cast(self, module, name, weight):
+        """The delta as inference multiplies it: rounded to a 16-bit weight's dtype, or autocast's, once for all forwards."""
+        delta, dtype, kind = self.delta(module, name), weight.dtype, weight.device.type
+        if dtype in (torch.float64, delta.dtype) or torch.compiler.is_compiling() or has_gradient(delta):
             return delta
-        if self.cast is None or not self.cast[0].still(delta) or self.cast[1].device != delta.device:
-            self.cast = Seen(delta), delta.detach().to(dtype)
-        return self.cast[1]
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        cast = self.cast
+        if cast is None or not cast[0].still(delta) or cast[1].dtype != dtype or cast[1].device != delta.device:
+            self.cast = cast = Seen(delta), delta.detach().to(dtype)
+        return cast[1]
 
 
 class Buffers(nn.Module):

@@ -6,7 +6,7 @@ from torch import nn
 from ..ops.entries import Entries
 from ..ops.partial_linear import Part, partial_linear
 from ..ops.sparse import gather_entries, write_entries_
-from .stores import Seen
+from .stores import Seen, has_gradient
 
 
 class SparseDeltaLinear(nn.Linear):
@@ -94,7 +94,7 @@ class SparseDeltaLinear(nn.Linear):
         write_entries_(self.weight, self.starts, self.columns, self._base, self.delta.detach())
         if not self._written.still(self.delta):  # a graph that saved the weight must notice; the same bits do no harm
             torch.autograd.graph.increment_version(self.weight)
-        self._written, self._trained = Seen(self.delta), self.delta.grad is not None
+        self._written, self._trained = Seen(self.delta), has_gradient(self.delta)
 
     def _check_own(self):
         """The delta must not get into a tensor of somebody else's: a ``state_dict`` shows the pretrained weight."""

@@ -46,6 +46,11 @@ def _gone() -> None:
     return None
 
 
+def has_gradient(delta) -> bool:
+    """May an optimizer have changed it since without counting that, as fused ones do?"""
+    return delta.is_leaf and delta.grad is not None
+
+
 def _surely_zero(delta) -> bool:
     """Nothing is known of a tensor without values (`fastft train --dry-run`, the meta device)."""
     return not (delta.is_meta or isinstance(delta, FakeTensor) or bool(delta.any()))

@@ -10,7 +10,7 @@ from torch.func import functional_call
 import fastft
 from tests.methods.models import randomize
 
-BF16, F32 = torch.bfloat16, torch.float32
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
 class MLP(nn.Module):
@@ -71,7 +71,7 @@ def test_swapped_tensors(merged):
         want, state = model(x), model.state_dict()
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
-        for dtype in (BF16, torch.float16, BF16):
+        for dtype in (BF16, F16, BF16):
             model.to(dtype)
             with torch.no_grad():
                 model(x.to(dtype))
@@ -82,3 +82,46 @@ def test_swapped_tensors(merged):
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
     assert torch.equal(model(x), want)
+
+
+def test_evaluation_beside_the_weight_follows_fused_optimizers():
+    """Which count no change; also where no handle sees their step, as long as the gradient is there."""
+    model, handle, x = net(merged=False, dtype=BF16)
+    (delta,) = handle.parameters()
+    optimizer = torch.optim.SGD([delta], lr=1.0, fused=True)
+    with torch.no_grad():
+        seen = [model(x)]
+    for hidden in (False, True):
+        model(x).float().square().sum().backward()
+        if hidden:
+            with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(delta):
+                delta.add_(1)
+        else:
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            seen.append(model(x))
+        assert torch.equal(seen[-1], model(x)) and not torch.equal(seen[-1], seen[-2])
+    optimizer.zero_grad()
+    delta.data.add_(1)
+    handle.refresh()
+    with torch.no_grad():
+        assert not torch.equal(model(x), seen[-1])
+
+
+@pytest.mark.parametrize("base, other", [(F16, BF16), (BF16, F16)])
+def test_evaluation_beside_the_weight_in_another_dtype(base, other):
+    model, handle, x = net(merged=False, dtype=base)
+    randomize(handle)
+
+    def check(x):
+        want = model(x)
+        with torch.no_grad():
+            assert torch.equal(model(x), want)
+
+    check(x)
+    with torch.autocast("cpu", other):
+        check(x)
+    check(x)
+    model.to(other)
+    check(x.to(other))
