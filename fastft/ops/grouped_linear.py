@@ -121,8 +121,9 @@ def grouped_lora(x, weight, bias, lora_A: Sequence, lora_B: Sequence, routing: R
         raise TypeError(f"adapters in {', '.join(map(str, dtypes))} on {x.dtype}; all must be {x.dtype}, or all float32")
     parts = [a.reshape(-1) for a in factors[:count]] + [b.t().reshape(-1) for b in factors[count:]]
     store = torch.cat(parts) if parts else x.new_empty(0)
-    make = _make_lora_tables if torch.compiler.is_compiling() else _lora_tables
-    tables = make(ranks, k, n, scales, str(x.device))
+    # What is made under a mode (FakeTensorMode) is of no use outside of it, and the other way round.
+    anew = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    tables = (_make_lora_tables if anew else _lora_tables)(ranks, k, n, scales, str(x.device))
     return _apply(x, None, weight, bias, store, tables, routing)
 
 

@@ -56,7 +56,9 @@ class SparseAdamW(InPlaceOptimizer):
         state, (beta1, beta2) = self._entries_state(delta), group["betas"]
         state["step"] += 1
         age = state.get("age")
-        table = None if age is None else corrections(beta1, beta2, delta.device)
+        # What is made under a mode (FakeTensorMode) is of no use outside of it, and the other way round.
+        made = corrections.__wrapped__ if torch._C._len_torch_dispatch_stack() else corrections
+        table = None if age is None else made(beta1, beta2, delta.device)
         step = int(state["step"])
         sparse_adamw_(
             *(site or _nowhere(delta)), delta.detach(), delta.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"],

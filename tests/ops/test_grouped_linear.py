@@ -1,8 +1,11 @@
 """The public functions on the grouped ops: gradients by gradcheck and against a loop over adapters."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastft
 from fastft.ops.grouped import COLUMNS, ENTRIES, LOW_RANK, ROWS
@@ -163,3 +166,11 @@ def test_compiles_without_a_break():
         plain = grouped_lora(x, weight, bias, a, b, routing, SCALES)
         compiled = torch.compile(grouped_lora, fullgraph=True, backend="aot_eager")
         assert torch.allclose(compiled(x, weight, bias, a, b, routing, SCALES), plain)
+
+
+def test_fake_and_real_tensors_share_no_tables():
+    for mode in (FakeTensorMode(), nullcontext(), FakeTensorMode()):
+        with mode, torch.no_grad():
+            x, weight, bias, a, b, _ = layer(F32, F32, k=23)  # sizes that no other test has
+            y = grouped_lora(x, weight, bias, a, b, Routing.of(torch.zeros(7, dtype=torch.int64), len(a)), SCALES)
+            assert y.shape == (7, 17)

@@ -1,9 +1,12 @@
 """The optimizers of entries: SM3 against its formula, ages, bfloat16 moments and their state_dict."""
 
 import copy
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastft
 from tests.methods.sparse_net import NAMES, Net, attached, held, inputs, loss_of, masks, train
@@ -89,6 +92,15 @@ def test_a_learning_rate_may_be_a_tensor(optimizer):
         optimizer([parameter], {}, lr=lr).step()
         results.append(parameter.detach())
     assert torch.equal(*results)
+
+
+def test_steps_of_fake_and_of_real_tensors_share_no_table():
+    module = SimpleNamespace(update_site=lambda name: None, standing=lambda: [])
+    for mode in (FakeTensorMode(), nullcontext(), FakeTensorMode()):
+        with mode:
+            parameter = torch.nn.Parameter(torch.zeros(4))
+            parameter.grad = torch.ones(4)
+            fastft.SparseAdamW([parameter], {parameter: (module, "default")}, lr=0.125, betas=(0.25, 0.5)).step()
 
 
 def test_second_moments_of_bfloat16_decay():
