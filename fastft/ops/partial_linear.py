@@ -52,6 +52,7 @@ class Part:
             raise ValueError(f"a part of {self.kind} {'needs an' if self.index is None else 'has no'} index")
 
     @staticmethod
+    @torch.inference_mode(False)  # backward saves the index where it is differentiated in turn
     def of(kind: str, index, size: int, device=None) -> "Part":
         """Rows or columns by any sequence of integers, checked against `size`, how many there are.
 

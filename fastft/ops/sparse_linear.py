@@ -154,6 +154,7 @@ class Ways:
     _sampling: list[Sampling] = field(default_factory=list, repr=False)
 
     @staticmethod
+    @torch.inference_mode(False)  # backward saves the order where it is differentiated in turn
     def of(entries: Entries, fan_in_fan_out: bool = False) -> "Ways":
         own, other = (entries, None), transposed(entries)
         forth, back = (other, own) if fan_in_fan_out else (own, other)

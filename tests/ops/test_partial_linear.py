@@ -314,6 +314,16 @@ def test_many_gradients_at_once(kind, transposed):
             torch.testing.assert_close(g, torch.stack(w), rtol=1e-4, atol=1e-4)
 
 
+def test_a_part_made_in_inference_mode_is_differentiated_twice():
+    x, weight, bias, _ = layer(5, F32)
+    with torch.inference_mode():
+        chosen = Part.of("rows", [1, 4], N)
+    delta = torch.ones(2, K, requires_grad=True)
+    for f in (partial_linear, delta_linear):
+        (first,) = torch.autograd.grad(f(x, weight, bias, chosen, delta).square().sum(), delta, create_graph=True)
+        assert torch.autograd.grad(first.sum(), x)[0].any()
+
+
 def test_second_derivative_that_would_need_what_is_not_kept_is_refused():
     x, weight, bias, _ = layer(5, F32)
     trained = torch.zeros(part("columns").shape(weight), requires_grad=True)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import fastft
 from fastft.ops import sparse_linear as module
 from fastft.ops.entries import Entries
-from fastft.ops.sparse_linear import Sampling, engine, entries_gradient, sparse_linear, sparse_update
+from fastft.ops.sparse_linear import Sampling, Ways, engine, entries_gradient, sparse_linear, sparse_update
 from tests.golden import devices
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
@@ -179,3 +179,14 @@ def test_second_derivatives(fan_in_fan_out):
     with fastft.testing.use("reference"):
         jacobians = [torch.autograd.functional.jacobian(f, x.detach(), vectorize=v) for v in (False, True)]
     torch.testing.assert_close(*jacobians)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_ways_made_in_inference_mode_are_differentiated_twice(transposed):
+    chosen, x, weight = entries((24, 24)), torch.randn(5, 24), torch.randn(24, 24)
+    with torch.inference_mode():
+        ways = Ways.of(chosen, transposed)
+    delta = torch.zeros(len(chosen), requires_grad=True)
+    y = sparse_linear(x, weight, None, chosen, delta, fan_in_fan_out=transposed, ways=ways)
+    (first,) = torch.autograd.grad(y.square().sum(), delta, create_graph=True)
+    assert torch.autograd.grad(first.sum(), delta)[0].any()
