@@ -9,6 +9,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export FASTFT_HOSTCUDA := 1
+# Some images forbid to write bytecode: each process of the tests would compile what it imports, 14 s with transformers.
+export PYTHONDONTWRITEBYTECODE :=
 
 NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml fastft/__init__.py
 
