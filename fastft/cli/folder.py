@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import pickle
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from .config import make_config
 from .errors import UserError
 
 WRITTEN = ("config.yaml", "summary.json", "loss.png", "selection.png")  # besides adapter/ and checkpoint-N/
+UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError)  # of torch and safetensors
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Options that may differ between a run and its continuation.
 RESUMABLE = {"epochs", "max_steps", "log_steps", "eval_steps", "save_steps", "keep_checkpoints", "device"}
@@ -72,6 +74,15 @@ def after_stop(out: Path) -> str:
     if (checkpoint := last_checkpoint(out)) is None:
         return "stopped before the first checkpoint (--save-steps makes more of them); --overwrite starts the run again"
     return f"stopped; fastft train --resume --out {shlex.quote(str(out))} continues from {checkpoint.name}"
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def damaged(checkpoint: Path, error: Exception) -> UserError:
+    reason = str(error).partition("\n")[0] or repr(error)
+    return UserError(f"--resume: {checkpoint} is damaged ({reason}); remove that folder to continue from an earlier one")
 
 
 def _of_a_run(out: Path) -> Iterator[Path]:

@@ -12,7 +12,7 @@ from . import launch
 from .config import TrainConfig
 from .data import Record, Tokenized, check_fit, read_jsonl, split, tokenize
 from .errors import UserError
-from .folder import after_stop, check_out, clear, writing
+from .folder import UNREADABLE, after_stop, check_out, checkpoint_step, clear, damaged, writing
 from .loading import check_bitsandbytes, load, load_base
 
 
@@ -51,8 +51,16 @@ def run(
         if launch.rank() == 0:
             report(config, train_rows, eval_rows)
         return None
+    steps = _steps(config, len(train_rows.rows))
+    checkpoint = _continued(out, steps) if resume else None
+    if checkpoint and checkpoint_step(checkpoint) == steps:
+        print(f"{checkpoint} is the run's end; more --max-steps or --epochs would continue it")
+        if (out / "summary.json").is_file() and (out / "adapter" / WEIGHTS).is_file():
+            return json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    trainer = _prepare(config, out, checkpoint, steps, tokenizer, train_rows, eval_rows)
+    launch.wait()  # from here on the folder changes, which all have looked at
     with writing(out):
-        return _train(config, out, resume, tokenizer, train_rows, eval_rows)
+        return _train(config, out, checkpoint, steps, trainer, train_rows, eval_rows)
 
 
 def _records(config: TrainConfig) -> tuple[list[Record], list[Record]]:
@@ -126,10 +134,13 @@ def attach(config: TrainConfig, model: Any, rows: list[Any], pad: int, checkpoin
     from ..integrations.transformers import collate
 
     torch.manual_seed(config.seed)
-    try:
-        if checkpoint is not None and config.method != "lora":
-            # What trains is the run's: measured anew, on other hardware say, others might be chosen.
+    if checkpoint is not None and config.method != "lora":
+        # What trains is the run's: measured anew, on other hardware say, others might be chosen.
+        try:
             return fastft.load(model, checkpoint / "adapter")
+        except UNREADABLE as error:
+            raise damaged(checkpoint, error) from error
+    try:
         measured = rows[: config.calibration_rows]
         starts = range(0, len(measured), config.batch_size)
         return fastft.attach(
@@ -192,16 +203,34 @@ def _recompute(model: Any) -> None:
     enable({"use_reentrant": False})
 
 
-def _train(
-    config: TrainConfig, out: Path, resume: bool, tokenizer: Any, train_rows: Tokenized, eval_rows: Tokenized
-) -> dict[str, Any] | None:
-    from ..integrations.transformers import check_finite, finish, last_checkpoint, make_trainer, progress
-    from .report import plot, plot_selection, print_summary, summarize, write_summary
+def _continued(out: Path, steps: int) -> Path:
+    """The checkpoint that a resumed run of `steps` goes on from. Raises UserError if it can't."""
+    from ..integrations.transformers import last_checkpoint
+
+    checkpoint = last_checkpoint(out)
+    launch.check_resume(checkpoint)
+    if checkpoint_step(checkpoint) > steps:
+        raise UserError(f"--resume: {checkpoint} is beyond the run's {steps} steps; give more --max-steps or --epochs")
+    return checkpoint
+
+
+def _prepare(
+    config: TrainConfig,
+    out: Path,
+    checkpoint: Path | None,
+    steps: int,
+    tokenizer: Any,
+    train_rows: Tokenized,
+    eval_rows: Tokenized,
+) -> Any:
+    """A trainer of the attached model. Nothing is written: anything of the user's input can still be wrong.
+
+    Raises:
+        UserError: it is.
+    """
+    from ..integrations.transformers import make_trainer
 
     device, dtype = choose_device_and_dtype(config)
-    checkpoint = last_checkpoint(out) if resume else None
-    if checkpoint:
-        launch.check_resume(checkpoint)
     model = load_base(config.model, device, dtype, config.bits())
     check_fit(model, train_rows, eval_rows)
     if config.gradient_checkpointing:
@@ -209,14 +238,43 @@ def _train(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     if pad >= model.get_input_embeddings().num_embeddings:  # a token that was added to the tokenizer alone
         pad = 0  # nothing sees it
-    steps = _steps(config, len(train_rows.rows))
     # First, as processes know each other from here on, and methods agree on what trains while they are attached.
     arguments = _arguments(config, out, device, steps, bool(eval_rows.rows), start=checkpoint is None)
     handle = attach(config, model, train_rows.rows, pad, checkpoint)
-    trainer = make_trainer(model, handle, arguments, train_rows.rows, eval_rows.rows, pad_token_id=pad)
-    launch.wait()  # from here on the folder changes, which all have looked at
+    return make_trainer(model, handle, arguments, train_rows.rows, eval_rows.rows, pad_token_id=pad)
+
+
+def _go_on(trainer: Any, speed: Any, checkpoint: Path | None, steps: int) -> None:
+    """Train to the end. Raises UserError where `checkpoint` can't be read, and what Trainer raises."""
+    from ..integrations.transformers import finish
+
+    try:
+        if checkpoint and checkpoint_step(checkpoint) == steps:
+            finish(trainer, checkpoint)  # killed between the last step and the summary
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except UNREADABLE as error:
+        # From the first step on the checkpoint is read; and no lack of memory is to cost one.
+        if checkpoint is None or speed.started is not None or "out of memory" in str(error):
+            raise
+        raise damaged(checkpoint, error) from error
+
+
+def _train(
+    config: TrainConfig,
+    out: Path,
+    checkpoint: Path | None,
+    steps: int,
+    trainer: Any,
+    train_rows: Tokenized,
+    eval_rows: Tokenized,
+) -> dict[str, Any] | None:
+    from ..integrations.transformers import check_finite, progress
+    from .report import plot, plot_selection, print_summary, summarize, write_summary
+
+    handle = trainer.handle
     if launch.rank() == 0:
-        if not resume:  # only now, when nothing of the user's input can be wrong any more
+        if checkpoint is None:
             clear(out)
         out.mkdir(parents=True, exist_ok=True)
         config.save(out / "config.yaml")
@@ -224,17 +282,12 @@ def _train(
 
     speed = progress(trainer)
     trainable = sum(p.numel() for p in handle.parameters())
+    device, dtype = choose_device_and_dtype(config)
     base = f"{dtype}, base of {config.bits()} bits" if config.bits() else dtype
     where = f"{launch.processes()} processes, {device.type}" if launch.processes() > 1 else device
     print(f"training {trainable:,} parameters on {where} ({base}); output in {out}")
     try:
-        if checkpoint and int(checkpoint.name.removeprefix("checkpoint-")) >= steps:
-            print(f"{checkpoint} is the run's end; more --max-steps or --epochs would continue it")
-            if (out / "summary.json").is_file() and (out / "adapter" / WEIGHTS).is_file():
-                return json.loads((out / "summary.json").read_text(encoding="utf-8"))
-            finish(trainer, checkpoint)  # killed between the last step and the summary
-        else:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        _go_on(trainer, speed, checkpoint, steps)
         step = trainer.state.global_step
         check_finite(handle, step)  # the last step need not have had a loss logged, nor a checkpoint
         if eval_rows.rows and not any("eval_loss" in h and h["step"] == step for h in trainer.state.log_history):
@@ -247,7 +300,7 @@ def _train(
     if launch.rank() != 0:
         return None
     handle.save(out / "adapter")
-    summary = summarize(config, trainer, speed, handle, model, train_rows, eval_rows)
+    summary = summarize(config, trainer, speed, handle, trainer.model, train_rows, eval_rows)
     write_summary(summary, out / "summary.json")
     plot(summary, out / "loss.png")
     if summary["selection"]:

@@ -134,6 +134,29 @@ def test_a_resumed_run_logs_evaluates_and_saves_as_it_is_told_now(straight, tmp_
     assert {p.name for p in out.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (25, 28, 31)}
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"],
+)
+def test_a_damaged_checkpoint_is_named(straight, tmp_path, fastft_command, name):
+    out = stopped(straight[0], tmp_path / "out", 30)
+    file = out / "checkpoint-25" / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    result = fastft_command("train", "--resume", "--out", out)
+    assert result.exit_code == 2 and f"--resume: {file.parents[name.count('/')]} is damaged (" in result.stderr, (
+        result.stderr
+    )
+    assert "remove that folder" in result.stderr
+
+
+def test_resuming_with_fewer_steps_than_it_has_changes_nothing(straight, tmp_path, fastft_command):
+    out = tmp_path / "out"
+    shutil.copytree(straight[0], out)
+    result = fastft_command("train", "--resume", "--out", out, "--max-steps", "20")
+    assert result.exit_code == 2 and "checkpoint-30 is beyond the run's 20 steps; give more" in result.stderr
+    assert (out / "config.yaml").read_bytes() == (straight[0] / "config.yaml").read_bytes()
+
+
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_checkpoint_without_the_trainers_state_is_not_resumed(straight, tmp_path, name):
     shutil.copytree(straight[0], tmp_path / "out")
@@ -339,6 +362,15 @@ def test_a_full_disk_names_the_folder(straight, tmp_path, fastft_command, larges
         with largest_file(limit):
             result = fastft_command("train", *straight[1], "--out", out)
         assert result.exit_code == 2 and f"out {out}: cannot be written: " in result.stderr, result.output
+
+
+def test_a_damaged_base_is_no_full_disk(straight, tiny_model, tmp_path, fastft_command):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:5000])
+    result = fastft_command("train", *straight[1], "--model", model, "--out", tmp_path / "out")
+    assert result.exit_code == 2 and f"model {model}: its weights are damaged" in result.stderr
+    assert "cannot be written" not in result.stderr and not (tmp_path / "out").exists()
 
 
 def test_a_path_that_cannot_be_written_is_one_line(tiny_model, text_data, fastft_command):
