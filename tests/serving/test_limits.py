@@ -31,12 +31,12 @@ def test_limits_of_one_request(engine):
     for body, code in [
         ({"n": 5}, "too_many_choices"),
         ({"prompt": ["a", "b", "c"], "n": 2}, "too_many_choices"),
-        ({"prompt": [5] * 21}, "prompt_too_long"),
+        ({"prompt": [5] * 21}, "context_length_exceeded"),
         ({"max_tokens": 31}, "too_many_tokens"),
         ({"stop": ["a", "b", "c"]}, "too_many_stops"),
         ({"stop": "abcdef"}, "stop_too_long"),
     ]:
-        error = post(http, {**HELLO, **body}, status=422)["error"]
+        error = post(http, {**HELLO, **body}, status=400 if code == "context_length_exceeded" else 422)["error"]
         assert error["code"] == code and error["message"].startswith("Given ") and "supported" in error["message"]
     assert not engine.submitted
     post(http, {**HELLO, "n": 4, "prompt": [5] * 20, "max_tokens": 30, "stop": ["a", "abcde"]})
@@ -44,11 +44,11 @@ def test_limits_of_one_request(engine):
 
 def test_prompt_and_answer_fit_the_engine(engine):
     http = client(engine)
-    error = post(http, {**HELLO, "prompt": [5] * 500, "max_tokens": 13}, status=422)["error"]
-    assert error["code"] == "too_many_tokens" and "supported are 12" in error["message"]
-    assert post(http, {**HELLO, "prompt": [5] * 512}, status=422)["error"]["code"] == "prompt_too_long"
+    error = post(http, {**HELLO, "prompt": [5] * 500, "max_tokens": 13}, status=400)["error"]
+    assert error["code"] == "context_length_exceeded" and "supported are 12" in error["message"]
+    assert post(http, {**HELLO, "prompt": [5] * 512}, status=400)["error"]["code"] == "context_length_exceeded"
     post(http, {**HELLO, "prompt": [5] * 500, "max_tokens": 12})
-    post(http, {**CHAT, "max_tokens": 1000}, "/v1/chat/completions", 422)
+    post(http, {**CHAT, "max_tokens": 1000}, "/v1/chat/completions", 400)
 
 
 def test_body_size_is_counted_while_it_arrives(engine):
@@ -191,12 +191,12 @@ def test_texts_that_cannot_fit_are_not_tokenized(tokenizer, monkeypatch):
     ]:
         with monkeypatch.context() as context:
             context.setattr(prompts.Prompts, "_in_thread", None)
-            error = post(http, body, path, 422)["error"]
-        assert error["code"] == "prompt_too_long" and error["param"] == text
+            error = post(http, body, path, 400)["error"]
+        assert error["code"] == "context_length_exceeded" and error["param"] == text
         assert f"supported are {engine.max_length - 1} tokens, which are no more than {fits} characters" in error["message"]
     # The longest text that could fit is tokenized before it is refused.
-    error = post(http, {**HELLO, "prompt": "x" * fits}, status=422)["error"]
-    assert error["code"] == "prompt_too_long" and "tokens, supported are" in error["message"]
+    error = post(http, {**HELLO, "prompt": "x" * fits}, status=400)["error"]
+    assert error["code"] == "context_length_exceeded" and "tokens, supported are" in error["message"]
 
 
 def test_an_answer_of_what_fits_where_nothing_is_asked_for(engine):

@@ -116,6 +116,9 @@ def test_openai_async(url):
 def test_openai_errors(sdk, url):
     with pytest.raises(openai.NotFoundError, match="GET /v1/models"):
         sdk.completions.create(model="nope", prompt="hello")
+    with pytest.raises(openai.BadRequestError, match="supported are 511; shorten it") as too_long:
+        sdk.completions.create(model="base", prompt=[5] * 600)
+    assert too_long.value.code == "context_length_exceeded"  # agents look for it, and shorten the conversation
     with pytest.raises(openai.UnprocessableEntityError, match="echo: not supported"):
         sdk.completions.create(model="base", prompt="hello", echo=True)
     with (

@@ -115,9 +115,7 @@ class Prompts:
         """Before a text that can't fit is tokenized, for seconds in which no other one is."""
         most = self._most_tokens()
         if characters > most * self._widest:
-            raise ApiError(
-                422,
-                "prompt_too_long",
+            raise _too_long(
                 f"Given a prompt of {characters} characters, supported are {most} tokens, which are no more than "
                 f"{most * self._widest} characters; shorten it.",
                 where,
@@ -145,18 +143,21 @@ class Prompts:
         longest = max(map(len, prompts))
         most = self._most_tokens()
         if longest > most:
-            raise ApiError(
-                422, "prompt_too_long", f"Given a prompt of {longest} tokens, supported are {most}; shorten it.", where
-            )
+            raise _too_long(f"Given a prompt of {longest} tokens, supported are {most}; shorten it.", where)
         room = whole - longest
         if max_tokens is None:
             max_tokens = min(room, limits.max_tokens or room, default or room)
-        if max_tokens > min(room, limits.max_tokens or room):
-            why = f"{whole} tokens hold prompt ({longest}) and answer" if max_tokens > room else "the server's limit"
+        if max_tokens > room:
+            raise _too_long(
+                f"Given {name} = {max_tokens}, supported are {room} ({whole} tokens hold prompt ({longest}) and answer); "
+                "ask for fewer, or shorten the prompt.",
+                name,
+            )
+        if max_tokens > (limits.max_tokens or room):
             raise ApiError(
                 422,
                 "too_many_tokens",
-                f"Given {name} = {max_tokens}, supported are {min(room, limits.max_tokens or room)} ({why}); ask for fewer.",
+                f"Given {name} = {max_tokens}, supported are {limits.max_tokens} (the server's limit); ask for fewer.",
                 name,
             )
         logprobs = request.logprobs is not None and request.logprobs is not False
@@ -169,6 +170,11 @@ class Prompts:
             logprobs=logprobs,
             stop_token_ids=tuple(self._special[stop] for stop in request.stops if stop in self._special),
         )
+
+
+def _too_long(message: str, name: str) -> ApiError:
+    """As OpenAI has it: clients that see this status and code shorten the conversation and ask again."""
+    return ApiError(400, "context_length_exceeded", message, name)
 
 
 def _no_top_logprobs(name: str, instead: str) -> ApiError:
