@@ -50,7 +50,7 @@ class ServeConfig:
     max_waiting: int = _option("Sequences that wait at most; more are told to try again (429).", 1024)
     max_prompt_tokens: int | None = _option("Of one prompt; else what the model and the cache hold.", None)
     max_tokens: int | None = _option("Of one answer; else what the model and the cache hold.", None)
-    max_choices: int = _option("Answers in one request (prompts times n); no more than --max-waiting.", 16)
+    max_choices: int = _option("Answers in one request (prompts times n); no more than --max-waiting.", 32)
     max_body: str = _option("Bytes of a request's body.", "4MiB")
     drain: float = _option("Seconds that running requests get to finish when the server is stopped.", 30.0)
     access_log: bool = _option("Print a line for each request.", False)
