@@ -116,6 +116,23 @@ def test_chat_streams_too(engine):
         assert bytes(byte for one in logprobs for byte in one["bytes"]).decode() == choice["message"]["content"]
 
 
+@pytest.mark.parametrize(
+    "path,body", [("/v1/chat/completions", CHAT), ("/v1/completions", HELLO)], ids=["chat", "completions"]
+)
+def test_all_chunks_have_the_adapters_fingerprint(tokenizer, path, body, monkeypatch):
+    """Also those before the engine has come to the first choice, or to any."""
+    run, free = FakeEngine._run, threading.Event()
+
+    def late(self, request):
+        free.wait(0.5 if request is self.submitted[0] else 0.1)
+        run(self, request)
+
+    monkeypatch.setattr(FakeEngine, "_run", late)
+    answer = client(FakeEngine(tokenizer)).post(path, json={**body, "model": "math", "n": 2, "stream": True})
+    fingerprints = {chunk["system_fingerprint"] for chunk in events(answer)}
+    assert len(fingerprints) == 1 and None not in fingerprints
+
+
 def test_content_in_parts(engine, tokenizer):
     parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
     post(client(engine), {**CHAT, "messages": [{"role": "user", "content": parts}]}, "/v1/chat/completions")
@@ -390,8 +407,16 @@ def test_unexpected_errors_have_no_details(engine, monkeypatch):
 
 
 def test_waiting_streams_send_signs_of_life(engine, monkeypatch):
+    deltas = generation.Job.deltas
+
+    async def until_the_first(job):
+        async for news in deltas(job):
+            if news is None:
+                engine.go()
+            yield news
+
     monkeypatch.setattr(generation, "PING_SECONDS", 0.05)
+    monkeypatch.setattr(generation.Job, "deltas", until_the_first)
     engine.hold()
-    threading.Timer(0.3, engine.go).start()
     answer = client(engine).post("/v1/completions", json={**HELLO, "stream": True})
     assert answer.text.startswith(": waiting\n\n") and len(events(answer)) >= 2

@@ -183,14 +183,16 @@ async def _events(form: _Format, count_error: Callable[[str], None]) -> AsyncIte
     usage = bool(options and options.include_usage)
     # Clients that ask for usage get the key in every chunk.
     more = {"usage": None} if usage else {}
+    opening = form.opening()
     try:
-        for choice in form.opening():
-            yield _event(form.chunk([choice], **more))
         async for news in form.job.deltas():
             if news is None:
                 yield ": waiting\n\n"
-            else:
-                yield _event(form.chunk([form.chunk_choice(*news)], **more))
+                continue
+            # Not before the first token: only then it is known which version of the adapter answers.
+            for choice in [*opening, form.chunk_choice(*news)]:
+                yield _event(form.chunk([choice], **more))
+            opening = []
         if usage:
             yield _event(form.chunk([], usage=form.job.usage()))
     except Exception as caught:

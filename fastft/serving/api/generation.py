@@ -140,6 +140,7 @@ class Job:
         self._post = partial(courier.put, self._mail)
         self._open: set[int] = set()
         self._last: list[float] = []
+        self._lease: Any = None
         service.jobs.add(self)
 
     def add(self, prompt: list[int], choice: int) -> None:
@@ -223,9 +224,9 @@ class Job:
         }
 
     def fingerprint(self) -> str | None:
-        """The start of the digest of the adapter that answered."""
-        lease = self.requests[0].lease
-        return None if lease is None else lease.digest[:16]
+        """The start of the digest of the adapter that answered: of one choice, the same in all chunks."""
+        self._lease = self._lease or next((request.lease for request in self.requests if request.lease is not None), None)
+        return None if self._lease is None else self._lease.digest[:16]
 
     def _finish(self, index: int, at: float) -> Delta:
         request = self.requests[index]
