@@ -31,7 +31,7 @@ from .grouped import (
     transposed,
 )
 from .lora_linear import _autocast, _rows
-from .registry import Scope
+from .registry import Scope, check_dtype
 from .sparse import add_sparse_product_, sampled_product_
 
 
@@ -157,6 +157,7 @@ def grouped_update(y, x, store, tables: Tables, routing: Routing):
 
 
 def _apply(x, y, weight, bias, store, tables, routing):
+    check_dtype(x)
     tokens = x.numel() // max(x.shape[-1], 1)
     if tokens * routing.k < len(routing.assignments):
         raise ValueError(f"{tokens} tokens, but the routing has {len(routing.assignments)} assignments, {routing.k} a token")

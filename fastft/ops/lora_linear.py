@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from ._lora_nodes import ExpandDoraNode, ExpandNode, LoRALinearNode, ShrinkNode, UpdateNode
 from .dora import inverse_norm
 from .lora import accumulator, term
-from .registry import without_autocast
+from .registry import DTYPES, check_dtype, without_autocast
 
 
 class SharedInput:
@@ -213,9 +213,9 @@ def _plain_linear(x, weight, bias, a, b, scale, p):
 
 
 def _in_one_node(x, weight, bias, a, b, scale, p):
-    """None for sizes that don't fit, or of nothing, whose rows `view` could not tell."""
+    """None for sizes and a dtype that don't fit, or sizes of nothing, whose rows `view` could not tell."""
     n = weight.shape[0]
-    if x.dim() == 1 or b.shape != (n, a.shape[0]) or not (x.numel() and n and 0.0 <= p <= 1.0):
+    if x.dim() == 1 or b.shape != (n, a.shape[0]) or not (x.numel() and n and 0.0 <= p <= 1.0 and x.dtype in DTYPES):
         return None
     seed = torch.randint(2**62, (1,), device=x.device) if p > 0 else None
     return LoRALinearNode.apply(x.contiguous(), weight, bias, a.contiguous(), b.contiguous(), float(scale), float(p), seed)
@@ -271,6 +271,7 @@ def _autocast(first, *others, wide=None):
 
 
 def _check_input(x, factors, p):
+    check_dtype(x)
     for a in factors:
         if x.dim() == 0 or a.dim() != 2 or x.shape[-1] != a.shape[1]:
             want = a.shape[1] if a.dim() == 2 else "K"

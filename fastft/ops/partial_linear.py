@@ -18,7 +18,7 @@ from ._written import output_to_write_on
 from .entries import Entries
 from .lora_linear import _autocast, _rows, forward_mode
 from .partial import gather_columns, scatter_add_columns_
-from .registry import Scope
+from .registry import Scope, check_dtype
 from .sparse_linear import Sampling, entries_gradient, product
 
 KINDS = ("all", "rows", "columns", "entries", "nothing")
@@ -275,6 +275,7 @@ def delta_update(y, x, part: Part, delta, *, fan_in_fan_out: bool = False):
     """``y + x deltaᵀ`` on the part, for the output y [..., N] of any base layer on x [..., K] (quantised weights, or a
     second adapter). Args and errors as `delta_linear`."""
     y, x = _autocast(y, x, wide=())
+    check_dtype(x)
     _check_slice(part)
     n, k = y.shape[-1], x.shape[-1]
     shape = part.shape(torch.empty((k, n) if fan_in_fan_out else (n, k), device="meta"), fan_in_fan_out)
@@ -298,6 +299,7 @@ def _check_slice(part):
 
 
 def _check(x, weight, parts, trained, fan_in_fan_out):
+    check_dtype(x)
     k = weight.shape[0 if fan_in_fan_out else 1]
     if not x.dim() or x.shape[-1] != k:
         raise ValueError(f"x {list(x.shape)} does not fit a weight of {k} in-features")

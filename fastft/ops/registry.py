@@ -333,6 +333,7 @@ def _fell_back(op: str, reasons: dict, args) -> None:
 
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = frozenset((*KERNEL_DTYPES, torch.float64))  # the references take float64, too
 
 
 def refuse_dtypes(*positions: int) -> dict[str, Any]:
@@ -343,6 +344,13 @@ def refuse_dtypes(*positions: int) -> dict[str, Any]:
         return f"kernels take {', '.join(map(str, KERNEL_DTYPES))}, not {given.pop()}" if given else None
 
     return dict.fromkeys(("cpu", "cuda", "triton"), reason)
+
+
+def check_dtype(x) -> None:
+    """Raises TypeError for activations that nothing here is defined for: of complex ones references drop the imaginary part,
+    and no backward conjugates."""
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x is {x.dtype}; it must be torch.float32, bfloat16, float16 or float64")
 
 
 def nothing_fake(*args) -> None:

@@ -18,7 +18,7 @@ from ._written import output_to_write_on
 from .entries import Entries
 from .lora_linear import _autocast, _rows, forward_mode
 from .partial import gather_columns
-from .registry import Scope
+from .registry import Scope, check_dtype
 from .sparse import add_sparse_product_, gather_entries, sampled_product_
 
 _BLOCK = 256  # rows of leftᵀ right that exist at a time where a GEMM forms them
@@ -253,6 +253,7 @@ def sparse_update(y, x, entries: Entries, delta, *, fan_in_fan_out: bool = False
 
 
 def _check(x, stored, logical, entries, delta):
+    check_dtype(x)
     if not x.dim() or x.shape[-1] != logical[1]:
         raise ValueError(f"x {list(x.shape)} does not fit a weight of {logical[1]} in-features")
     if tuple(entries.shape) != tuple(stored):

@@ -8,7 +8,11 @@ from hypothesis import strategies as st
 
 import fastft
 from fastft.ops import lora
+from fastft.ops.entries import Entries
+from fastft.ops.grouped_linear import Routing, grouped_lora
 from fastft.ops.lora_linear import lora_linear, lora_update
+from fastft.ops.partial_linear import Part, delta_linear, delta_update, partial_linear
+from fastft.ops.sparse_linear import sparse_linear, sparse_update
 from tests.golden import assert_close, backends, run_on
 from tests.ops.layers import BF16, F16, F32, F64, composition, grads, layer, saved_bytes, seeded
 
@@ -190,6 +194,29 @@ def test_wrong_inputs_are_refused():
         lora_linear(x, w, bias, a, b, 1.0, 1.5)
     with pytest.raises(ValueError, match="must share dtype and leading dimensions"):
         lora_update(torch.zeros(5, 24), x, a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, torch.int64])
+def test_activations_of_other_kinds_are_refused(dtype):
+    """Of complex ones the imaginary part would be dropped, of integers what follows the point."""
+    x, w, bias, a, b = (t.detach().to(dtype) for t in layer())
+    adapter = (a, b) if dtype.is_complex else (a.float(), b.float())
+    rows, chosen, routing = Part.of("rows", [1, 4], 24), Entries.of_mask(w.real > 0), Routing.of(torch.zeros(6).long(), 1)
+    delta, values = (torch.ones(n, dtype=torch.promote_types(dtype, F32)) for n in ((2, 40), (len(chosen),)))
+    one = [[factor] for factor in adapter]
+    for f in (
+        lambda: lora_linear(x, w, bias, *adapter),
+        lambda: lora_linear(x, w, bias, *adapter, lora_bias=bias),
+        lambda: lora_update(F.linear(x, w), x, *adapter),
+        lambda: partial_linear(x, w, bias, rows, delta),
+        lambda: delta_linear(x, w, bias, rows, delta),
+        lambda: delta_update(F.linear(x, w), x, rows, delta),
+        lambda: sparse_linear(x, w, bias, chosen, values),
+        lambda: sparse_update(F.linear(x, w), x, chosen, values),
+        lambda: grouped_lora(x, w, bias, *one, routing),
+    ):
+        with pytest.raises(TypeError, match=f"x is {dtype}; it must be"):
+            f()
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
