@@ -56,9 +56,10 @@ class AdapterFileError(ValueError):
 def write_adapter(directory, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     """Write both files so that a reader finds the old pair or the new one, even if this process is killed."""
     tensors = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
+    ordered = dict(sorted(config.items()))  # not the keys inside: of several patterns the first that matches counts
     contents = {
         WEIGHTS: save(tensors, {"format": "pt"}),
-        CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+        CONFIG: (json.dumps(ordered, indent=2) + "\n").encode(),
     }
     switch(Path(directory), contents, marker=CONFIG)
 

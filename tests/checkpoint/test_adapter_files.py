@@ -71,6 +71,16 @@ def test_saved_twice_is_the_same_file(folder, tmp_path):
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
+def test_patterns_keep_their_order(tmp_path):
+    """Of those that match a module the first counts."""
+    options = {"rank_pattern": {"q_proj": 2, "layers.0.self_attn.q_proj": 8}, "alpha_pattern": {"q_proj": 4, "0.*q_proj": 9}}
+    handle = fastft.attach(llama(), fastft.LoRA(target_modules=["q_proj"], **options))
+    handle.save(tmp_path)
+    again = fastft.load(llama(), tmp_path)
+    assert [again.method.scale(name) for name in again.targets] == [handle.method.scale(name) for name in handle.targets]
+    handle.restore(tmp_path)
+
+
 def test_damaged_files(folder):
     whole = (folder / WEIGHTS).read_bytes()
     for size in (0, 4, 100, len(whole) - 1):
