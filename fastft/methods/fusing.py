@@ -6,7 +6,7 @@ import torch
 
 from .base import check_name, install_adapter, plain_model
 from .handle import Handle, handles
-from .targets import Matched, exactly
+from .targets import Matched, base_modules, exactly
 
 
 def fuse(model, weights: dict[str, float], adapter_name: str = "fused") -> Handle:
@@ -39,7 +39,9 @@ def fuse(model, weights: dict[str, float], adapter_name: str = "fused") -> Handl
         if not torch.isfinite(torch.tensor(float(factor))):
             raise ValueError(f"the factor of {name!r} is {factor}")
     sources = [found[name] for name in weights]
-    targets = {path: module for handle in sources for path, module in handle.targets.items()}
+    # In the model's order, as a file's adapter gets them when it is loaded: optimizers know parameters by their places.
+    adapted = {path for handle in sources for path in handle.targets}
+    targets = {path: module for path, module in base_modules(model).items() if path in adapted}
     tensors, chosen = {}, {}
     for path, module in targets.items():
         parts = [(handle, weights[handle.name]) for handle in sources if path in handle.targets]

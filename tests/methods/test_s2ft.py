@@ -277,6 +277,16 @@ def test_fused_is_the_sum_of_the_deltas():
     torch.testing.assert_close(logits(model), both, rtol=1e-5, atol=1e-6)
 
 
+def test_a_fused_adapter_is_in_the_models_order(tmp_path):
+    """Optimizers' states know parameters by their places, and a loaded adapter has the model's."""
+    model = llama()
+    for name, layer in (("a", 1), ("b", 0)):
+        attached(model, name, o_ratio=0.0, target_modules=[f"layers.{layer}.mlp.down_proj"])
+    fused = fastft.fuse(model, {"a": 1.0, "b": 1.0}, "sum")
+    fused.save(tmp_path)
+    assert [*fused.targets] == [*fastft.load(llama(), tmp_path).targets]
+
+
 def test_what_can_not_be_fused():
     model = llama()
     attached(model, "a")
