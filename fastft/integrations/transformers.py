@@ -166,7 +166,9 @@ def make_trainer(model, handle, arguments, train_rows, eval_rows=(), *, pad_toke
             for at in range(0, len(rows), self.args.eval_batch_size):
                 inputs = self._prepare_inputs(self.data_collator(rows[at : at + self.args.eval_batch_size]))
                 count = (inputs["labels"][:, 1:] != -100).sum()
-                total += torch.stack([self.model(**inputs).loss.double() * count, count.double()])
+                loss = self.model(**inputs).loss.double()
+                # A batch without a token to predict has no mean: transformers gives NaN.
+                total += torch.stack([torch.where(count > 0, loss * count, 0), count.double()])
             if self.args.world_size > 1:
                 torch.distributed.all_reduce(total)
             metrics = {f"{metric_key_prefix}_loss": (total[0] / total[1]).item()}

@@ -110,6 +110,12 @@ def test_evaluation_is_the_mean_over_tokens(tmp_path):
     assert trainer.state.log_history[-1]["eval_loss"] == found
 
 
+def test_a_batch_without_tokens_to_predict_counts_nothing(tmp_path):
+    masked = {"input_ids": [1, 2, 3], "labels": [-100] * 3}
+    _, trainer = make(tmp_path, [*ROWS[:2], masked], per_device_eval_batch_size=1)
+    assert trainer.evaluate()["eval_loss"] == trainer.evaluate(ROWS[:2])["eval_loss"]
+
+
 def test_every_launch_is_counted(tmp_path):
     _, trainer = make(tmp_path, max_steps=2)
     trainer.train()
