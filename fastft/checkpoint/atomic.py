@@ -3,11 +3,14 @@
 The files are written to a hidden folder inside the folder and flushed to disk; renaming it to ``.fastft-commit`` is the
 point from which the new ones count. Then each file is renamed into place. Readers look for a file in the commit
 folder first, so between any two of these steps they see one complete version; the next writer finishes what a killed
-one left. Swapping whole folders instead would lose what others write into the folder meanwhile (a trainer's
-optimizer state, other ranks' files) and needs a system call that not every filesystem has.
+one left. Other programs know nothing of that and write over the files in place: so the commit folder records what it
+replaces, and counts no longer once something else lies there. Swapping whole folders instead would lose what others write
+into the folder meanwhile (a trainer's optimizer state, other ranks' files) and needs a system call that not every
+filesystem has.
 """
 
 import errno
+import json
 import os
 import shutil
 import stat
@@ -22,21 +25,26 @@ except ImportError:  # Windows: no locks on folders; concurrent writers to one f
 
 _DRAFT = ".fastft-draft-"
 COMMIT = ".fastft-commit"
+_RECORD, _LONGEST_RECORD = ".fastft-replaces", 1 << 16  # in a commit; bytes
 _WAIT_SECONDS, _POLL_SECONDS = 5.0, 0.02
 
 
 def current(folder: Path, name: str) -> Path:
     """Where the current version of a file lies, also after a writer was killed."""
     pending = folder / COMMIT / name
-    return pending if pending.exists() else folder / name
+    return pending if pending.exists() and not _stale(folder) else folder / name
 
 
 def opened(folder: Path, name: str):
     """The current version of a file, open for reading; it stays what it is if a writer comes.
 
     Raises:
-        OSError: also for what is no regular file.
+        OSError: also for what is no regular file, and where files of a killed writer lie beside another program's.
     """
+    strange, ours = _since(folder)
+    if strange and ours:
+        what = f"{', '.join(strange)} was written by another program, and {', '.join(ours)} by a save that was killed"
+        raise OSError(errno.EINVAL, f"{what}, so that they don't belong together; save the adapter again", str(folder))
     try:
         return _open(current(folder, name))
     except FileNotFoundError:  # a writer moved it since we looked, or it isn't there
@@ -52,6 +60,50 @@ def _open(path: Path):
     return os.fdopen(descriptor, "rb")
 
 
+def _stale(folder: Path) -> bool:
+    """Whether another program has written files since the commit was made, and none of the commit's lies in their place."""
+    strange, ours = _since(folder)
+    return bool(strange and not ours)
+
+
+def _since(folder: Path) -> tuple[list[str], list[str]]:
+    """Which of the files that a commit replaces are another program's, written since, and which are in place already.
+
+    Both are empty where nothing is left to be moved and where it isn't known: without a record, as earlier versions of
+    fastft left commits, or if the folder was copied and its files have other times now.
+    """
+    while record := _recorded(folder):
+        # What is pending first: moved in between it is still found in place.
+        pending = {name: _stamp(folder / COMMIT / name) for name in record}
+        placed = {name: _stamp(folder / name) for name in record}
+        waiting = [name for name, stamp in pending.items() if stamp is not None]
+        strange = [name for name, stamp in placed.items() if stamp is not None and stamp not in record[name]]
+        if not waiting or any(pending[name] != record[name][1] for name in waiting):
+            break
+        if not strange or _recorded(folder) == record:  # or it is another writer's commit by now
+            return strange, [name for name, stamp in placed.items() if stamp == record[name][1]]
+    return [], []
+
+
+def _recorded(folder: Path) -> dict[str, list]:
+    """Of every file of a commit the stamps of what it replaces and of itself. Nothing if there is no legible record."""
+    try:
+        with _open(folder / COMMIT / _RECORD) as file:
+            record = json.loads(file.read(_LONGEST_RECORD))
+        return {os.path.basename(name): [old, new] for name, (old, new) in record.items()}  # nothing elsewhere is looked at
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _stamp(path: Path) -> list[int] | None:
+    """By which a file is known again: size and time, which moving it doesn't change. None: it isn't there."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):  # of a name that can't be one
+        return None
+    return [found.st_size, found.st_mtime_ns]
+
+
 def switch(folder: Path, contents: dict[str, bytes], marker: str) -> None:
     """Replace files of `folder` (made if missing) together. Other files are left alone; modes follow the umask.
 
@@ -63,17 +115,18 @@ def switch(folder: Path, contents: dict[str, bytes], marker: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         _flush(folder.parent)
     with locked(folder):
+        for left in folder.glob(_DRAFT + "*"):  # nobody else is writing one: we hold the lock
+            shutil.rmtree(left)
+        if _stale(folder):
+            shutil.rmtree((folder / COMMIT).rename(folder / f"{_DRAFT}stale"))  # at once: a part of it would count again
         _finish(folder, marker)
-        for stale in folder.glob(_DRAFT + "*"):  # nobody else is writing one: we hold the lock
-            shutil.rmtree(stale)
         draft = folder / f"{_DRAFT}{os.getpid()}"
         draft.mkdir()
         try:
             for name, data in contents.items():
-                with open(draft / name, "wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
+                _write(draft / name, data)
+            record = {name: [_stamp(folder / name), _stamp(draft / name)] for name in contents}
+            _write(draft / _RECORD, json.dumps(record).encode())
             _flush(draft)
             os.rename(draft, folder / COMMIT)
         except BaseException:
@@ -83,16 +136,25 @@ def switch(folder: Path, contents: dict[str, bytes], marker: str) -> None:
         _finish(folder, marker)
 
 
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def _finish(folder: Path, marker: str) -> None:
     """Move the files of a commit into place. Can be killed anywhere and repeated."""
     commit = folder / COMMIT
     if not commit.is_dir():
         return
-    pending = sorted((path.name for path in commit.iterdir()), key=lambda name: name == marker)
+    pending = [path.name for path in commit.iterdir() if path.name != _RECORD]
+    pending.sort(key=lambda name: name == marker)
     if marker in pending[1:] and not _same(commit / marker, folder / marker):
         (folder / marker).unlink(missing_ok=True)
     for name in pending:
         os.replace(commit / name, folder / name)
+    (commit / _RECORD).unlink(missing_ok=True)
     commit.rmdir()
     _flush(folder)
 

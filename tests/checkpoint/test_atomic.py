@@ -1,6 +1,7 @@
 """Saving: a killed writer never leaves a broken folder, and other files in it are left alone."""
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -10,9 +11,11 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from fastft.checkpoint import atomic
 from fastft.checkpoint.files import CONFIG, WEIGHTS, AdapterFileError, read_adapter, write_adapter
+from fastft.serving.folder import AdapterFolder
 
 
 def test_mode_follows_the_umask(tmp_path):
@@ -148,6 +151,71 @@ def test_killed_at_any_point_the_folder_loads(tmp_path, mode):
         assert versions == sorted(versions) and set(versions) == {1, 2}
     else:
         assert len(set(versions)) > 1
+
+
+@pytest.fixture
+def killed(tmp_path, monkeypatch):
+    """A folder with version 1 whose writer of version 2 is killed before it moves the file of this number into place."""
+
+    def kill(number):
+        write_adapter(tmp_path, {"version": 1}, {"x": torch.full((2, 50), 1.0)})
+        moves, replace = iter(range(number + 1)), os.replace
+
+        def counted(*paths):
+            if next(moves) == number:
+                raise KeyboardInterrupt
+            replace(*paths)
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(atomic.os, "replace", counted)
+            write_adapter(tmp_path, {"version": 2}, {"x": torch.full((3, 50), 2.0)})
+        assert consistent(tmp_path) == 2
+        return tmp_path
+
+    return kill
+
+
+def others(folder, *names):
+    """Another program, which knows only the files themselves, writes version 4."""
+    contents = {CONFIG: b'{"version": 4}', WEIGHTS: save({"x": torch.full((5, 50), 4.0)})}
+    for name in names:
+        (folder / name).write_bytes(contents[name])
+
+
+@pytest.mark.parametrize("moved", [0, 1])
+def test_what_another_program_saved_after_a_kill_counts(killed, moved):
+    folder = killed(moved)
+    others(folder, WEIGHTS, CONFIG)
+    assert consistent(folder) == 4 and folder.name in AdapterFolder(folder.parent)
+    write_adapter(folder, {"version": 3}, {"x": torch.full((4, 50), 3.0)})
+    assert consistent(folder) == 3 and {path.name for path in folder.iterdir()} == {CONFIG, WEIGHTS}
+
+
+def test_files_of_two_programs_are_not_mixed(killed):
+    folder = killed(1)  # the weights are in place
+    others(folder, CONFIG)
+    with pytest.raises(AdapterFileError, match=f"{CONFIG} was written by another program, and {WEIGHTS} by a save that was"):
+        consistent(folder)
+    write_adapter(folder, {"version": 3}, {"x": torch.full((4, 50), 3.0)})
+    assert consistent(folder) == 3
+
+
+@pytest.mark.parametrize("how", ["copied", "earlier", "damaged"])
+@pytest.mark.parametrize("moved", [0, 1])
+def test_commits_whose_record_says_nothing(killed, tmp_path_factory, moved, how):
+    """Of a folder that was copied without its files' times; of one that an earlier version left."""
+    folder = killed(moved)
+    record = folder / atomic.COMMIT / atomic._RECORD
+    if how == "copied":
+        time.sleep(0.02)
+        folder = shutil.copytree(folder, tmp_path_factory.mktemp("copy") / "x", copy_function=shutil.copyfile)
+    elif how == "earlier":
+        record.unlink()
+    else:
+        record.write_text('{"x": ' * 9999)
+    assert consistent(folder) == 2
+    write_adapter(folder, {"version": 3}, {"x": torch.full((4, 50), 3.0)})
+    assert consistent(folder) == 3 and {path.name for path in folder.iterdir()} == {CONFIG, WEIGHTS}
 
 
 def test_reading_while_another_process_writes(tmp_path):
