@@ -1,9 +1,10 @@
 """One batch on PEFT's path and on fastft's: do loss and gradients agree?
 
 How far two right implementations may differ depends on the dtype and on what the model makes of rounding errors on their
-way through it, so that is measured: PEFT's run is repeated with every LoRA layer's output, and the gradient that comes back
-through it, changed by as much as rounding does. A gradient may differ by `FACTOR` times what that changes it by; something
-wrong in a layer (a scale, a mask, a missing term) changes its gradients by several per cent at least, in any dtype.
+way through it, so that is measured: PEFT's run is repeated with every adapted layer's output, and the gradient that comes
+back through it, changed by as much as rounding does. A gradient may differ by `FACTOR` times what that changes it by;
+something wrong in a layer (a scale, a mask, a missing term) changes its gradients by several per cent at least, in any
+dtype.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from .peft_sparse import sparse_kinds
 
 FACTOR = 4.0  # each side rounds some more often than once per layer: base, low-rank term, their sum, an adapter's gradient
 # Of one output: a 16-bit one is rounded once; a float32 one is also a sum of thousands of rounded terms.
@@ -97,7 +100,7 @@ def _undisturbed(model):
 
 @contextmanager
 def _rounding_noise(model):
-    """Yields the set of the dtypes that outputs of LoRA layers, and of 16-bit factors in them, turn out to have."""
+    """Yields the set of the dtypes that outputs of the layers, and of 16-bit factors in them, turn out to have."""
     from peft.tuners.lora.layer import LoraLayer
 
     dtypes = set()
@@ -115,8 +118,9 @@ def _rounding_noise(model):
         """PEFT rounds what A and B give to their dtype, which may be narrower than that of the layer's output."""
         return round_again(module, args, y) if y.dtype.itemsize == 2 else y
 
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    factors = [part for layer in layers for part in (*layer.lora_A.values(), *layer.lora_B.values())]
+    layers = [module for module in model.modules() if isinstance(module, (LoraLayer, *sparse_kinds()))]
+    lora = [layer for layer in layers if isinstance(layer, LoraLayer)]
+    factors = [part for layer in lora for part in (*layer.lora_A.values(), *layer.lora_B.values())]
     handles = [layer.register_forward_hook(round_again) for layer in layers]
     handles += [part.register_forward_hook(round_factor) for part in factors]
     try:

@@ -9,15 +9,16 @@ from torch import nn
 
 import fastft
 from tests.golden import assert_close
+from tests.methods.models import llama, tokens
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 TARGETS = {"target_modules": ["0", "2"], "init_weights": False}
 KINDS = {
-    "shira": lambda: peft.ShiraConfig(r=2, **TARGETS),
-    "super": lambda: peft.SupertuningConfig(sparsity=0.9, **TARGETS),
-    "supra": lambda: peft.SupertuningConfig(sparsity=0.9, r=3, lora_alpha=4, **TARGETS),
+    "shira": lambda **options: peft.ShiraConfig(r=2, **{**TARGETS, **options}),
+    "super": lambda **options: peft.SupertuningConfig(sparsity=0.9, **{**TARGETS, **options}),
+    "supra": lambda **options: peft.SupertuningConfig(sparsity=0.9, r=3, lora_alpha=4, **{**TARGETS, **options}),
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -127,6 +128,14 @@ def test_training_lowers_the_loss_and_checks_itself(kind):
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < losses[0]
+
+
+@each_kind
+def test_the_check_knows_how_these_layers_round(kind):
+    targets = {"target_modules": ["q_proj", "v_proj", "down_proj"], "init_weights": False}
+    base = llama(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4)
+    whole = peft.get_peft_model(base, KINDS[kind](**targets))
+    fastft.accelerate(whole, check={"input_ids": tokens(4, 16), "labels": tokens(4, 16)})
 
 
 @each_kind
