@@ -13,7 +13,7 @@ from .peft_eligible import linear_classes
 from .peft_layers import REPLACED, FallbackError, FastLinear, accelerate_layers
 from .peft_report import report
 from .peft_sparse import FastSparse, accelerate_sparse_layers, sparse_kinds
-from .peft_tuner import FastLoraModel, FastTuner, TunerRecord, follow_hotswapping, forget_banks
+from .peft_tuner import FastTuner, TunerRecord, follow_hotswapping, forget_banks, tuner_kinds
 from .swapping import Swapped, replaced, swap, unswap
 
 __all__ = ["FallbackError", "accelerate", "report", "restore"]
@@ -23,7 +23,7 @@ def accelerate(peft_model: nn.Module, *, strict: bool = False, group_projections
     """Run the LoRA, SHiRA and Super-Tuning layers of a PEFT model on fastft's ops, in place.
 
     Parameters, names, state dict, files, adapters' switching, merging, disabling and hot-swapping stay as they are: only the
-    class of each LoRA linear changes (to a subclass of the same name), and that of the tuner, so that adapters which are
+    class of each such linear changes (to a subclass of the same name), and that of the tuner, so that adapters which are
     added later are accelerated too and batches with `adapter_names` are safe to run from several threads. A quantised base
     layer (bitsandbytes' NF4 and int8, torchao's, GPTQ's) computes itself, and our ops add to it. What can't be accelerated
     runs PEFT's own forward; `fastft.report` says what and why. Calling it again is fine.
@@ -66,17 +66,15 @@ def accelerate(peft_model: nn.Module, *, strict: bool = False, group_projections
 
 
 def _accelerate(model, strict, share):
-    from peft.tuners.lora.model import LoraModel
-    from peft.tuners.mixed.model import MixedModel
-
     if strict:
         _refuse_replaced(model)
     follow_hotswapping()
     accelerate_layers(model, strict, share)
     accelerate_sparse_layers(model, strict)
+    kinds = tuner_kinds()
     for module in model.modules():
-        if type(module) in (LoraModel, MixedModel):
-            swap(module, FastLoraModel if type(module) is LoraModel else FastTuner, TunerRecord(strict, share))
+        if type(module) in kinds:
+            swap(module, kinds[type(module)], TunerRecord(strict, share))
         elif isinstance(module, FastTuner):
             module._fastft.strict, module._fastft.share = strict, share
     return model

@@ -1,4 +1,5 @@
-"""PEFT's tuner (`LoraModel`) under acceleration: it accelerates what is added later, and routes mixed batches."""
+"""PEFT's tuners (`LoraModel`, `ShiraModel`, ...) under acceleration: they accelerate what is added later, and LoRA's routes
+mixed batches."""
 
 import functools
 import weakref
@@ -12,6 +13,7 @@ from ..modules.groups import drop_waiting
 from .peft_bank import Bank
 from .peft_layers import FastLinear, accelerate_layers
 from .peft_mixed import Index, Routed, using
+from .peft_sparse import accelerate_sparse_layers
 from .peft_watch import tell_of_unseen_writes
 from .swapping import Swapped, replaced, swap
 
@@ -33,6 +35,7 @@ class FastTuner(Swapped):
     def inject_adapter(self, *args, **kwargs):
         result = super().inject_adapter(*args, **kwargs)
         accelerate_layers(self.model, self._fastft.strict, self._fastft.share)
+        accelerate_sparse_layers(self.model, self._fastft.strict)
         return result
 
 
@@ -103,6 +106,20 @@ class FastLoraModel(FastTuner):
                 own = Index(names, prepare)
                 table.update((module, own) for module in encoder.modules() if module in table)
         return table
+
+
+def tuner_kinds() -> dict[type, type]:
+    """PEFT's class -> what is mixed into it. Super-Tuning came with PEFT 0.21."""
+    from peft.tuners.lora.model import LoraModel
+    from peft.tuners.mixed.model import MixedModel
+    from peft.tuners.shira.model import ShiraModel
+
+    kinds: dict[type, type] = {LoraModel: FastLoraModel, MixedModel: FastTuner, ShiraModel: FastTuner}
+    try:
+        from peft.tuners.supertuning.model import SupertuningModel
+    except ImportError:
+        return kinds
+    return {**kinds, SupertuningModel: FastTuner}
 
 
 def _adapted(tuner) -> list[nn.Module]:

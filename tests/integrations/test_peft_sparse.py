@@ -138,6 +138,21 @@ def test_the_check_knows_how_these_layers_round(kind):
     fastft.accelerate(whole, check={"input_ids": tokens(4, 16), "labels": tokens(4, 16)})
 
 
+@pytest.mark.parametrize("kind", ["shira", "super"])
+def test_adapters_that_are_added_later(kind):
+    torch.manual_seed(0)
+    fast = peft.get_peft_model(nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 40)), KINDS[kind](target_modules=["0"]))
+    fastft.accelerate(fast, strict=True)
+    fast.add_adapter("later", KINDS[kind](target_modules=["1"], init_weights=False))
+    fast.set_adapter("later")
+    plain = fastft.restore(copy.deepcopy(fast))
+    torch.testing.assert_close(fast(x()), plain(x()))
+    assert [row.path for row in fastft.report(fast)] == ["peft", "fused"]
+    fast.base_model.model[1].base_layer.register_forward_hook(lambda *_: None)
+    with pytest.raises(fastft.integrations.peft.FallbackError, match="strict=True forbids"):
+        fast(x())
+
+
 @each_kind
 def test_a_first_forward_in_inference_mode_is_no_obstacle_to_training(kind):
     plain, fast = model(kind), accelerated(kind, strict=True)
