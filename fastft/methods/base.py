@@ -22,7 +22,7 @@ from ..modules.slices import Buffers
 from .grouping import check_packable
 from .handle import Handle, handles
 from .processes import check_unwrapped
-from .targets import Matched, TargetOptions, match
+from .targets import Matched, TargetOptions, match, with_heads
 
 __all__ = ["AdapterFileError", "Handle", "Method", "attach", "handles", "load"]
 
@@ -211,7 +211,7 @@ def attach(model: nn.Module, method: Method, adapter_name: str = "default") -> H
         raise TypeError(f"attach needs a method such as fastft.LoRA(...), not {type(method).__name__}")
     model = plain_model(model)
     check_name(model, adapter_name)
-    method = method.bind(model)
+    method = with_heads(method, model).bind(model)
     matched = match(model, method)
     _check_quantized(method, matched.targets)
     method.check(matched.targets, model)

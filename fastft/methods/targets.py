@@ -9,7 +9,7 @@ import re
 import reprlib
 import warnings
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -20,6 +20,8 @@ from ..modules.sharding import is_sharded
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CLASSIFIER_HEADS = ("score", "classifier")
+# What PEFT trains in full for a task, and looks for in files whose task_type that is.
+_TASK_HEADS = {"SEQ_CLS": CLASSIFIER_HEADS, "TOKEN_CLS": CLASSIFIER_HEADS, "QUESTION_ANS": ("qa_outputs",)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,8 @@ class TargetOptions:
         layers_pattern: name(s) of the module list that holds the layers, for models with several.
         modules_to_save: modules whose name ends with an entry are trained in full, on a copy.
         bias: "none"; "lora_only" trains copies of the biases of adapted layers; "all" of every bias in the model.
-        task_type: PEFT's, written to the file; "SEQ_CLS" keeps "all-linear" off the classification head.
+        task_type: PEFT's, written to the file. As there, the model's heads "score" and "classifier" ("SEQ_CLS", "TOKEN_CLS")
+            or "qa_outputs" ("QUESTION_ANS") are trained in full, as if modules_to_save named them.
         allow_tied_weights: adapt weights that other modules share. Such an adapter can't be merged.
     """
 
@@ -68,6 +71,14 @@ class TargetOptions:
             raise ValueError("layers_to_transform and layers_pattern need target_modules as a list, not a string")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern has no effect without layers_to_transform; give both")
+
+
+def with_heads(options: TargetOptions, model: nn.Module) -> TargetOptions:
+    """The options with those heads in modules_to_save which their task_type means and the model has."""
+    given = list(options.modules_to_save or [])
+    heads = [head for head in _TASK_HEADS.get(options.task_type, ()) if head not in given]
+    heads = [head for head in heads if _saved_modules(base_modules(model), [head])]
+    return replace(options, modules_to_save=given + heads) if heads else options
 
 
 def check_pattern(option: str, pattern: str) -> None:

@@ -124,7 +124,7 @@ def test_the_config_has_pefts_keys_only(tmp_path):
     assert not different
 
 
-def test_saved_from_a_task_model(tmp_path):
+def task_model(task):
     config = transformers.LlamaConfig(
         vocab_size=50,
         hidden_size=16,
@@ -135,16 +135,35 @@ def test_saved_from_a_task_model(tmp_path):
         pad_token_id=0,
     )
 
-    def make():
-        torch.manual_seed(0)
-        return transformers.LlamaForSequenceClassification(config)
+    kinds = {"SEQ_CLS": "SequenceClassification", "TOKEN_CLS": "TokenClassification", "QUESTION_ANS": "QuestionAnswering"}
+    torch.manual_seed(0)
+    return getattr(transformers, f"LlamaFor{kinds[task]}")(config).eval()
 
-    theirs = randomized_peft(make(), task_type="SEQ_CLS", target_modules="all-linear")
+
+def test_saved_from_a_task_model(tmp_path):
+    theirs = randomized_peft(task_model("SEQ_CLS"), task_type="SEQ_CLS", target_modules="all-linear")
     theirs.save_pretrained(tmp_path)
-    ours = make()
+    ours = task_model("SEQ_CLS")
     handle = fastft.load(ours, tmp_path)
     assert "score.modules_to_save.default.weight" in dict(handle.named_parameters())
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("task", "head"), [("SEQ_CLS", "score"), ("TOKEN_CLS", "score"), ("QUESTION_ANS", "qa_outputs")])
+def test_heads_of_tasks_train_as_pefts_do(tmp_path, task, head):
+    ours, loaded = task_model(task), task_model(task)
+    handle = fastft.attach(ours, fastft.LoRA(target_modules=["q_proj"], task_type=task))
+    whole = peft.get_peft_model(task_model(task), peft.LoraConfig(target_modules=["q_proj"], task_type=task))
+    assert len(list(handle.parameters())) == sum(p.requires_grad for p in whole.parameters())
+    assert head in {name.split(".modules_to_save")[0] for name, _ in handle.named_parameters()}
+    randomize(handle)
+    handle.save(tmp_path)
+    fastft.load(loaded, tmp_path)
+    with torch.no_grad():
+        models = ours, loaded, peft.PeftModel.from_pretrained(task_model(task), tmp_path)
+        want, *others = (dict(model(input_ids=tokens(), use_cache=False)) for model in models)
+    for one in others:
+        torch.testing.assert_close(one, want, rtol=1e-5, atol=1e-5)
 
 
 def test_tied_heads_that_peft_trained_come_apart_on_loading(tmp_path):
