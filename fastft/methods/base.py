@@ -6,6 +6,7 @@ freezing, checking files, the handle and its promises) is here and in `handle`, 
 """
 
 import re
+import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -283,6 +284,13 @@ def plain_model(model):
         raise TypeError(f"the model must be an nn.Module, not {type(model).__name__}")
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     check_unwrapped(model)
+    peft = sys.modules.get("peft.tuners.tuners_utils")  # a model can't hold its layers if it was never imported
+    theirs = [name for name, module in model.named_modules() if peft is not None and isinstance(module, peft.BaseTunerLayer)]
+    if theirs:
+        raise ValueError(
+            f"the model holds adapters of PEFT's (at {theirs[0]!r}), whose parts would be adapted in turn: take them out by "
+            "PEFT's unload() or merge_and_unload() first, or leave them to PEFT and call fastft.accelerate"
+        )
     return model
 
 

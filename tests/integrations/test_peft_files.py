@@ -166,6 +166,16 @@ def test_heads_of_tasks_train_as_pefts_do(tmp_path, task, head):
         torch.testing.assert_close(one, want, rtol=1e-5, atol=1e-5)
 
 
+def test_a_model_with_pefts_adapters_is_refused():
+    whole = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"]))
+    for targets in ("all-linear", ["v_proj"]):
+        with pytest.raises(
+            ValueError, match=r"holds adapters of PEFT's \(at 'base_model.model.model.layers.0.self_attn.q_proj'"
+        ):
+            fastft.attach(whole, fastft.LoRA(target_modules=targets))
+    fastft.attach(whole.unload(), fastft.LoRA(target_modules="all-linear"))
+
+
 def test_tied_heads_that_peft_trained_come_apart_on_loading(tmp_path):
     def make():
         return llama(tie_word_embeddings=True)
