@@ -103,7 +103,7 @@ class TrainConfig:
         f"Peak learning rate; else {', '.join(f'{rate:g} ({name})' for name, rate in LEARNING_RATES.items())}.", None
     )
     schedule: Literal["cosine", "linear", "constant"] = _option("Learning rate after warm-up.", "cosine")
-    warmup: float = _option("Warm-up steps; below 1: their fraction of all steps.", 0.03)
+    warmup: float = _option("Warm-up steps; below 1: their fraction of all steps (less than one step: none).", 0.03)
     weight_decay: float = _option(
         "Decoupled decay; of methods that train the weights in place, towards the pretrained ones.", 0.0
     )

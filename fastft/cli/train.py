@@ -157,6 +157,16 @@ def _steps(config: TrainConfig, rows: int) -> int:
     return config.max_steps or math.ceil(an_epoch * config.epochs)
 
 
+def _warmup(config: TrainConfig, steps: int) -> int:
+    """Steps of warm-up. A part of a step is none: the first has a learning rate of 0, and a short run may have no other."""
+    warmup = int(config.warmup) if config.warmup >= 1 else math.ceil(config.warmup * steps)
+    if config.warmup * steps < 1:
+        return 0
+    if warmup >= steps:
+        print(f"note: the warm-up of {warmup} steps is not shorter than the run of {steps}, which does not reach --lr")
+    return warmup
+
+
 def _arguments(config: TrainConfig, out: Path, device: Any, steps: int, evaluate: bool, start: bool) -> Any:
     """transformers' TrainingArguments for `config`. `start`: the run begins here, so its held-out loss before is taken."""
     from transformers import TrainingArguments
@@ -174,7 +184,7 @@ def _arguments(config: TrainConfig, out: Path, device: Any, steps: int, evaluate
         gradient_accumulation_steps=config.gradient_accumulation,
         learning_rate=config.lr,
         lr_scheduler_type=config.schedule if config.schedule != "constant" else "constant_with_warmup",
-        warmup_steps=config.warmup,
+        warmup_steps=_warmup(config, steps),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         optim="adamw_torch_fused",

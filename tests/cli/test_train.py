@@ -13,6 +13,8 @@ import torch
 import yaml
 
 import fastft
+from fastft.cli.config import make_config
+from fastft.cli.train import _warmup
 from fastft.integrations.transformers import last_checkpoint
 
 from .conftest import adapter, assert_same_run, same, stopped, trained
@@ -170,6 +172,23 @@ def test_epochs_are_counted_as_trainer_counts_them(tiny_model, text_data, tmp_pa
     # 38 rows: 10 batches, 3 steps an epoch
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["steps"] == 5
     assert "is the run's end" in fastft_command("train", "--resume", "--out", tmp_path / "out").stdout
+
+
+@pytest.mark.parametrize(
+    "warmup, steps, expected, noted",
+    [
+        (0.03, 30, 0, False),
+        (0.03, 34, 0.03, False),
+        (0.5, 2, 0.5, False),
+        (2, 3, 2, False),
+        (2, 2, 2, True),
+        (0, 1, 0, False),
+    ],
+)
+def test_a_warm_up_of_less_than_a_step_is_none(warmup, steps, expected, noted, capsys):
+    config = make_config({"model": "m", "data": "d", "out": "o", "warmup": warmup})
+    assert _warmup(config, steps) == expected
+    assert ("not shorter than the run" in capsys.readouterr().out) == noted
 
 
 def test_resume_refuses_other_options(straight, fastft_command):
