@@ -273,7 +273,7 @@ def make_config(options: dict[str, Any], file: str | None = None) -> TrainConfig
         import yaml
 
         try:
-            with open(file, encoding="utf-8") as stream:
+            with open(os.path.expanduser(file), encoding="utf-8") as stream:
                 values = yaml.safe_load(stream) or {}
         except OSError as error:
             raise UserError(f"config {file}: {error.strerror}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import math
+import os
 import random
 import re
 import sys
@@ -25,6 +26,7 @@ class Record:
     place: str
     schema: str
     fields: dict[str, Any]
+    ignored: tuple[str, ...] = ()  # the line's other keys
 
 
 def read_jsonl(path: str) -> list[Record]:
@@ -36,7 +38,7 @@ def read_jsonl(path: str) -> list[Record]:
     """
     records = []
     try:
-        with open(path, "rb") as file:
+        with open(os.path.expanduser(path), "rb") as file:
             for number, line in enumerate(file, 1):
                 line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if number == 1 and line.lstrip().startswith(b"["):
@@ -71,9 +73,13 @@ def _parse(line: bytes, place: str) -> Record:
     if len(found) > 1:
         raise UserError(f"{place}: has the keys of {' and of '.join(found)}; keep one of {wanted}")
     schema = found[0]
+    if schema == "prompt/completion" and "system" in value:
+        raise UserError(f"{place}: system beside a prompt is not read; write messages, or its text into the prompt")
     fields = {key: value[key] for key in SCHEMAS[schema]}
     if schema == "messages":
         _check_messages(fields["messages"], place)
+        if "tools" in value:
+            fields["tools"] = value["tools"]
     else:
         for key, text in fields.items():
             if not isinstance(text, str):
@@ -81,7 +87,7 @@ def _parse(line: bytes, place: str) -> Record:
             if not text and key != "prompt":
                 raise UserError(f"{place}: {key} is empty")
             _check_text(text, key, place)
-    return Record(place, schema, fields)
+    return Record(place, schema, fields, tuple(key for key in value if key not in fields))
 
 
 def _check_messages(messages: Any, place: str) -> None:
@@ -126,11 +132,11 @@ class Tokenized:
         return sum(len(row["input_ids"]) for row in self.rows)
 
 
-def tokenize(records: list[Record], tokenizer: Any, max_length: int, packing: bool = False) -> Tokenized:
+def tokenize(records: list[Record], tokenizer: Any, max_length: int, packing: bool = False, what: str = "") -> Tokenized:
     """Token ids and labels of every record: all tokens of a text, the completion only, or the assistant's turns.
 
     Every example ends in the end-of-text token (chat templates write their own). With `packing`, examples follow one another
-    in rows of exactly `max_length` (the last may be shorter).
+    in rows of exactly `max_length` (the last may be shorter). Errors begin with `what`.
 
     Raises:
         UserError: messages without a chat template, a template that refuses a record, or no record with a token to learn.
@@ -156,12 +162,17 @@ def tokenize(records: list[Record], tokenizer: Any, max_length: int, packing: bo
         "messages": "assistant turns" if marked else "the whole conversation (the chat template marks no turns)",
     }
     notes += [f"{n} {name} examples, loss on {covers[name]}" for name, n in schemas.items() if n]
+    ignored = {key for record in records for key in record.ignored}
+    if any(record.fields.get("tools") for record in records) and "tools" not in tokenizer.chat_template:
+        ignored.add("tools")
+    if ignored:
+        notes.append(f"keys that are not read: {', '.join(sorted(ignored)[:5])}{' ...' if len(ignored) > 5 else ''}")
     if cut:
         notes.append(f"{cut} examples cut to {max_length} tokens")
     if empty:
         notes.append(f"{empty} examples dropped: no token to learn in the first {max_length}")
     if not rows:
-        raise UserError(f"no example has a token to learn in its first {max_length} tokens; raise --max-length")
+        raise UserError(f"{what}no example has a token to learn in its first {max_length} tokens; raise --max-length")
     rows = _pack(rows, max_length) if packing else rows
     for row in rows:  # nothing predicts it, and Trainer would count it in the mean for models whose loss it can't look into
         row["labels"][0] = IGNORED
@@ -218,6 +229,7 @@ def _encode_messages(record: Record, tokenizer: Any, marked: bool) -> tuple[list
     try:
         encoded = tokenizer.apply_chat_template(
             record.fields["messages"],
+            tools=record.fields.get("tools"),
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=marked,

@@ -38,9 +38,13 @@ def run(
     records, held_out = _records(config)
     tokenizer = load("AutoTokenizer", config.model)
     train_rows = tokenize(records, tokenizer, config.max_length, config.packing)
-    eval_rows = tokenize(held_out, tokenizer, config.max_length) if held_out else Tokenized([], [])
     for note in train_rows.notes:
         print(f"data: {note}")
+    eval_rows = Tokenized([], [])
+    if held_out:
+        eval_rows = tokenize(held_out, tokenizer, config.max_length, what="held out: ")
+        for note in eval_rows.notes:
+            print(f"held out: {note}")
     print(
         f"data: {len(train_rows.rows)} rows with {train_rows.tokens:,} tokens; held out: {len(eval_rows.rows)} rows "
         f"with {eval_rows.tokens:,} tokens"

@@ -23,7 +23,7 @@ def test_text_learns_all_but_the_first_token(write_jsonl, tokenizer):
     tokenized = tokenize(read_jsonl(write_jsonl({"text": "def f(x): pass", "id": 3})), tokenizer, 64)
     (row,) = tokenized.rows
     assert row["labels"] == [IGNORED, *row["input_ids"][1:]] and learned(row, tokenizer) == " f(x): pass<|endoftext|>"
-    assert tokenized.notes == ["1 text examples, loss on all tokens"]
+    assert tokenized.notes == ["1 text examples, loss on all tokens", "keys that are not read: id"]
 
 
 def test_completion_learns_the_completion(write_jsonl, tokenizer):
@@ -47,6 +47,15 @@ def test_messages_learn_marked_assistant_turns(write_jsonl, tokenizer):
     tokenized = tokenize(read_jsonl(write_jsonl(CHAT)), tokenizer, 64)
     assert learned(tokenized.rows[0], tokenizer) == "Hello<|endoftext|>See you<|endoftext|>"
     assert tokenized.notes == ["1 messages examples, loss on assistant turns"]
+
+
+def test_tools_are_the_templates(write_jsonl, tokenizer):
+    other = type(tokenizer).from_pretrained(TOKENIZER)
+    records = read_jsonl(write_jsonl({**CHAT, "tools": [{"name": "clock"}]}))
+    other.chat_template = "{{ tools[0]['name'] }}: {{ messages[2]['content'] }}"
+    tokenized = tokenize(records, other, 64)
+    assert other.decode(tokenized.rows[0]["input_ids"]) == "clock: Hello" and len(tokenized.notes) == 1
+    assert "keys that are not read: tools" in tokenize(records, tokenizer, 64).notes
 
 
 def test_messages_without_marks_learn_everything_and_say_so(write_jsonl, tokenizer):
@@ -77,6 +86,7 @@ def test_messages_without_template_or_refused(write_jsonl, tokenizer):
         ({"txt": "a"}, "data.jsonl:3: expected .* got the keys txt"),
         ({"prompt": "a"}, "data.jsonl:3: expected .* got the keys prompt"),
         ({"text": "a", "prompt": "b", "completion": "c"}, "data.jsonl:3: has the keys of prompt/completion and of text"),
+        ({"prompt": "a", "completion": "c", "system": "s"}, "data.jsonl:3: system beside a prompt is not read"),
         ({"text": 3}, "data.jsonl:3: text must be a string, not int"),
         ({"text": ""}, "data.jsonl:3: text is empty"),
         ({"prompt": "a", "completion": ""}, "data.jsonl:3: completion is empty"),
@@ -103,7 +113,10 @@ def test_both_halves_of_a_pair_are_a_character(write_jsonl):
     assert record.fields["text"] == "\U0001f600"
 
 
-def test_no_file_and_no_records(write_jsonl):
+def test_where_files_are_and_no_records(write_jsonl, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_jsonl({"text": "a"})
+    assert len(read_jsonl("~/data.jsonl")) == 1
     with pytest.raises(UserError, match="No such file"):
         read_jsonl("nowhere.jsonl")
     with pytest.raises(UserError, match="is empty"):
@@ -118,8 +131,8 @@ def test_cutting_and_dropping(write_jsonl, tokenizer):
     tokenized = tokenize(read_jsonl(path), tokenizer, 6)
     assert [len(row["input_ids"]) for row in tokenized.rows] == [6]
     assert "2 examples cut to 6 tokens" in tokenized.notes and tokenized.notes[-1].startswith("1 examples dropped")
-    with pytest.raises(UserError, match="raise --max-length"):
-        tokenize(read_jsonl(path)[1:], tokenizer, 6)
+    with pytest.raises(UserError, match="^held out: no example .* raise --max-length"):
+        tokenize(read_jsonl(path)[1:], tokenizer, 6, what="held out: ")
 
 
 def test_packing_keeps_every_token_in_order(write_jsonl, tokenizer):

@@ -178,8 +178,9 @@ def test_epochs_are_counted_as_trainer_counts_them(tiny_model, text_data, tmp_pa
     "warmup, steps, expected, noted",
     [
         (0.03, 30, 0, False),
-        (0.03, 34, 0.03, False),
-        (0.5, 2, 0.5, False),
+        (0.03, 34, 2, False),
+        (0.5, 2, 1, False),
+        (0.9, 3, 3, True),
         (2, 3, 2, False),
         (2, 2, 2, True),
         (0, 1, 0, False),
@@ -240,7 +241,8 @@ def test_other_formats_train(tiny_model, tmp_path, write_jsonl, fastft_command, 
 
 
 def test_separate_held_out_file_and_bfloat16(tiny_model, text_data, tmp_path, write_jsonl, fastft_command):
-    held_out = write_jsonl({"text": "the file is read"}, {"text": "a list of lines"})
+    lost = {"prompt": "a " * 40, "completion": "b"}
+    held_out = write_jsonl({"text": "the file is read"}, {"text": "a list of lines"}, lost)
     result = fastft_command(
         "train",
         "--model",
@@ -261,6 +263,7 @@ def test_separate_held_out_file_and_bfloat16(tiny_model, text_data, tmp_path, wr
         "--gradient-checkpointing",
     )
     assert result.exit_code == 0, result.output
+    assert "held out: 1 examples dropped: no token to learn in the first 32" in result.stdout
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["rows"] == {"train": 40, "held_out": 2}
     assert {t.dtype for t in adapter(tmp_path / "out").values()} == {torch.float32}
