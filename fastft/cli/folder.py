@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
+import os
 import pickle
 import shlex
 import shutil
@@ -12,11 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.atomic import fcntl
 from ..checkpoint.files import WEIGHTS
-from .config import make_config
+from . import launch
+from .config import TrainConfig, make_config
 from .errors import UserError
 
-WRITTEN = ("config.yaml", "summary.json", "loss.png", "selection.png")  # besides adapter/ and checkpoint-N/
+DIGESTS = "data.sha256"
+WRITTEN = ("config.yaml", DIGESTS, "summary.json", "loss.png", "selection.png")  # besides adapter/ and checkpoint-N/
 UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError)  # of torch and safetensors
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Options that may differ between a run and its continuation.
@@ -46,6 +51,21 @@ def resume_options(config: str | None, options: dict[str, Any]) -> tuple[str | N
     return config, options
 
 
+def digests(config: TrainConfig) -> str:
+    """Of the data files, as sha256sum writes them."""
+    files = [path for path in (config.data, config.eval_data) if path is not None]
+    return "".join(f"{hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()}  {path}\n" for path in files)
+
+
+def check_data(config: TrainConfig, out: Path) -> None:
+    """Raises UserError if a data file of the run in `out` has other contents by now: its rows would be others."""
+    if not (out / DIGESTS).is_file():  # a run of an earlier version
+        return
+    before = (out / DIGESTS).read_text(encoding="utf-8").splitlines()
+    if changed := [line.partition("  ")[2] for line in digests(config).splitlines() if line not in before]:
+        raise UserError(f"--resume: {' and '.join(changed)} changed since the run in {out} began; start a new run")
+
+
 def check_out(out: Path, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise UserError("--resume continues a run and --overwrite replaces it; give one of them")
@@ -65,6 +85,34 @@ def check_out(out: Path, resume: bool, overwrite: bool) -> None:
         )
     if any(True for _ in _of_a_run(out)) and not _is_run(out):
         raise UserError(f"out {out} holds files named like a run's but no run's config.yaml, so --overwrite leaves it alone")
+
+
+@contextmanager
+def owned(out: Path, resume: bool, overwrite: bool) -> Iterator[None]:
+    """The folder, made if it is missing, is inside this run's alone: rank 0 holds its lock, which ends with the process.
+
+    Raises:
+        UserError: another run has it, or has been there since `check_out`.
+    """
+    if launch.rank() != 0:
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"out {out}: another run is writing there; wait for it, or give another folder") from None
+        except OSError:  # filesystems without locks
+            pass
+        check_out(out, resume, overwrite)
+        yield
+    finally:
+        os.close(handle)
 
 
 def after_stop(out: Path) -> str:

@@ -12,7 +12,19 @@ from . import launch
 from .config import TrainConfig
 from .data import Record, Tokenized, check_fit, read_jsonl, split, tokenize
 from .errors import UserError
-from .folder import UNREADABLE, after_stop, check_out, checkpoint_step, clear, damaged, writing
+from .folder import (
+    DIGESTS,
+    UNREADABLE,
+    after_stop,
+    check_data,
+    check_out,
+    checkpoint_step,
+    clear,
+    damaged,
+    digests,
+    owned,
+    writing,
+)
 from .loading import check_bitsandbytes, load, load_base
 
 
@@ -36,6 +48,8 @@ def run(
     if not dry_run:
         check_bitsandbytes(config.bits())
     records, held_out = _records(config)
+    if resume:
+        check_data(config, out)
     tokenizer = load("AutoTokenizer", config.model)
     train_rows = tokenize(records, tokenizer, config.max_length, config.packing)
     for note in train_rows.notes:
@@ -63,7 +77,7 @@ def run(
             return json.loads((out / "summary.json").read_text(encoding="utf-8"))
     trainer = _prepare(config, out, checkpoint, steps, tokenizer, train_rows, eval_rows)
     launch.wait()  # from here on the folder changes, which all have looked at
-    with writing(out):
+    with writing(out), owned(out, resume, overwrite):
         return _train(config, out, checkpoint, steps, trainer, train_rows, eval_rows)
 
 
@@ -290,8 +304,8 @@ def _train(
     if launch.rank() == 0:
         if checkpoint is None:
             clear(out)
-        out.mkdir(parents=True, exist_ok=True)
         config.save(out / "config.yaml")
+        (out / DIGESTS).write_text(digests(config), encoding="utf-8")
     launch.wait()
 
     speed = progress(trainer)

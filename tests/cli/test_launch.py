@@ -71,7 +71,7 @@ def test_two_processes_are_one(two, tmp_path, fastft_command):
 def test_rank_0_alone_writes_and_prints(two):
     out, _, process = two
     assert {p.name for p in out.iterdir()} == {
-        *("adapter", "checkpoint-3", "checkpoint-6", "config.yaml", "summary.json", "loss.png")
+        *("adapter", "checkpoint-3", "checkpoint-6", "config.yaml", "data.sha256", "summary.json", "loss.png")
     }
     assert process.stdout.count("run summary") == process.stdout.count("data: 37 rows") == 1
     assert process.stdout.count("training ") >= 1 and "on 2 processes, cpu" in process.stdout

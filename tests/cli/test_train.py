@@ -14,6 +14,8 @@ import yaml
 
 import fastft
 from fastft.cli.config import make_config
+from fastft.cli.errors import UserError
+from fastft.cli.folder import owned
 from fastft.cli.train import _warmup
 from fastft.integrations.transformers import last_checkpoint
 
@@ -37,6 +39,7 @@ def test_a_run_leaves_what_it_promises(straight):
         "checkpoint-25",
         "checkpoint-30",
         "config.yaml",
+        "data.sha256",
         "summary.json",
         "loss.png",
     }
@@ -149,6 +152,30 @@ def test_a_damaged_checkpoint_is_named(straight, tmp_path, fastft_command, name)
         result.stderr
     )
     assert "remove that folder" in result.stderr
+
+
+def test_data_that_changed_is_not_resumed(straight, text_data, tmp_path, fastft_command):
+    out = stopped(straight[0], tmp_path / "out", 30)
+    (out / "data.sha256").write_text(f"{'0' * 64}  {text_data}\n")
+    result = fastft_command("train", "--resume", "--out", out)
+    assert result.exit_code == 2 and f"--resume: {text_data} changed since the run in {out} began" in result.stderr
+    (out / "data.sha256").unlink()
+    (out / "checkpoint-25" / "optimizer.pt").write_bytes(b"")
+    assert "is damaged" in fastft_command("train", "--resume", "--out", out).stderr  # of an earlier version: not compared
+
+
+def test_one_run_at_a_time_writes_into_a_folder(straight, tmp_path, monkeypatch, fastft_command):
+    out = tmp_path / "out"
+    with owned(out, resume=False, overwrite=False):
+        result = fastft_command("train", *straight[1], "--out", out)
+        assert result.exit_code == 2 and f"out {out}: another run is writing there" in result.stderr
+        monkeypatch.setenv("RANK", "1")
+        with owned(out, resume=False, overwrite=False):
+            pass  # of the same run
+        monkeypatch.delenv("RANK")
+    (out / "config.yaml").touch()  # it came and went since the folder was looked at first
+    with pytest.raises(UserError, match="is not empty"), owned(out, resume=False, overwrite=False):
+        pass
 
 
 def test_resuming_with_fewer_steps_than_it_has_changes_nothing(straight, tmp_path, fastft_command):
