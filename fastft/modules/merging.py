@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..ops.partial_linear import Part
-from .stores import EntryStore, Seen, SliceStore
+from .stores import EntryStore, SeenWeight, SliceStore
 
 _PRISTINE = "_pristine_"
 PART = "_pristine_part"
@@ -96,6 +96,7 @@ class Mergeable(nn.Module):
         """Put the adapter's delta into the own tensors, or take it out. The pristine bits come back with the last one."""
         if merged == (adapter.name in self._merged):
             return
+        self.follow_weight()  # before anything is changed
         if merged:
             self._merged.append(adapter.name)
         else:
@@ -143,8 +144,7 @@ class Mergeable(nn.Module):
         self._store = store
         self.register_buffer(PART, base, persistent=False)
         self.note_written(store.names)
-        if first:
-            store.untouched = Seen(self.weight)
+        store.untouched = first
 
     def _drop_parts(self, restore: bool) -> None:
         """Forget the store; with `restore` put the pristine bits back before."""
@@ -159,16 +159,36 @@ class Mergeable(nn.Module):
 
     @torch.no_grad()
     def follow_weight(self) -> None:
-        """Something else wrote into the weight, in which no delta but 0 stood: that is the base from now on.
+        """What something else wrote into the weight while no delta but 0 stood in it is the base from now on.
 
         DistributedDataParallel sends rank 0's weights when it is made, and other ranks may have had others (a head with new
         values), which would come back at the adapter's places with its first update. Of entries it sends nothing else.
+
+        Raises:
+            RuntimeError: something wrote into the weight while a trained delta stands in it.
         """
-        if self._store is None or self._store.untouched is None or torch.compiler.is_compiling():
+        store, weight = self._store, self._parameters.get("weight")
+        if store is None or weight is None or torch.compiler.is_compiling() or store.written.still(weight):
             return
-        if self._store.untouched.changed(self.weight):  # another than that is functional_call's, for this forward
-            self._buffers[PART].copy_(self._store.gather(self))
-            self._store.untouched = Seen(self.weight)
+        owns = all(seen.of(self.delta_of(name)) for name, seen in self._written.items())
+        same = all(seen.still(self.delta_of(name)) for name, seen in self._written.items())
+
+        def untouched():
+            return store.untouched or (same and store.is_zero(self))
+
+        if store.written.is_new_base(weight, owns, same, untouched, self._holds):
+            self._buffers[PART].copy_(store.gather(self))
+        if owns:  # else it is functional_call's, for this forward
+            store.written = SeenWeight(weight)
+
+    def _holds(self) -> bool:
+        """Does the weight hold what the deltas make of the pristine values?"""
+        found = self._store.gather(self)
+        self._store.write(self, self._buffers[PART])
+        holds = torch.equal(found, self._store.gather(self))
+        if not holds:
+            self._store.restore(self, self.weight, found)
+        return holds
 
     def check_whole(self) -> None:
         """Raises RuntimeError where the weight is not the module's own whole Parameter, so that parts of it can be neither
@@ -225,6 +245,7 @@ class Mergeable(nn.Module):
         if self._store is None or delta.dtype != torch.float32 or not delta.is_contiguous():
             return None
         self.check_whole()
+        self.follow_weight()
         return self._store.site(self, name, self._buffers[PART])
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 from ..ops.lora_linear import lora_update
 from ..ops.partial_linear import partial_linear
 from .merging import pristine
-from .stores import Seen
+from .stores import Seen, SeenWeight
 
 
 class PartSettings:
@@ -71,9 +71,14 @@ class TrainsParts:
         return self._parts[name].deltas(self, name)
 
     def note_written(self, names):
-        self._written = {name: Seen(self.delta_of(name)) for name in names}
         if self._store is not None:
-            self._store.untouched = None
+            self._store.written, self._store.untouched = SeenWeight(self.weight), False
+        self._written = {name: Seen(self.delta_of(name)) for name in names}
+
+    def check_class(self) -> None:
+        """Also where something else has changed the base."""
+        super().check_class()
+        self.follow_weight()
 
     def forget_indices(self) -> None:
         """The indices may have other values now."""
@@ -92,10 +97,12 @@ class TrainsParts:
         self._written = dict.fromkeys(self._written, Seen())
         for settings in self._parts.values():
             settings.forget()
-        if self._store is not None and self._store.untouched is not None:
-            self._store.untouched = Seen()
+        if self._store is not None:
+            self._store.written = SeenWeight()
 
     def _load_from_state_dict(self, *args, **kwargs):
+        if self._store is not None and self._store.untouched:
+            self.follow_weight()
         self._forget_seen()
         super()._load_from_state_dict(*args, **kwargs)
         self.forget_indices()  # read again by the rebuild that follows when the children are loaded
@@ -106,10 +113,12 @@ class TrainsParts:
         deltas = {name: self.delta_of(name).data for name in self._parts}
         before = self.weight.dtype
         self.follow_weight()
+        current = [name for name, seen in self._written.items() if seen.still(self.delta_of(name))]
         self._forget_seen()
         super()._apply(fn, *args, **kwargs)
-        if self._store is not None and self._store.untouched is not None:
-            self._store.untouched = Seen(self.weight)
+        self._written.update((name, Seen(self.delta_of(name))) for name in current)
+        if self._store is not None:
+            self._store.written = SeenWeight(self._parameters.get("weight"))
         if self.weight.dtype != before:
             # A cast of the model rounds its weights; the delta stays what 16-bit weights need it for.
             wide = torch.promote_types(self.weight.dtype, torch.float32)

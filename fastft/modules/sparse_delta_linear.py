@@ -6,7 +6,7 @@ from torch import nn
 from ..ops.entries import Entries
 from ..ops.partial_linear import Part, partial_linear
 from ..ops.sparse import gather_entries, write_entries_
-from .stores import Seen, has_gradient
+from .stores import Seen, SeenWeight, has_gradient, surely_zero
 
 
 class SparseDeltaLinear(nn.Linear):
@@ -66,7 +66,7 @@ class SparseDeltaLinear(nn.Linear):
         self.register_buffer("starts", entries.starts.to(device))
         self.register_buffer("columns", entries.columns.to(device))
         self.register_buffer("_base", None, persistent=False)  # the entries' pretrained bits, while a delta stands
-        self._written = Seen()  # the delta that was written
+        self._forget()  # `_written`: the delta that was written; `_into`: the weight as it was then
         self._trained = False  # a gradient came since, and an optimizer may not tell that it changed the delta
         self._part = None
 
@@ -89,12 +89,15 @@ class SparseDeltaLinear(nn.Linear):
         self._check_own()
         if self._base is None:
             self._base = gather_entries(self.weight, self.starts, self.columns)
-        elif self._written.still(self.delta) and not self._trained:
-            return
+        else:
+            self._follow_weight()
+            if self._written.still(self.delta) and not self._trained:
+                return
         write_entries_(self.weight, self.starts, self.columns, self._base, self.delta.detach())
         if not self._written.still(self.delta):  # a graph that saved the weight must notice; the same bits do no harm
             torch.autograd.graph.increment_version(self.weight)
         self._written, self._trained = Seen(self.delta), has_gradient(self.delta)
+        self._into = SeenWeight() if torch.compiler.is_compiling() else SeenWeight(self.weight)
 
     def _check_own(self):
         """The delta must not get into a tensor of somebody else's: a ``state_dict`` shows the pretrained weight."""
@@ -109,12 +112,39 @@ class SparseDeltaLinear(nn.Linear):
             f"Parameter, the only one in which the delta can stand: {advice}"
         )
 
+    def _follow_weight(self):
+        """What something else wrote into the weight while no delta but 0 stood in it is the base from now on. Raises
+        RuntimeError while another stands in it."""
+        weight = self.weight
+        if torch.compiler.is_compiling() or self._into.still(weight) or "_is_replica" in self.__dict__:
+            return
+        owns, same = self._written.of(self.delta), self._written.still(self.delta)
+
+        def untouched():
+            return same and surely_zero(self.delta)
+
+        if self._into.is_new_base(weight, owns, same and not self._trained, untouched, self._holds):
+            self._base = gather_entries(weight, self.starts, self.columns)
+        if owns:  # else it is functional_call's, for this forward
+            self._into = SeenWeight(weight)
+
+    def _holds(self) -> bool:
+        """Does the weight hold what the delta makes of the pretrained bits?"""
+        want = self.weight.detach().clone()
+        write_entries_(want, self.starts, self.columns, self._base, self.delta.detach())
+        return torch.equal(want, self.weight)
+
     @torch.no_grad()
     def restore(self):
         """Put the pretrained bits back into the weight; the next forward writes the delta again."""
         if self._base is not None:
+            self._follow_weight()
             write_entries_(self.weight, self.starts, self.columns, self._base, None)
-            self._base, self._written = None, Seen()
+            self._forget()
+
+    def _forget(self):
+        """No delta stands in the weight. (Module.to may swap tensors, which no weak reference may know.)"""
+        self._base, self._written, self._into = None, Seen(), SeenWeight()
 
     def _apply(self, fn, *args, **kwargs):
         delta, self._part = self.delta.data, None
@@ -128,11 +158,14 @@ class SparseDeltaLinear(nn.Linear):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._base is not None:
+            self._follow_weight()
             weight = self.weight.detach().clone()
             write_entries_(weight, self.starts, self.columns, self._base, None)
             destination[prefix + "weight"] = weight
 
     def _load_from_state_dict(self, *args, **kwargs):
+        if self._base is not None and not self._into.still(self.weight) and not self._holds():
+            self._forget()
         self.restore()
         self._part = None
         super()._load_from_state_dict(*args, **kwargs)

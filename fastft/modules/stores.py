@@ -1,8 +1,8 @@
 """What is kept of a weight in which a part of it trains: whose parts stand in it, and how their pristine values come back.
 
 A store knows what to write where; the pristine values themselves (`base`) are a buffer of the module, to follow it.
-`module` is always the adapted linear layer; deltas are float32 (float64 on a float64 weight). `untouched`: the weight as
-it was, while all that was ever written into it is zeros, else None.
+`module` is always the adapted linear layer; deltas are float32 (float64 on a float64 weight). `written`: the weight as
+the last write left it. `untouched`: all that was ever written into it is zeros.
 """
 
 import weakref
@@ -37,13 +37,59 @@ class Seen:
         """Is it this tensor, without any change in place since?"""
         return self._tensor() is tensor and self._version == tensor._version
 
-    def changed(self, tensor) -> bool:
-        """Is it this tensor, changed in place since?"""
-        return self._tensor() is tensor and self._version != tensor._version
+    def of(self, tensor) -> bool:
+        """Is it this tensor, whatever its values?"""
+        return self._tensor() is tensor
+
+
+class SeenWeight(Seen):
+    """Also by its address, which ``.data = `` changes without counting; of whole Parameters."""
+
+    __slots__ = ("_address",)
+
+    def __init__(self, weight=None):
+        super().__init__(weight)
+        self._address = _address(weight)
+
+    def __reduce__(self):
+        return SeenWeight, ()
+
+    def still(self, weight) -> bool:
+        return super().still(weight) and self._address == _address(weight)
+
+    def is_new_base(self, weight, owns, same, untouched, holds) -> bool:
+        """Something else changed the weight into which a delta was written, or replaced it: is that the base from now on?
+
+        Args:
+            owns, same: is the delta the tensor that was written, and with the values that it had then?
+            untouched, holds: functions, as the answers are waited for. Was what was written 0; does the weight hold what the
+                delta makes of the old base?
+
+        Raises:
+            RuntimeError: it is not known what of the weight is base and what was trained.
+        """
+        if self._version is None or type(weight) is not torch.nn.Parameter or weight.is_meta or weight.requires_grad:
+            return False  # a copy's; its owner refuses it; an optimizer trains the other entries, which is warned of
+        if not owns:
+            return False  # functional_call put both there
+        if untouched():
+            return same or not holds()
+        if (self.of(weight) and not same) or holds():
+            return False  # both were sent (DistributedDataParallel, averages of all parameters), or the same values
+        how = "written" if self.of(weight) else "replaced"
+        raise RuntimeError(
+            f"the weight {list(weight.shape)} was {how} by something else while a trained delta stands in it, and the next "
+            "write would mix it with the old base. To change the base take the delta out first (unmerge() of the handle and "
+            "merge() afterwards, restore() of a SparseDeltaLinear), or use load_state_dict, which does so"
+        )
 
 
 def _gone() -> None:
     return None
+
+
+def _address(weight) -> int:
+    return weight.data_ptr() if type(weight) is torch.nn.Parameter else 0  # others may have none
 
 
 def has_gradient(delta) -> bool:
@@ -51,7 +97,7 @@ def has_gradient(delta) -> bool:
     return delta.is_leaf and delta.grad is not None
 
 
-def _surely_zero(delta) -> bool:
+def surely_zero(delta) -> bool:
     """Nothing is known of a tensor without values (`fastft train --dry-run`, the meta device)."""
     return not (delta.is_meta or isinstance(delta, FakeTensor) or bool(delta.any()))
 
@@ -67,7 +113,8 @@ class SliceStore:
     names: tuple[str, ...]
     dim: int
     union: torch.Tensor | None = None  # of their indices, ascending; on the weight's device
-    untouched: Seen | None = None
+    written: SeenWeight = field(default_factory=SeenWeight, repr=False)
+    untouched: bool = False
 
     def index(self, module) -> torch.Tensor:
         if self.union is None or self.union.device != module.weight.device:
@@ -104,7 +151,7 @@ class SliceStore:
         return module.weight.detach().index_select(self.dim, self.index(module))
 
     def is_zero(self, module) -> bool:
-        return all(_surely_zero(module.delta_of(name)) for name in self.names)
+        return all(surely_zero(module.delta_of(name)) for name in self.names)
 
     def _total(self, module) -> torch.Tensor:
         """The deltas of all slices on the union."""
@@ -131,7 +178,8 @@ class EntryStore:
     is the union. base [E]: one after the other as `parts` are."""
 
     names: tuple[str, ...]
-    untouched: Seen | None = None
+    written: SeenWeight = field(default_factory=SeenWeight, repr=False)
+    untouched: bool = False
     _parts: list[Entries] = field(default_factory=list, repr=False)
 
     def parts(self, module) -> list[Entries]:
@@ -162,7 +210,7 @@ class EntryStore:
         return torch.cat([gather_entries(weight, part.starts, part.columns) for part in self.parts(module)])
 
     def is_zero(self, module) -> bool:
-        return all(_surely_zero(delta) for name in self.names for _, delta in module.entry_deltas(name))
+        return all(surely_zero(delta) for name in self.names for _, delta in module.entry_deltas(name))
 
     def write(self, module, base) -> None:
         for part, delta, values in zip(self.parts(module), self._deltas(module), self._split(module, base)):

@@ -9,6 +9,7 @@ from torch.func import functional_call
 
 import fastft
 from tests.methods.models import randomize
+from tests.modules.test_sparse_delta_linear import CHANGES
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -125,3 +126,91 @@ def test_evaluation_beside_the_weight_in_another_dtype(base, other):
     check(x)
     model.to(other)
     check(x.to(other))
+
+
+def full(layer, delta):
+    """The slice's delta in the shape of the weight."""
+    part = layer.part_of("default")
+    return torch.zeros_like(layer.weight).index_add_(part.dim(False), part.index, delta.detach())
+
+
+@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_base_after_attaching(change, ours):
+    model, handle, x = net()
+    layer, (delta,), base = model.mlp.down_proj, handle.parameters(), torch.randn(12, 24)
+    optimizer = handle.optimizer(lr=0.1) if ours else torch.optim.AdamW([delta], lr=0.1)
+
+    def step():
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with torch.no_grad():
+        CHANGES[change](layer, base)
+    for _ in range(2):
+        step()
+        assert torch.equal(layer.weight, base + full(layer, delta))
+    with torch.no_grad():
+        want = model(x)
+        CHANGES[change](layer, layer.weight.clone())  # the same values
+        assert torch.equal(model(x), want)
+        CHANGES[change](layer, base + 1)
+    for use in (lambda: model(x), model.state_dict, handle.detach, lambda: layer.to(BF16)):
+        with pytest.raises(RuntimeError, match=r"by something else while a trained delta stands in it.*unmerge\(\)"):
+            use()
+    model.load_state_dict({"mlp.down_proj.weight": base}, strict=False)
+    assert torch.equal(model(x), want)
+    handle.unmerge()
+    with torch.no_grad():
+        CHANGES[change](layer, base + 1)
+    handle.merge()
+    assert torch.equal(layer.weight, base + 1 + full(layer, delta))
+    handle.detach()
+    assert torch.equal(layer.weight, base + 1)
+
+
+def test_our_optimizer_asks_before_it_writes():
+    model, handle, x = net()
+    optimizer = handle.optimizer(lr=0.1)
+    for _ in range(2):
+        model(x).square().sum().backward()
+        if next(handle.parameters()).any():
+            with torch.no_grad():
+                model.mlp.down_proj.weight.add_(1)
+            with pytest.raises(RuntimeError, match="written by something else"):
+                optimizer.step()
+            return
+        optimizer.step()
+
+
+@torch.no_grad()
+def test_all_parameters_written_at_once_are_no_other_base():
+    """As averages of models and DistributedDataParallel do; a copy, and one that was attached by itself."""
+    model, handle, x = net()
+    base, others = model.state_dict()["mlp.down_proj.weight"].clone(), [copy.deepcopy(model), net()[0]]
+    for _ in range(2):
+        randomize(handle)
+        want = model(x)
+        for other in others:
+            other(x)
+            for mine, its in zip(other.parameters(), model.parameters(), strict=True):
+                mine.copy_(its)
+            assert torch.equal(other(x), want) and torch.equal(other.state_dict()["mlp.down_proj.weight"], base)
+        for parameter in handle.parameters():
+            parameter.mul_(2)
+
+
+def test_moves_leave_what_is_seen():
+    """A base that comes after a move is still the base, and no second write is needed."""
+    model, handle, x = net()
+    model.to("cpu").share_memory()
+    version = model.mlp.down_proj.weight._version
+    with torch.no_grad():
+        model(x)
+        assert model.mlp.down_proj.weight._version == version
+        model.mlp.down_proj.weight.fill_(1)
+        next(handle.parameters()).add_(1)
+        model(x)
+    handle.detach()
+    assert torch.equal(model.mlp.down_proj.weight, torch.ones(12, 24))

@@ -155,6 +155,54 @@ def test_swapped_tensors():
     assert torch.equal(one(x), want)
 
 
+CHANGES = {
+    "in place": lambda module, weight: module.weight.copy_(weight),
+    "replaced": lambda module, weight: setattr(module, "weight", nn.Parameter(weight.clone(), requires_grad=False)),
+    "data": lambda module, weight: setattr(module.weight, "data", weight.clone()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_another_base_after_the_first_forward(change):
+    one, x, base = layer(), batch(), torch.randn(N, K)
+    one(x)
+    CHANGES[change](one, base)
+    assert torch.equal(one(x), F.linear(x, base, one.bias)) and torch.equal(one.state_dict()["weight"], base)
+    one.delta.add_(1)
+    want = one(x)
+    assert torch.equal(want, F.linear(x, with_delta(base, one.delta), one.bias))
+    CHANGES[change](one, one.weight.clone())  # the same values
+    assert torch.equal(one(x), want)
+    old = one.weight.clone()
+    CHANGES[change](one, torch.randn(N, K))
+    for use in (lambda: one(x), one.state_dict, one.restore):
+        with pytest.raises(RuntimeError, match=r"by something else while a trained delta stands in it.*restore\(\)"):
+            use()
+    CHANGES[change](one, old)
+    one.restore()
+    CHANGES[change](one, base + 1)
+    assert torch.equal(one(x), F.linear(x, with_delta(base + 1, one.delta), one.bias))
+    CHANGES[change](one, torch.randn(N, K))
+    one.load_state_dict({"weight": base}, strict=False)
+    assert torch.equal(one(x), want)
+
+
+@torch.no_grad()
+def test_all_parameters_written_at_once_are_no_other_base():
+    """As averages of models and DistributedDataParallel do."""
+    one, other, x = layer(), layer(), batch()
+    one.delta.add_(1)
+    want = one(x)
+    other(x)
+    for _ in range(2):
+        for mine, its in zip(other.parameters(), one.parameters()):
+            mine.copy_(its)
+        assert torch.equal(other(x), want) and torch.equal(other.state_dict()["weight"], layer().weight)
+        one.delta.add_(1)
+        want = one(x)
+
+
 def test_wrong_arguments_say_what_is_wrong():
     for message, options in (
         ("either mask or indices", {}),
