@@ -31,6 +31,7 @@ def test_a_run_leaves_what_it_promises(straight, tiny_model):
         "checkpoint-10",
         "checkpoint-12",
         "config.yaml",
+        "data.sha256",
         "summary.json",
         "loss.png",
     }
