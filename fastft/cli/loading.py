@@ -56,9 +56,7 @@ def load(auto_class: str, model: str, **options: Any) -> Any:
     transformers.logging.disable_progress_bar()  # of reading local files; downloads keep theirs
     from_pretrained: Callable = getattr(transformers, auto_class).from_pretrained
     weights = auto_class.startswith("AutoModel")
-    if (
-        weights
-    ):  # sizes too are looked at below: transformers' error says only that its report, which is silenced, names them
+    if weights:  # sizes are looked at below, too: transformers' error is that its report names them, which is silenced
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         loaded = from_pretrained(path, **options)
