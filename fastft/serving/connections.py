@@ -13,6 +13,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from .api.errors import ApiError
 
 HEADER_SECONDS = 15.0  # for a whole header, from the connection's beginning or the header's first byte on
+UNREAD_SECONDS = 60.0  # for a client to take what it was sent, before it is sent more
 MOST = 4096  # connections, and requests in progress
 _OTHERS = 512  # files and sockets that the server may have open besides
 
@@ -26,10 +27,12 @@ def allow_connections() -> None:
 
 
 class Connection(H11Protocol):
-    """A connection of the server's. It is closed if a request's header takes too long; also, where there are too many
-    connections and no other one has waited longer, while it has no request in progress (clients then open another)."""
+    """A connection of the server's. It is closed if a request's header takes too long, or its client takes nothing of an
+    answer, the rest of which waits in memory; also, where there are too many connections and no other one has waited longer,
+    while it has no request in progress (clients then open another)."""
 
     _timer: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
     _idle_since = 0.0
 
     @property
@@ -59,8 +62,19 @@ class Connection(H11Protocol):
         if self.conn.trailing_data[0]:  # the next header has begun; where nothing has, uvicorn has a timer
             self._watch()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(UNREAD_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_watching()
+        if self._unread is not None:
+            self._unread.cancel()
         super().connection_lost(exc)
 
     def _watch(self) -> None:

@@ -111,7 +111,7 @@ class Server(uvicorn.Server):
         ending = asyncio.get_running_loop().call_later(self.service.config.drain_seconds, self.service.end_jobs)
         try:
             with contextlib.suppress(OSError):  # Ctrl-C in `fastft serve | tee log` ends the reader too
-                self._on_stop(sum(len(job.requests) for job in self.service.jobs))
+                self._on_stop(sum(job.unfinished for job in self.service.jobs))
             await super().shutdown(sockets)
         finally:
             ending.cancel()

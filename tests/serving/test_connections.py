@@ -86,6 +86,22 @@ def test_requests_in_progress_take_their_time(engine, monkeypatch):
         assert answered(one.makefile("rb")) == 200
 
 
+def test_answers_that_nobody_takes_are_dropped(monkeypatch):
+    """Or each such client would keep its answer in memory for as long as it likes."""
+    monkeypatch.setattr(connections, "UNREAD_SECONDS", 0.5)
+    engine = FakeEngine(ByteTokenizer(), max_length=100_000)
+    with serving(engine) as (url, server), connect(url) as one:
+        body = json.dumps(HELLO | {"stream": True, "max_tokens": 50_000, "n": 2}).encode()
+        head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        one.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        waits_until(lambda: server.service.jobs)
+        waits_until(lambda: not server.service.jobs, 20)
+        with contextlib.suppress(ConnectionResetError):
+            while one.recv(1 << 20):
+                pass
+    assert all(request.finish_reason is not None for request in engine.submitted)
+
+
 def test_idle_connections_give_way(engine, monkeypatch):
     """The one that waited longest: whoever opens many loses them, and others are answered."""
     monkeypatch.setattr(connections, "MOST", 4)
