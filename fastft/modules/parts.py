@@ -8,7 +8,7 @@ import warnings
 
 import torch
 
-from ..ops.lora_linear import lora_update
+from ..ops.lora_linear import forward_mode, lora_update
 from ..ops.partial_linear import partial_linear
 from .merging import pristine
 from .stores import Seen, SeenWeight
@@ -129,7 +129,11 @@ class TrainsParts:
 
     def _parts_forward(self, input):
         """The output where parts train, with other adapters besides (but no DoRA: attaching refuses that)."""
-        if len(self._adapters) == 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if (
+            len(self._adapters) == 1
+            and not (torch.is_grad_enabled() or forward_mode())
+            and not torch.compiler.is_compiling()
+        ):
             y = self._inference(input)
             if y is not None:
                 return y

@@ -63,6 +63,20 @@ def test_each_new_delta_is_used(merged, dtype, inference):
         assert torch.equal(model(x), twin(x))
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("merged", [True, False])
+def test_forward_mode_is_refused(merged, gradients):
+    """Its tangents would end in our kernels without a word."""
+    model, handle, x = net(merged)
+    ((name, delta),) = handle.named_parameters()
+
+    def output(delta):
+        return functional_call(model, {name: delta}, (x,))
+
+    with torch.set_grad_enabled(gradients), pytest.raises((NotImplementedError, RuntimeError)):
+        torch.func.jvp(output, (delta.detach(),), (torch.ones_like(delta),))
+
+
 @pytest.mark.parametrize("merged", [True, False])
 def test_swapped_tensors(merged):
     """PyTorch refuses to swap tensors that a weak reference knows."""
