@@ -171,6 +171,8 @@ def make_trainer(model, handle, arguments, train_rows, eval_rows=(), *, pad_toke
                 total += torch.stack([torch.where(count > 0, loss * count, 0), count.double()])
             if self.args.world_size > 1:
                 torch.distributed.all_reduce(total)
+            if not total[1]:
+                raise ValueError("the held-out rows have no token to predict: their labels, but for the first, are all -100")
             metrics = {f"{metric_key_prefix}_loss": (total[0] / total[1]).item()}
             self.log(metrics)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -114,6 +114,8 @@ def test_a_batch_without_tokens_to_predict_counts_nothing(tmp_path):
     masked = {"input_ids": [1, 2, 3], "labels": [-100] * 3}
     _, trainer = make(tmp_path, [*ROWS[:2], masked], per_device_eval_batch_size=1)
     assert trainer.evaluate()["eval_loss"] == trainer.evaluate(ROWS[:2])["eval_loss"]
+    with pytest.raises(ValueError, match="no token to predict"):
+        trainer.evaluate([masked])
 
 
 def test_every_launch_is_counted(tmp_path):

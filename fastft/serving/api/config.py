@@ -22,7 +22,7 @@ class Limits:
 
     body_bytes: int = 4 * 2**20
     body_seconds: float = 30.0
-    choices: int = 16
+    choices: int = 32
     prompt_tokens: int | None = None
     max_tokens: int | None = None
     stop_strings: int = 8

@@ -12,7 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
 from ..requests import EngineStopped, QueueFull
-from .errors import logger, responses
+from .errors import ErrorBody, logger, responses
 from .generation import Service
 from .schemas import Model, ModelList
 
@@ -30,7 +30,7 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter(tags=["status"])
     probe = Probe(service)
 
-    @routes.get("/health", response_model=Health, responses={503: {"model": Health}})
+    @routes.get("/health", response_model=Health, responses={413: {"model": ErrorBody}, 503: {"model": Health}})
     async def health():
         """Whether the engine produces tokens: it is asked for one, unless it has just produced some. Needs no key."""
         reason = await probe.reason()
