@@ -345,6 +345,14 @@ class SparseMask(SparseMethod):
         counts = {name: Counts(int(size)) for name, size in sizes.items()}
         return replace(self, target_modules=exactly(given), counts=counts, history=[])
 
+    def check(self, matched, model):
+        if left := [name for name in self.counts if name not in matched]:
+            raise ValueError(
+                f"entries are given for {left[:3]}, which don't get any: exclude_modules leaves them out, or they are "
+                "trained in full (modules_to_save, or as the heads of this task_type); give one or the other"
+            )
+        super().check(matched, model)
+
     def choose(self, name, module):
         shape = stored_shape(module)
         try:

@@ -347,6 +347,9 @@ def test_what_a_mask_may_be(tmp_path):
     handle.save(tmp_path)
     with pytest.raises(ValueError, match="attach them by fastft.load"):
         fastft.attach(Net(), fastft.load(Net(), tmp_path).method)
+    for options in ({"modules_to_save": ["b"]}, {"exclude_modules": ["b"]}):
+        with pytest.raises(ValueError, match=r"entries are given for \['b'\], which don't get any"):
+            fastft.attach(Net(), fastft.SparseMask(indices={"a": [0], "b": [1]}, **options))
 
 
 def test_tied_weights_and_dora_are_refused():
