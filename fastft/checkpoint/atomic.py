@@ -164,34 +164,35 @@ def _same(new: Path, old: Path) -> bool:
 
 
 @contextmanager
-def locked(folder: Path, shared: bool = False):
+def locked(folder: Path, shared: bool = False, at_once: bool = False):
     """Writers of a folder take turns; readers (`shared`) wait for the writer, not for each other, and not for ever: whoever
     can open a folder can hold its lock.
 
     Raises:
-        TimeoutError: a reader has waited for `_WAIT_SECONDS`.
+        TimeoutError: a reader has waited for `_WAIT_SECONDS`, or somebody has the lock that was wanted `at_once`.
     """
     if fcntl is None:
         yield
         return
     handle = os.open(folder, os.O_RDONLY)
+    seconds = 0.0 if at_once else _WAIT_SECONDS
     try:
-        with suppress(OSError):  # filesystems without locks
-            if not shared:
+        if not (shared or at_once):
+            with suppress(OSError):  # filesystems without locks
                 fcntl.flock(handle, fcntl.LOCK_EX)
-        if shared and not _share(handle):
-            raise TimeoutError(f"another process has held the lock on {folder} for {_WAIT_SECONDS:g} s")
+        elif not _lock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, seconds):
+            raise TimeoutError(f"another process has held the lock on {folder} for {seconds:g} s")
         yield
     finally:
         os.close(handle)
 
 
-def _share(handle: int) -> bool:
-    """Whether a reader's lock was got, or none is needed."""
-    deadline = time.monotonic() + _WAIT_SECONDS
+def _lock(handle: int, kind: int, seconds: float) -> bool:
+    """Whether the lock was got within so many seconds, or none is needed."""
+    deadline = time.monotonic() + seconds
     while True:
         try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(handle, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 return False

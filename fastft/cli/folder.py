@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
-import os
 import pickle
 import shlex
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.atomic import fcntl
+from ..checkpoint.atomic import locked
 from ..checkpoint.files import WEIGHTS
 from . import launch
 from .config import TrainConfig, make_config
@@ -98,21 +97,13 @@ def owned(out: Path, resume: bool, overwrite: bool) -> Iterator[None]:
         yield
         return
     out.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(out, os.O_RDONLY)
-    try:
+    with ExitStack() as held:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            held.enter_context(locked(out, at_once=True))
+        except TimeoutError:
             raise UserError(f"out {out}: another run is writing there; wait for it, or give another folder") from None
-        except OSError:  # filesystems without locks
-            pass
         check_out(out, resume, overwrite)
         yield
-    finally:
-        os.close(handle)
 
 
 def after_stop(out: Path) -> str:

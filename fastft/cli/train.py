@@ -305,7 +305,8 @@ def _train(
         if checkpoint is None:
             clear(out)
         config.save(out / "config.yaml")
-        (out / DIGESTS).write_text(digests(config), encoding="utf-8")
+        if not (out / DIGESTS).is_file():  # else they were compared
+            (out / DIGESTS).write_text(digests(config), encoding="utf-8")
     launch.wait()
 
     speed = progress(trainer)
