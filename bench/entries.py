@@ -61,8 +61,8 @@ def written(d: Inputs) -> Inputs:
 
 
 def attached(d: Inputs):
-    """(layer, handle) as `fastft.attach` makes them, on a copy of the weight."""
-    model = nn.ModuleDict({"linear": peers.frozen_linear(replace(d, weight=d.weight.clone()))})
+    """(layer, handle) as `fastft.attach` makes them, which write into the inputs' weight."""
+    model = nn.ModuleDict({"linear": peers.frozen_linear(d)})
     handle = fastft.attach(model, fastft.SparseMask(indices={"linear": d.entries.flat().cpu()}))
     with torch.no_grad():
         handle.targets["linear"].sparse[handle.name].delta.copy_(d.delta)
@@ -88,7 +88,7 @@ def training(make):
 
 
 def ours(d: Inputs):
-    layer, handle = attached(d)
+    layer, handle = attached(replace(d, weight=d.weight.clone()))
     return layer.train(), layer.sparse[handle.name].delta
 
 
@@ -153,7 +153,7 @@ def fill_shira(layer, entries: Entries, delta: nn.Parameter) -> None:
 def beside(d: Inputs):
     """Forward with the delta beside the weight as it was."""
     layer, handle = attached(d)
-    handle.unmerge()
+    handle.unmerge()  # d.weight has its bits again: of few tokens, a copy that only one arm reads would come from colder caches
     return layer
 
 

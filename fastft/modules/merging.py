@@ -157,7 +157,6 @@ class Mergeable(nn.Module):
         self._buffers.pop(PART, None)
         self._non_persistent_buffers_set.discard(PART)
 
-    @torch.no_grad()
     def follow_weight(self) -> None:
         """What something else wrote into the weight while no delta but 0 stood in it is the base from now on.
 
@@ -170,6 +169,10 @@ class Mergeable(nn.Module):
         store, weight = self._store, self._parameters.get("weight")
         if store is None or weight is None or torch.compiler.is_compiling() or store.written.still(weight):
             return
+        with torch.no_grad():
+            self._follow(store, weight)
+
+    def _follow(self, store, weight):
         owns = all(seen.of(self.delta_of(name)) for name, seen in self._written.items())
         same = all(seen.still(self.delta_of(name)) for name, seen in self._written.items())
 
