@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # The package's folders and files, lowest layer first.
 LAYERS = [
-    {"_native", "__init__"},
+    {"_native", "__init__", "listing"},
     {"kernels"},
     {"ops"},
     {"modules", "optim", "testing", "info"},

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from ..listing import listed
 from .atomic import locked, opened, switch
 
 CONFIG = "adapter_config.json"
@@ -247,5 +248,4 @@ def _check_header(path: Path, header: dict[str, Any], expected: dict[str, tuple[
 
 def _refuse(path: Path, what: str, offenders: list[str], advice: str = "") -> None:
     if offenders:
-        more = f" and {len(offenders) - 5} more" if len(offenders) > 5 else ""
-        raise AdapterFileError(f"{path}: {len(offenders)} tensors are {what}: {', '.join(offenders[:5])}{more}{advice}")
+        raise AdapterFileError(f"{path}: {len(offenders)} tensors are {what}: {listed(offenders, 5)}{advice}")

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..listing import listed
 from .errors import UserError
 from .quiet import quiet_imports
 
@@ -81,18 +82,15 @@ def _check_weights(model: str, architecture: str, found: dict[str, Any]) -> None
         raise UserError(
             f"model {model}: {key} is {list(stored)} in its file and {list(wanted)} in {architecture} by its config.json"
         )
+    others = listed(sorted(found["unexpected_keys"]))
     if found["missing_keys"]:
-        hint = f" (it has others: {_few(found['unexpected_keys'])})" if found["unexpected_keys"] else ""
+        hint = f" (it has others: {others})" if others else ""
         raise UserError(
             f"model {model}: its files lack weights that {architecture} has by its config.json: "
-            f"{_few(found['missing_keys'])}{hint}"
+            f"{listed(sorted(found['missing_keys']))}{hint}"
         )
-    if found["unexpected_keys"]:
-        print(f"note: weights of {model} that {architecture} does not have are left out: {_few(found['unexpected_keys'])}")
-
-
-def _few(keys: set[str]) -> str:
-    return ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3:,} more" if len(keys) > 3 else "")
+    if others:
+        print(f"note: weights of {model} that {architecture} does not have are left out: {others}")
 
 
 def check_bitsandbytes(bits: int | None) -> None:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..listing import listed
 from .errors import UserError
 from .loading import check_model, load, load_base
 from .serve_config import ServeConfig
@@ -192,9 +193,8 @@ class Welcome:
     def _adapters(self) -> str:
         if self._config.adapters is None:
             return "none (--adapters FOLDER)"
-        shown = ", ".join(self.names[:_SHOWN_NAMES])
-        more = f" and {len(self.names) - _SHOWN_NAMES:,} more" if len(self.names) > _SHOWN_NAMES else ""
-        text = f"{len(self.names):,} in {self._config.adapters}" + (f": {shown}{more}" if self.names else "")
+        shown = f": {listed(self.names, _SHOWN_NAMES)}" if self.names else ""
+        text = f"{len(self.names):,} in {self._config.adapters}{shown}"
         root = Path(self._config.adapters).expanduser()
         others = sorted(entry for entry in root.iterdir() if entry.is_dir() and entry.name not in set(self.names))
         for entry in others[:3]:

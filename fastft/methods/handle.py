@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ..listing import listed
 from ..modules.adapted_linear import Adapted
 from ..modules.adapter import Adapter
 from ..modules.adapter_group import GroupState
@@ -69,9 +70,8 @@ def _warn_of_unreached(handle, held) -> None:
     own = [(name, p.grad) for name, p in handle.named_parameters() if id(p) in held and p.requires_grad and p.numel()]
     names = [name for name, grad in own if grad is None]
     if names and len(names) < len(own):
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         warnings.warn(
-            f"no gradient reached {', '.join(names[:3])}{more} of adapter {handle.name!r}: the model reads these weights "
+            f"no gradient reached {listed(names)} of adapter {handle.name!r}: the model reads these weights "
             "without calling the layers (then nothing trains there; leave them out with exclude_modules), or they took no "
             "part in this step (unused experts, dropped layers), or gradient checkpointing with use_reentrant=True cut them "
             "off (model.enable_input_require_grads() helps)",

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.files import Shapes
+from ..listing import quoted
 from ..modules.adapted_linear import LoRASettings, features, is_transposed
 from ..modules.merging import pristine
 from ..modules.norms import RowNorms
@@ -190,17 +191,17 @@ class LoRA(Method):
         sliced = [name for name, module in matched.items() if self.use_dora and getattr(module, "_parts", None)]
         if sliced:
             raise ValueError(
-                f"use_dora: {_some(sliced)} hold an adapter that trains a part of the weight; the two don't mix"
+                f"use_dora: {quoted(sliced)} hold an adapter that trains a part of the weight; the two don't mix"
             )
         quantized = {name: kind for name, module in matched.items() if (kind := quantization(module)) is not None}
         if quantized and self.use_dora:
             raise ValueError(
-                f"use_dora: the weight of {_some(list(quantized))} is quantised ({next(iter(quantized.values()))}); DoRA "
+                f"use_dora: the weight of {quoted(quantized)} is quantised ({next(iter(quantized.values()))}); DoRA "
                 "needs the norms of its rows, for which every forward would dequantise all of it. Leave use_dora off, or "
                 "load the model without quantising it"
             )
         if quantized and self.pack_weights:
-            raise ValueError(f"pack_weights: the weight of {_some(list(quantized))} is quantised and can't be packed")
+            raise ValueError(f"pack_weights: the weight of {quoted(quantized)} is quantised and can't be packed")
         for name, module in matched.items():
             if name not in quantized and self.adapter_dtype not in (None, torch.float32, module.weight.dtype):
                 raise TypeError(
@@ -209,18 +210,17 @@ class LoRA(Method):
                 )
         for option, patterns in (("rank_pattern", self._ranks), ("alpha_pattern", self._alphas)):
             if idle := patterns.idle(matched):
-                more = f" and {len(idle) - 5} more" if len(idle) > 5 else ""
-                warnings.warn(f"{option}: {idle[:5]}{more} match no adapted module", stacklevel=4)
+                warnings.warn(f"{option}: {quoted(idle, 5)} match no adapted module", stacklevel=4)
         idle = [name for name in matched if self.scale(name) == 0]
         if idle:
-            warnings.warn(f"lora_alpha is 0 for {_some(idle)}: B A is multiplied by 0 there and never trained", stacklevel=4)
+            warnings.warn(f"lora_alpha is 0 for {quoted(idle)}: B A is multiplied by 0 and never trained", stacklevel=4)
         if self.fan_in_fan_out and not any(is_transposed(module) for module in matched.values()):
             warnings.warn("fan_in_fan_out=True is ignored: the weights of nn.Linear are stored [out, in]", stacklevel=4)
         if self.pack_weights and not siblings(matched):
             warnings.warn("pack_weights is ignored: no two adapted layers are known to read one input", stacklevel=4)
         bare = [name for name, module in matched.items() if self.lora_bias and getattr(module, "bias", None) is None]
         if bare:
-            warnings.warn(f"lora_bias: {_some(bare)} have no bias, so that the adapter can't be merged", stacklevel=4)
+            warnings.warn(f"lora_bias: {quoted(bare)} have no bias, so that the adapter can't be merged", stacklevel=4)
 
     def to_config(self, matched):
         return {
@@ -266,10 +266,6 @@ class LoRA(Method):
                 "LoRA of the base; convert it with PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
             )
         return cls(**{**options, "init_lora_weights": init if init in INITIALISATIONS else True})
-
-
-def _some(names):
-    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _as_list(value: Any):
