@@ -18,18 +18,19 @@ from . import vllm_sites
 from .vllm_sites import Route, Sites
 
 WRAPPER = f"{__name__}.FastftPunicaWrapper"
-DEVICES = ("cpu", "cuda")
 
 
 def register() -> None:
     """The plugin's entry point: vLLM calls it in each of its processes, maybe more than once."""
     from vllm.platforms import current_platform
 
-    device = current_platform.device_type
-    if device in DEVICES:
+    if current_platform.is_cuda() or current_platform.is_cpu():  # (device_type is "cuda" on AMD's ROCm, too)
         type(current_platform).get_punica_wrapper = classmethod(lambda cls: WRAPPER)
     else:
-        logging.getLogger(__name__).warning("fastft has no kernels for %s: vLLM uses its own for LoRA", device)
+        logging.getLogger(__name__).warning(
+            "fastft has kernels for NVIDIA GPUs and for CPUs, none for vLLM's %s: vLLM uses its own for LoRA",
+            type(current_platform).__name__,
+        )
 
 
 def __getattr__(name):

@@ -290,20 +290,16 @@ def test_another_contract_is_refused():
         plugin.wrapper_class(Newer)
 
 
-@pytest.mark.parametrize("device,ours", [("cpu", True), ("cuda", True), ("tpu", False)])
-def test_register_replaces_the_platform_s_choice(monkeypatch, device, ours):
-    class Platform:
-        device_type = device
-
-        @classmethod
-        def get_punica_wrapper(cls):
-            return "theirs"
-
-    platforms = SimpleNamespace(current_platform=Platform())
+@pytest.mark.parametrize(
+    "name,device,ours", [("cpu", "cpu", 1), ("cuda", "cuda", 1), ("rocm", "cuda", 0), ("xpu", "xpu", 0)]
+)
+def test_register_replaces_the_platform_s_choice(monkeypatch, caplog, name, device, ours):
+    platforms = SimpleNamespace(current_platform=vllm.platform(name, device))
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(platforms=platforms))
     monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
     plugin.register(), plugin.register()
     assert platforms.current_platform.get_punica_wrapper() == (plugin.WRAPPER if ours else "theirs")
+    assert ("none for vLLM's Platform" in caplog.text) == (not ours)
 
 
 def test_importing_it_imports_no_vllm():

@@ -122,3 +122,22 @@ class LoRAModelManager:
             for wrapper in self.punica_wrapper_mapping.values():
                 wrapper.update_metadata(mapping, self.lora_index_to_id, len(self.lora_index_to_id) + 1, 0)
             self._last = now
+
+
+def platform(name, device):
+    """What `current_platform` is there: `device` is torch's name of the devices."""
+
+    class Platform:
+        device_type = device
+
+        def is_cuda(self):
+            return name == "cuda"
+
+        def is_cpu(self):
+            return name == "cpu"
+
+        @classmethod
+        def get_punica_wrapper(cls):
+            return "theirs"
+
+    return Platform()

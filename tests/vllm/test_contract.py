@@ -12,6 +12,7 @@ from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.punica_wrapper import punica_selector
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
+from vllm.platforms.interface import Platform
 
 from fastft.integrations import vllm as plugin
 
@@ -43,6 +44,9 @@ def test_the_wrapper_fits():
 
 
 def test_names_that_the_plugin_uses():
+    for name in ("is_cuda", "is_cpu", "get_punica_wrapper"):
+        own = getattr(stand_ins.platform("cpu", "cpu"), name)
+        assert parameters(own) == parameters(getattr(Platform(), name))
     assert "current_platform.get_punica_wrapper()" in inspect.getsource(punica_selector.get_punica_wrapper)
     assert parameters(LoRAModelManager.activate_adapter)[:2] == parameters(stand_ins.LoRAModelManager.activate_adapter)
     source = inspect.getsource(LoRAModelManager)
