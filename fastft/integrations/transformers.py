@@ -155,6 +155,9 @@ def make_trainer(model, handle, arguments, train_rows, eval_rows=(), *, pad_toke
         def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
             handle.restore(Path(resume_from_checkpoint) / "adapter")
 
+        def _load_best_model(self):
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
         @torch.no_grad()
         def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
             started = time.monotonic()

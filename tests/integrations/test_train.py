@@ -97,6 +97,17 @@ def test_interrupted_checkpoints_are_not_resumed(tmp_path):
     assert last_checkpoint(tmp_path).name == "checkpoint-1"
 
 
+def test_the_best_adapter_is_kept_at_the_end(tmp_path):
+    worst = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}  # not the last one
+    handle, trainer = make(tmp_path, ROWS, eval_strategy="steps", eval_steps=1, warmup_steps=0, max_steps=4, **worst)
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert best != str(tmp_path / "checkpoint-4") and trainer.evaluate()["eval_loss"] == trainer.state.best_metric
+    handle.save(tmp_path / "kept")
+    kept, expected = (load_file(f"{at}/adapter_model.safetensors") for at in (tmp_path / "kept", f"{best}/adapter"))
+    assert all(torch.equal(kept[key], expected[key]) for key in expected)
+
+
 def test_evaluation_is_the_mean_over_tokens(tmp_path):
     _, trainer = make(tmp_path, ROWS, per_device_eval_batch_size=3)
     found = trainer.evaluate()["eval_loss"]
