@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from .errors import UserError
 
-# Peak learning rates where none is given; of spiel and lift the middle of what their papers use.
+# Peak learning rates where none is given; of spiel and lift from the ranges that their papers searched.
 LEARNING_RATES = {"lora": 2e-4, "s2ft": 2e-4, "spiel": 1e-4, "spiel by momentum": 1e-3, "lift": 1e-4}
 
 

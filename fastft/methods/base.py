@@ -123,16 +123,30 @@ class Method(TargetOptions):
     def resume(self, saved: "Method") -> None:
         """Take over what a restored file says of the run so far."""
 
+    def updates(self, handle: "Handle") -> int:
+        """How many of this run its schedule has counted."""
+        return 0
+
+    def new_run(self, handle: "Handle", total_steps: int | None) -> "Method":
+        """What `Handle.new_run` does; returns the method with what it says of a run's length replaced."""
+        return self
+
     # What must be equal for one adapter's values to be taken over by another of the same shapes, and its name.
     placed_by: ClassVar[str] = "scale"
 
     def placement(self, name: str) -> Any:
         return self.scale(name)
 
+    @property
+    def learning_rate(self) -> float:
+        """Of `Handle.optimizer`, where none is given."""
+        return 1e-4
+
     def optimizer(self, handle: "Handle", lr: float, weight_decay: float, **options) -> torch.optim.Optimizer:
         """The optimizer of `Handle.optimizer`: AdamW, fused where PyTorch has it."""
         parameters = list(handle.parameters())
-        options.setdefault("fused", all(p.device.type in ("cpu", "cuda") for p in parameters))
+        if not options.get("foreach") and not options.get("differentiable"):  # PyTorch takes one of the three
+            options.setdefault("fused", all(p.device.type in ("cpu", "cuda") for p in parameters))
         return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, **options)
 
     def shapes(self, name: str, module: nn.Module) -> dict[str, tuple[int, ...]]:

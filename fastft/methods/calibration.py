@@ -4,6 +4,7 @@ A batch is a mapping of keyword arguments, a tuple or list of positional ones, o
 device of the model's first parameter. The model runs in evaluation mode.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -62,6 +63,8 @@ def visit_gradients(
     with ExitStack() as stack:
         stack.enter_context(_evaluating(model))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(warnings.catch_warnings())  # of trained weights under adapters: these only seem to train
+        warnings.filterwarnings("ignore", "a weight requires a gradient while adapters train parts of it in place")
         stack.enter_context(_weights_as_leaves(model, names, visit))
         for args, kwargs in _batches(model, calibration):
             output = model(*args, **kwargs)

@@ -161,11 +161,11 @@ class Handle(AdapterFiles):
     def parameters(self) -> Iterator[nn.Parameter]:
         return (parameter for _, parameter in self.named_parameters())
 
-    def optimizer(self, lr: float = 1e-4, weight_decay: float = 0.0, **options) -> torch.optim.Optimizer:
+    def optimizer(self, lr: float | None = None, weight_decay: float = 0.0, **options) -> torch.optim.Optimizer:
         """AdamW over the adapter: PyTorch's, fused where it can be; of methods that train slices of the weights in place
-        `fastft.optim.slice_adamw.SliceAdamW`. `options` go to it."""
+        `fastft.optim.slice_adamw.SliceAdamW`. `lr` is 1e-4 by default, for SpIEL by momentum 1e-3. `options` go to it."""
         self._attached()
-        return self.method.optimizer(self, lr, weight_decay, **options)
+        return self.method.optimizer(self, self.method.learning_rate if lr is None else lr, weight_decay, **options)
 
     def step(self) -> None:
         """Run the method's schedule (LoRA has none); call it after the optimizer's step. Without a new update: nothing."""
@@ -181,6 +181,17 @@ class Handle(AdapterFiles):
                 "use handle.optimizer(), or make yours over handle.parameters() after attach",
                 stacklevel=2,
             )
+
+    def new_run(self, total_steps: int | None = None) -> None:
+        """Another run of training begins: schedules (SpIEL's, LIFT's) count its updates from 0, to `total_steps`.
+
+        For an adapter that was trained before, in this process or the one whose file `fastft.load` has read. A Trainer with
+        `callback` does it where it does not resume.
+        """
+        self._attached()
+        if total_steps is not None:
+            self.total_steps = total_steps
+        self.method = self.method.new_run(self, total_steps)
 
     def refresh(self) -> None:
         """Bring what stands in the weights up to date with the adapter's values.

@@ -19,7 +19,8 @@ class AdapterFiles:
         """Write adapter_config.json and adapter_model.safetensors, of LoRA those that PEFT also reads, into `directory`.
 
         With `absolute` (methods that train entries of weights) the file holds the entries' values as they stand in the
-        weights, in their dtype, and nothing that only training needs: the smallest file, `fastft.load` reads it too.
+        weights, in their dtype, and nothing that only training needs: the smallest file. `fastft.load` reads it too, for use
+        and merging: trained on, all of its entries would train, also those that LIFT had only kept.
 
         Atomic: whenever the process is killed, `fastft.load` finds the old adapter or the new one. Other files in the
         folder are left alone.

@@ -79,13 +79,14 @@ class LIFT(SparseMethod):
         return replace(self, counts={name: Counts(count) for name, count in budgets.items()}, history=[])
 
     def choose(self, name, module):
-        return self._largest(name, pristine(module, "weight"))
+        weight = pristine(module, "weight")
+        return self._largest(name, weight, self.budget(weight.shape))
 
-    def _largest(self, name, weight, count=None) -> Entries:
-        count = self.budget(weight.shape) if count is None else count
-        left, right = low_rank(weight, self.filter_rank)
+    def _largest(self, name, weight, count) -> Entries:
+        what = f"the weight of {name!r}"
+        left, right = low_rank(weight, self.filter_rank, what=what)
         scores = product((left, right.t()))
-        entries, _ = largest(scores, count, weight.shape, weight.device, what=f"the weight of {name!r}")
+        entries, _ = largest(scores, count, weight.shape, weight.device, what=what)
         from_first(entries.starts, entries.columns)
         return entries
 
@@ -100,11 +101,13 @@ class LIFT(SparseMethod):
     def _reselect(self, handle) -> dict[str, Any]:
         optimizer = handle.last_optimizer()
         changed = overlap = count = 0
+        chosen = {}  # all before the first changes: a weight may hold NaN
+        for name, module in handle.targets.items():
+            weight = module.weight if handle.name in module.standing() else self.whole(module, handle.name)
+            chosen[name] = self._largest(name, weight.detach(), len(module.sparse[handle.name].entries))
         for name, module in handle.targets.items():
             held = module.sparse[handle.name]
-            weight = module.weight if handle.name in module.standing() else self.whole(module, handle.name)
-            new = self._largest(name, weight.detach(), len(held.entries))
-            left = self._exchange(handle.name, module, new, optimizer)
+            left = self._exchange(handle.name, module, chosen.pop(name), optimizer)
             changed += left
             overlap += held.of_first()
             count += len(held.entries)

@@ -37,7 +37,10 @@ def low_rank(
     with without_autocast(weight.device.type):
         image, basis = _projected(weight, min(rank, *weight.shape), steps, generator)
         if not image.isfinite().all():
-            raise FloatingPointError(f"{what} holds NaN or infinite numbers, or some too large to square")
+            raise FloatingPointError(
+                f"{what} holds NaN or infinite numbers, or some too large to square. Where training made them, lower the "
+                "learning rate, clip gradients, and go on from an earlier checkpoint"
+            )
         wide = image.double()
         rotation = torch.linalg.eigh(wide.t() @ wide).eigenvectors.flip(1)[:, :rank].float()
         return image @ rotation, basis @ rotation

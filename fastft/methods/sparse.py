@@ -210,6 +210,7 @@ class SparseMethod(Method):
             if self.remembers_first and "first" not in tensors:
                 held.all_first()
             fill(held, {part: t.to(held.delta.device) for part, t in tensors.items()})
+            held.observer = self.observer()  # a run at its end looks no more
 
         module.change_entries(adapter.name, change)
 
@@ -222,8 +223,7 @@ class SparseMethod(Method):
         return {"entries": counts, "absolute": absolute, "history": self.history}
 
     def before_save(self, handle):
-        updates = max((module.sparse[handle.name].updates for module in handle.targets.values()), default=0)
-        if self.scheduled and handle._ever_updated and not updates:
+        if self.scheduled and handle._ever_updated and not self.updates(handle):
             warnings.warn(
                 f"adapter {handle.name!r} was trained, but its entries were never chosen anew: call handle.step() after "
                 "every optimizer step, or give the Trainer handle.callback()",
@@ -232,6 +232,18 @@ class SparseMethod(Method):
 
     def resume(self, saved):
         self.history[:] = saved.history
+
+    def updates(self, handle):
+        return max((module.sparse[handle.name].updates for module in handle.targets.values()), default=0)
+
+    def new_run(self, handle, total_steps):
+        for module in handle.targets.values():
+            held = module.sparse[handle.name]
+            held.updates = 0
+            held.consider(None)
+            held.observer = self.observer()
+        self.history.clear()
+        return self
 
     def to_config(self, matched):
         return {

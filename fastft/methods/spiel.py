@@ -1,6 +1,7 @@
 """SpIEL, sparse fine-tuning of entries that come and go (Ansell et al. 2024, arXiv:2401.16405)."""
 
 import math
+import warnings
 import zlib
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -36,7 +37,8 @@ class SpIEL(SparseMethod):
         initial_reselection_rate: the fraction of entries that a choice replaces, at the start; it falls to 0 over the run.
         policy: "linear": rate · (1 - t / T), and all entries are replaced at the first choice (the paper's); "cosine":
             rate · (1 + cos(π t / T)) / 2 from the first on.
-        total_steps: T, the updates of the run. A Trainer with `Handle.callback` and `fastft train` tell it themselves.
+        total_steps: T, the updates of the run. A Trainer with `Handle.callback` and `fastft train` tell it themselves. For
+            another run with the same adapter call ``handle.new_run(total_steps)``, which they do, too.
         seed: of the first, random entries; the same on every rank and machine.
         target_modules and the other options of `TargetOptions`; by default all linear layers but the output head.
 
@@ -50,6 +52,8 @@ class SpIEL(SparseMethod):
     and no dense gradient or mask exists: a block of rows at a time. Under DistributedDataParallel the first update of a
     cycle in which rank 0 uses a module only finds its candidates. What is seen of them is clipped and unscaled as
     the gradients are.
+
+    Of a module that a forward calls several times the candidates are found in one call's gradient; their sums are of all.
 
     Averages of weights over updates (`torch.optim.swa_utils.AveragedModel`) would mix the deltas of different entries, and
     fail where their number changes: average merged weights instead.
@@ -135,11 +139,19 @@ class SpIEL(SparseMethod):
             return None
         return Candidates(self.reselection_steps, self.selection_accumulation_steps)
 
+    @property
+    def learning_rate(self):
+        return 1e-3 if self.selection == "momentum" else 1e-4
+
     def optimizer(self, handle, lr, weight_decay, **options):
         trained = self._trained(handle)
         if self.selection == "momentum":
             return SparseSM3(*trained, lr=lr, weight_decay=weight_decay, **options)
         return SparseAdamW(*trained, lr=lr, weight_decay=weight_decay, **options)
+
+    def new_run(self, handle, total_steps):
+        method = super().new_run(handle, total_steps)
+        return method if total_steps is None else replace(method, total_steps=total_steps)
 
     # ---- the schedule
 
@@ -157,6 +169,12 @@ class SpIEL(SparseMethod):
             raise RuntimeError(
                 "SpIEL replaces fewer and fewer entries until the run's end: give SpIEL(total_steps=...), or the Trainer "
                 "handle.callback()"
+            )
+        if updates == total + 1:
+            warnings.warn(
+                f"adapter {handle.name!r}: SpIEL's run of {total} updates is over, so no entries are chosen any more. If "
+                "another run begins, call handle.new_run(total_steps=...) before it",
+                stacklevel=4,
             )
         at = updates % self.reselection_steps or self.reselection_steps
         if self.selection == "accumulated" and at <= self.selection_accumulation_steps:
@@ -191,7 +209,7 @@ class SpIEL(SparseMethod):
         for name, module in handle.targets.items():
             held = module.sparse[handle.name]
             grown, again = (
-                choose_growth(held, rate) if self.selection == "accumulated" else by_momentum(held, rate, optimizer)
+                choose_growth(held, rate) if self.selection == "accumulated" else by_momentum(name, held, rate, optimizer)
             )
             if len(grown) and held.delta.requires_grad:  # what is frozen keeps what it has learnt
                 self._exchange(handle.name, module, grown, again, optimizer)
@@ -295,7 +313,7 @@ def choose_growth(held: SparseEntries, rate: float) -> tuple[Entries, torch.Tens
     return candidates.select(best & (at < 0)), again
 
 
-def by_momentum(held: SparseEntries, rate: float, optimizer) -> tuple[Entries, torch.Tensor]:
+def by_momentum(name: str, held: SparseEntries, rate: float, optimizer) -> tuple[Entries, torch.Tensor]:
     """The ``int(rate · E)`` inactive entries with the largest product of SM3's accumulators; of the active ones none is
     spared."""
     if not isinstance(optimizer, SparseSM3):
@@ -305,7 +323,7 @@ def by_momentum(held: SparseEntries, rate: float, optimizer) -> tuple[Entries, t
         return Entries.of_flat(held.columns[:0], held.shape), none
     most = min(int(rate * len(held.entries)), math.prod(held.shape) - len(held.entries))
     scores = outer(state["row_max"], state["column_max"])
-    what = "SM3's accumulators"
+    what = f"SM3's accumulators of {name!r}"
     grown, _ = largest(scores, most, held.shape, held.delta.device, exclude=held.entries, what=what)
     return grown, none
 

@@ -43,6 +43,11 @@ class InPlaceOptimizer(torch.optim.Optimizer):
                 if module is None:
                     others.append(parameter)
                     continue
+                if name not in getattr(module, "_parts", ()):
+                    raise RuntimeError(
+                        f"adapter {name!r} is no longer on the model (detach, merge_and_unload), but this optimizer still "
+                        "holds gradients of it; make a new optimizer"
+                    )
                 site = module.update_site(name)
                 if not self._update(parameter, group, module, site):
                     others.append(parameter)

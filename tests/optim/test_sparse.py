@@ -95,7 +95,7 @@ def test_a_learning_rate_may_be_a_tensor(optimizer):
 
 
 def test_steps_of_fake_and_of_real_tensors_share_no_table():
-    module = SimpleNamespace(update_site=lambda name: None, standing=lambda: [])
+    module = SimpleNamespace(_parts={"default"}, update_site=lambda name: None, standing=lambda: [])
     for mode in (FakeTensorMode(), nullcontext(), FakeTensorMode()):
         with mode:
             parameter = torch.nn.Parameter(torch.zeros(4))
