@@ -18,6 +18,7 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, find_namespace_packages, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
@@ -58,6 +59,12 @@ def why_no_runtime():
         return "pybind11 is not installed"
     headers = Path(sysconfig.get_paths()["include"])
     return None if (headers / "Python.h").exists() else f"no Python.h in {headers} (on Debian: apt install python3-dev)"
+
+
+class Build(build):
+    # setuptools leaves build_ext out where ext_modules is empty, which makes a wheel a pure one; but it also refuses, tells
+    # why the install is pure Python and removes older libraries.
+    sub_commands = [(name, None if name == "build_ext" else applies) for name, applies in build.sub_commands]  # noqa: RUF012
 
 
 class CMakeBuild(build_ext):
@@ -128,12 +135,13 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=find_namespace_packages(include=["fastft", "fastft.*"]),
+    # Without the folder of the libraries, which building may take away.
+    packages=find_namespace_packages(include=["fastft", "fastft.*"], exclude=["fastft.lib"]),
     package_data={"": ["*.json", "*.csv", "*.html"]},
     # One extension stands for all libraries, so that wheels are platform wheels. fastft._runtime makes them wheels of one
     # Python: pybind11 has no stable ABI. Without it any Python >= 3.10 loads them.
     ext_modules=[Extension("fastft._native_libraries", [])] if why_not_native() is None else [],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build": Build, "build_ext": CMakeBuild},
     options={
         # A path in site-packages instead of a finder: from the clone's parent folder Python would take the clone itself for
         # an empty namespace package fastft.

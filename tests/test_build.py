@@ -1,6 +1,7 @@
 """Wheels, with and without native code: what they hold, and that what they hold works."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastft import _native
 
@@ -146,11 +148,40 @@ def test_pure_python_wheel(source, tmp_path):
     assert "RUNTIME fastft._runtime is not built" in output, output
 
 
-def test_asking_for_native_code_without_tools_fails_clearly(source, tmp_path):
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    env = {"PATH": str(tmp_path), "FASTFT_NATIVE": "1", "HOME": str(tmp_path)}
-    done = subprocess.run(command, cwd=source, capture_output=True, text=True, env=env)
-    assert done.returncode != 0 and "not found: cmake, ninja, a C++ compiler" in done.stderr, done.stderr
+def run_setup(source, *command, **env):
+    done = subprocess.run([sys.executable, "setup.py", "-q", *command], cwd=source, capture_output=True, text=True, env=env)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("command", [("build_ext", "--inplace"), ("bdist_wheel",), ("editable_wheel",)])
+def test_asking_for_native_code_without_tools_fails_clearly(source, tmp_path, command):
+    code, told = run_setup(source, *command, PATH=str(tmp_path), FASTFT_NATIVE="1", HOME=str(tmp_path))
+    assert code != 0 and "not found: cmake, ninja, a C++ compiler" in told, told
+
+
+@pytest.mark.parametrize("env", [{"FASTFT_NATIVE": "0"}, {"PATH": ""}], ids=["asked for", "without tools"])
+def test_a_pure_python_install_says_so_and_leaves_no_older_libraries(source, tmp_path, env):
+    old = [source / "fastft" / "lib" / "libfastft_cpu_default.so", source / "fastft" / "_runtime.cpython-311.so"]
+    for path in old:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    code, told = run_setup(source, "editable_wheel", "-d", str(tmp_path), **{**os.environ, **env})
+    assert code == 0 and "pure-Python install" in told, told
+    assert not [path for path in old if path.exists()]
+    assert [path.name for path in tmp_path.glob("*.whl")] == ["fastft-0.1.0-0.editable-py3-none-any.whl"]
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None or shutil.which("ninja") is None, reason="no cmake or ninja")
+def test_instruction_sets_to_build_are_checked(tmp_path):
+    for isas, problem in (
+        ("default;AVX512", "unknown here is AVX512; known, to be separated by semicolons: default"),
+        ("default,avx2", "unknown here is default,avx2;"),
+        ("amx", "amx needs avx512_bf16 beside it" if platform.machine() == "x86_64" else "unknown here is amx"),
+    ):
+        options = (f"-DFASTFT_TORCH={Path(torch.__file__).parent}", f"-DFASTFT_ISAS={isas}")
+        command = ["cmake", "-G", "Ninja", "-S", ROOT, "-B", tmp_path, *options]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode != 0 and problem in " ".join(done.stderr.split()), done.stderr
 
 
 def test_libraries_use_the_process_s_standard_library():
