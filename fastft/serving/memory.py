@@ -39,8 +39,8 @@ class AdapterMemory:
             PackedAdapter, and ``max_pieces``, a number by site name.
         dtype: of the adapters' numbers in memory. slots: adapters on the device at a time.
         device_bytes: for adapters on the device; default a tenth of a GPU's memory, 1 GiB on a CPU.
-        host_bytes: for adapters kept in host memory, pinned for a GPU; default 4 GiB there, 1 GiB on a CPU. The one adapter
-            that is just being loaded may exceed it.
+        host_bytes: for adapters kept in host memory; default 4 GiB beside a GPU, 1 GiB on a CPU. The one adapter that is
+            just being loaded may exceed it, and beside a GPU 8 MiB are pinned, through which all are copied.
         page_bytes: memory is given out in pages of this size.
         reserve_seconds: how long what was loaded for `acquire` waits to be acquired before it can be evicted again.
         retry_seconds: how long a failed load is remembered; until then `acquire` does not try again.

@@ -13,13 +13,15 @@ from ..modules import huge_pages
 from ..ops.grouped import FIELDS
 from .packed import PackedAdapter
 
+_STAGE = 4 << 20  # bytes of pinned memory that the host fills while the GPU copies from as many others
+
 
 @dataclass
 class HostCopy:
     """An adapter in host memory, ready to be copied to pages that lie anywhere."""
 
     digest: str
-    blob: torch.Tensor  # uint8, pinned where the device is a GPU; its addresses are those of the last copy
+    blob: torch.Tensor  # uint8, in pageable memory; its addresses are those of the last copy
     runs: numpy.ndarray  # int64 [n, 4], the blob's relocations
     addresses: numpy.ndarray  # int64, the virtual ones
     rows: numpy.ndarray  # int64 [sum of P, 10], pieces of all sites with virtual tables
@@ -36,7 +38,8 @@ class AdapterPool:
     Attributes:
         bytes: uint8 [pages · page_bytes], which `store` (dtype), `offsets` (int64) and `columns` (int16) are views of.
         pieces: int64 [slots, P, 10] by site name. widths: by site name the most columns of S that an adapter needed so far,
-            None before one had the site. It never shrinks: what was sized by it, a CUDA graph too, stays large enough.
+            None before one had the site. It never shrinks: what was sized by it, a CUDA graph too, stays large enough. On a
+            GPU it is a power of two, since graphs are captured anew whenever it changes.
     """
 
     def __init__(self, pieces: dict[str, int], *, device, dtype, slots: int, pages: int, page_bytes: int):
@@ -58,7 +61,7 @@ class AdapterPool:
         # The row of piece p of a site in a slot, as one table has all of them, is first + slot * step.
         self._first = numpy.concatenate([first * slots + numpy.arange(p) for p, first in zip(counts, firsts)])
         self._step = counts.repeat(counts)
-        self._gpu = _Gpu(self.device) if self.device.type == "cuda" else None
+        self._gpu = _Gpu(self.device, page_bytes) if self.device.type == "cuda" else None
 
     def host_copy(self, packed: PackedAdapter) -> HostCopy:
         """Checks and takes over a packed adapter. Raises ValueError where it does not fit this pool."""
@@ -79,7 +82,7 @@ class AdapterPool:
                 )
             rows[first : first + len(its)] = its
             first += most
-        blob = (blob.pin_memory() if self._gpu else blob).contiguous()
+        blob = blob.contiguous()
         runs = numpy.array(packed.relocations, dtype=numpy.int64).reshape(-1, 4)
         addresses = numpy.empty(int(runs[:, 1].sum()), dtype=numpy.int64)
         self.runtime.read_addresses(blob.view(torch.int64).numpy(), runs, addresses)
@@ -95,15 +98,18 @@ class AdapterPool:
         if self._gpu is None:
             self.runtime.copy_pages(self.bytes.numpy(), copy.blob.numpy(), pages, self.page_bytes)
             self._rows.numpy()[where] = rows
+            self._widen(copy.widths)
         else:
             with self._gpu.copying() as done:
-                for page, first, count in _adjacent(pages):
-                    span = slice(first * self.page_bytes, (first + count) * self.page_bytes)
-                    to = self.bytes[page * self.page_bytes : (page + count) * self.page_bytes]
-                    to.copy_(copy.blob[span], non_blocking=True)
+                self._gpu.copy_pages(self.bytes, copy.blob, pages)
                 self._rows.index_copy_(0, *(torch.from_numpy(part).to(self.device) for part in (where, rows)))
                 done()
-        for site, width in copy.widths.items():
+                self._widen(copy.widths)  # in here: while a graph is captured, all its kernels see the same
+
+    def _widen(self, widths: dict[str, int]) -> None:
+        for site, width in widths.items():
+            if self._gpu and width:
+                width = 1 << (width - 1).bit_length()
             self.widths[site] = max(self.widths[site] or 0, width)
 
     def clear(self, slots: list[int]) -> None:
@@ -133,9 +139,12 @@ class AdapterPool:
 class _Gpu:
     """Copies on a stream of their own, in order after what reads the same memory."""
 
-    def __init__(self, device):
-        self.device, self.lock = device, threading.Lock()
+    def __init__(self, device, page_bytes: int):
+        self.device, self.lock, self._page_bytes = device, threading.Lock(), page_bytes
         self._stream = torch.cuda.Stream(device)
+        # Adapters wait in pageable memory: torch rounds pinned blocks up to powers of two, and never gives them back.
+        self._pages = max(1, _STAGE // page_bytes)
+        self._stages = [(_pinned(self._pages * page_bytes), torch.cuda.Event()) for _ in range(2)]
         self._readers: dict[int, torch.cuda.Stream] = {}
 
     def add_reader(self, stream):
@@ -151,11 +160,27 @@ class _Gpu:
         with self.lock, torch.cuda.device(self.device), torch.cuda.stream(self._stream):
             yield self._done
 
+    def copy_pages(self, to, blob, pages: list[int]) -> None:
+        """Issue the copies of a blob to these pages of `to`, inside `copying`."""
+        for at in range(0, len(pages), self._pages):
+            (stage, copied), part = self._stages[at // self._pages % 2], pages[at : at + self._pages]
+            copied.synchronize()  # what was copied from it before, also by another call
+            own = blob[at * self._page_bytes : (at + len(part)) * self._page_bytes]
+            stage[: len(own)].copy_(own)
+            for page, first, count in _adjacent(part):
+                source = stage[first * self._page_bytes : (first + count) * self._page_bytes]
+                to[page * self._page_bytes : (page + count) * self._page_bytes].copy_(source, non_blocking=True)
+            copied.record(self._stream)
+
     def _done(self):
         """Wait until all copies are done: the host does, not the streams of readers, where everybody's tokens would too."""
         event = torch.cuda.Event()
         event.record(self._stream)
         event.synchronize()
+
+
+def _pinned(size: int) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
 def _adjacent(pages: list[int]):
