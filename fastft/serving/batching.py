@@ -83,10 +83,6 @@ class Steps:
             buffers.tokens.publish(self.routed.tokens)
             (buffers.heads if self.few_heads else buffers.tokens).publish(self.routed.heads)
 
-    def graph_key(self, buffers: StepBuffers) -> tuple:
-        """What must be the same for a CUDA graph to be replayed: it has the widths of S in it, which new adapters change."""
-        return (*buffers.key(), *(() if self.memory is None else self.memory.widths.values()))
-
     def sample(self, scores: torch.Tensor, output_ids: torch.Tensor) -> None:
         """In place of the library's: tokens to row 0 of output_ids, log-probabilities' bits to row 1."""
         logits = scores[0]
@@ -307,6 +303,7 @@ def _hook(processor, steps: Steps, config) -> None:
 
 def _hook_inputs(host, device, buffers: StepBuffers, steps: Steps, cache, max_requests: int) -> None:
     prepare, transfer, key = host.prepare_batch_tensors, host._transfer_inputs, device._get_graph_key
+    find, plain, routed, widths = device.get_graph, device.graphs, None, None
 
     def prepare_batch_tensors(
         requests_in_batch, logits_processors, use_decode_fast_path, num_q_tokens, max_kv_read, use_padding
@@ -325,8 +322,17 @@ def _hook_inputs(host, device, buffers: StepBuffers, steps: Steps, cache, max_re
         with torch.cuda.stream(stream):
             buffers.transfer(non_blocking)
 
+    def get_graph(prefix=""):
+        """The library never lets go of a graph. One with adapters has in it the widths of S, which only grow: once they did,
+        what was captured since the last look is of no use either, whichever of them it saw."""
+        nonlocal routed, widths
+        if buffers.active and (now := list(steps.memory.widths.values())) != widths:
+            routed, widths = type(plain)(), now
+        device.graphs = routed if buffers.active else plain
+        return find(prefix)
+
     host.prepare_batch_tensors, host._transfer_inputs = prepare_batch_tensors, transfer_inputs
-    device._get_graph_key = lambda: (*key(), *steps.graph_key(buffers))
+    device.get_graph, device._get_graph_key = get_graph, lambda: (*key(), *buffers.key())
 
 
 def _quietly(memory, capture, *arguments):

@@ -109,6 +109,11 @@ class StepBuffers:
         if self.drawn:
             self._knobs.transfer(non_blocking)
 
+    @property
+    def active(self) -> bool:
+        """Whether any row has an adapter."""
+        return self.tokens.active or self.heads.active
+
     def key(self) -> tuple[bool, ...]:
-        """What must be the same for a CUDA graph to be replayed."""
+        """What must be the same for a CUDA graph to be replayed, beside the widths of S where there are adapters."""
         return self.tokens.active, self.heads.active, self.drawn, self.logprobs

@@ -2,6 +2,7 @@
 at the new source, change `fastft/serving/batching.py` and `contract.py` together, then the range of versions."""
 
 import inspect
+import types
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers.generation.continuous_batching import (
 from transformers.generation.continuous_batching.cache_allocators import cache_allocator
 
 from fastft.serving import batching, contract
+from fastft.serving.routes import StepBuffers
 
 
 def test_every_name_is_what_it_was():
@@ -34,7 +36,8 @@ def test_everything_that_is_replaced_stands_in_the_contract():
     overridden = {name for name in vars(manager) if hasattr(continuous_api.ContinuousBatchingManager, name)}
     overridden -= {"__module__", "__doc__", "__qualname__", "start", "__static_attributes__", "__firstlineno__"}
     assert overridden <= named, f"not in CALLED: {overridden - named}"
-    for hooked in ("search_prefix_match", "mark_complete_blocks", "clear_cancelled_requests", "_sample", "_get_graph_key"):
+    graphs = "get_graph", "_get_graph_key"
+    for hooked in ("search_prefix_match", "mark_complete_blocks", "clear_cancelled_requests", "_sample", *graphs):
         assert hooked in source and hooked in named
 
 
@@ -127,6 +130,35 @@ def test_the_shape_of_a_step():
     keys, values = allocator.get_cache_for_block_table(0)
     assert not keys[0].any() and not values[0].any() and keys.shape == values.shape and keys.is_contiguous()
     assert allocator.read_trash_index == 0
+
+
+def test_graphs_are_found_while_the_widths_of_s_are_what_they_were_captured_with():
+    """Others are let go, which the library never does; those without adapters have no such widths."""
+    _, processor = _processor()
+    ios, buffers = processor.inputs_and_outputs, StepBuffers(2, 32, 8, torch.device("cpu"))
+    widths, gone = {"q": None, "o": None}, []
+    steps = types.SimpleNamespace(memory=types.SimpleNamespace(widths=widths))
+    batching._hook_inputs(ios, ios, buffers, steps, processor.cache, 8)
+
+    def step(name, adapters=True, **loaded_meanwhile):
+        buffers.tokens.active = adapters
+        graph = ios.get_graph()
+        if graph is None:
+            widths.update(loaded_meanwhile)
+            ios.set_graph(types.SimpleNamespace(name=name, reset=lambda: gone.append(name)))
+        return graph and graph.name
+
+    assert step("plain", adapters=False) is None
+    for rank in (4, 8, 16):
+        widths.update(q=rank, o=rank)
+        assert step(rank) is None and step("again") == rank
+    assert gone == [4, 8]
+    ios.num_q_tokens += 1
+    assert step("other size", q=32) is None and gone == [4, 8]
+    assert step("next") is None and sorted(map(str, gone)) == ["16", "4", "8", "other size"]
+    assert step("again") == "next"
+    ios.num_q_tokens -= 1
+    assert step("again", adapters=False) == "plain" and step("first size") is None
 
 
 def test_an_attention_function_can_be_registered():
