@@ -19,6 +19,13 @@ def check_model(model) -> None:
     config = model.config.get_text_config()
     if getattr(model, "_device_mesh", None) is not None:
         raise ValueError("the model is split over several devices (tensor parallel), which adapters are not: load it on one")
+    mapped = getattr(model, "hf_device_map", None) or {}  # tells of offloaded weights too
+    for places in (mapped.values(), (parameter.device for parameter in model.parameters())):
+        if len(devices := sorted({str(place) for place in places})) > 1:
+            raise ValueError(
+                f"the model lies on several devices ({', '.join(devices)}), as device_map or offloading place it; an engine "
+                "serves one that lies on one: load it with device_map={'': 0}"
+            )
     if model.device.type == "meta":
         raise ValueError("the model has no weights yet (its device is meta)")
     kinds = set(getattr(config, "layer_types", None) or [])
