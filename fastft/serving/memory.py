@@ -245,13 +245,16 @@ class AdapterMemory:
         self._changed()
 
     def pin(self, name: str, timeout: float | None = None) -> str:
-        """Load an adapter and keep it on the device; its digest. Raises what `load` does, and then it is not pinned."""
+        """Load an adapter and keep it on the device; its digest. Raises what `load` does, and pins nothing then: what was
+        pinned before stays so, with the content that it has."""
         self._check(name)
+        before = any(one.pinned for one in self.residents() if one.name == name)
         self._table.pin(name, True)
         try:
             return self.load(name, timeout)
         except BaseException:
-            self._table.pin(name, False)
+            if not before:
+                self._table.pin(name, False)
             raise
 
     def unpin(self, name: str) -> None:

@@ -260,6 +260,21 @@ def test_pinned_adapters_stay(root):
         assert memory.state("a0") != "on_device" and {r.name for r in memory.residents() if r.pinned} == {"a1", "a3"}
 
 
+def test_what_is_pinned_stays_so_when_it_can_not_be_read_again(root):
+    packer = made_up.Packer()
+    with memory_of(root, packer, slots=2) as memory:
+        memory.pin("a0", 20)
+        packer.fail.update(a0=AdapterFileError("half written"), a1=AdapterFileError("half written"))
+        for again in (memory.update, memory.pin, memory.pin):
+            with pytest.raises(AdapterFileError, match="half written"):
+                again("a0", 20)
+        with pytest.raises(AdapterFileError, match="half written"):
+            memory.pin("a1", 20)
+        memory.load("a2", 20)
+        memory.load("a3", 20)
+        assert {r.name: r.pinned for r in memory.residents()} == {"a0": True, "a3": False}
+
+
 def test_a_load_that_will_never_have_room_is_told_at_once(root):
     """Also one whose folder was read before, and that waited for room until its users' adapters were pinned."""
     with memory_of(root, slots=1, start=False) as memory:
