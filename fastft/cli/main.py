@@ -5,8 +5,12 @@ from __future__ import annotations
 import importlib.util
 import sys
 
-TRAIN_EXTRA = ("typer", "rich", "transformers", "yaml", "matplotlib")
-SERVE_EXTRA = ("typer", "rich", "transformers", "fastapi", "uvicorn", "prometheus_client")
+TRAIN = ("typer", "rich", "transformers", "accelerate", "yaml", "matplotlib")
+# The extra and the packages of it that a command imports; those of `train` for any other.
+NEEDS = {
+    "merge": ("train", ("typer", "transformers")),
+    "serve": ("serve", ("typer", "rich", "transformers", "fastapi", "uvicorn", "prometheus_client")),
+}
 
 
 def main() -> None:
@@ -36,7 +40,7 @@ def _run() -> None:
         from ..tune import main as tune
 
         sys.exit(tune(arguments[1:]))
-    extra, names = ("serve", SERVE_EXTRA) if arguments[:1] == ["serve"] else ("train", TRAIN_EXTRA)
+    extra, names = NEEDS.get(arguments[0] if arguments else "", ("train", TRAIN))
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(

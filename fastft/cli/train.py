@@ -92,15 +92,21 @@ def choose_device_and_dtype(config: TrainConfig) -> tuple[Any, Any]:
     """(torch.device, torch.dtype of the base) that `config` asks for.
 
     Raises:
-        UserError: a GPU is asked for and there is none.
+        UserError: a GPU is asked for and there is none, or FASTFT_BACKEND asks for what can't run there.
     """
     import torch
+
+    from ..ops import registry
 
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda: torch sees no GPU here; use --device cpu (fastft info tells more)")
     device = torch.device("cpu")
     if config.device != "cpu" and torch.cuda.is_available():
         device = torch.device("cuda", launch.local_rank()) if launch.processes() > 1 else torch.device("cuda")
+    try:
+        registry.check_forced(device.type)
+    except registry.BackendError as error:
+        raise UserError(str(error)) from None
     if config.dtype == "auto":
         return device, torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     return device, getattr(torch, config.dtype)

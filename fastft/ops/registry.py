@@ -245,8 +245,8 @@ class Op:
 
     def _choose(self, args) -> str:
         device, forced = _device_type(args), _forced.get()
-        if forced is not None and forced not in BACKENDS:
-            raise BackendError(f"unknown backend {forced!r}; known: {', '.join(sorted(BACKENDS))}")
+        if reason := unknown_backend():
+            raise BackendError(reason)
         order = (forced,) if forced else self.order.get(device, ("reference",))
         reasons = {}
         for backend in order:
@@ -303,6 +303,24 @@ def conditions() -> tuple | None:
 def forced_backend() -> str | None:
     """The backend that FASTFT_BACKEND or `testing.use` asks for."""
     return _forced.get()
+
+
+def unknown_backend() -> str | None:
+    """What is to be said if the backend that is asked for does not exist."""
+    forced = _forced.get()
+    if forced is None or forced in BACKENDS:
+        return None
+    return f"unknown backend {forced!r} (FASTFT_BACKEND or testing.use asks for it); known: {', '.join(sorted(BACKENDS))}"
+
+
+def check_forced(device: str) -> None:
+    """Before anything is done: raises BackendError if the backend that is asked for is unknown or has no op for `device`."""
+    forced = _forced.get()
+    if reason := unknown_backend():
+        raise BackendError(reason)
+    reasons = [op.missing(forced, device) for op in OPS.values()] if forced else [None]
+    if None not in reasons:
+        raise BackendError(f"backend {forced!r}, which FASTFT_BACKEND asks for, runs nothing on {device}: {reasons[0]}")
 
 
 _NUMBERS = frozenset((float, int, bool))

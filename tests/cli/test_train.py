@@ -465,14 +465,35 @@ def test_short_help(command, fastft_command):
     assert command or "..." not in short.stdout.partition("Commands:")[2]  # no command's line is cut
 
 
-def test_without_the_extra_it_says_what_to_install():
+@pytest.mark.parametrize(
+    "command, absent, told",
+    [
+        ("train", ("typer", "transformers"), "typer, transformers not installed; run: pip install 'fastft[train]'"),
+        ("train", ("accelerate",), "accelerate not installed; run: pip install 'fastft[train]'"),
+        ("merge", ("rich", "transformers", "matplotlib"), "transformers not installed; run: pip install 'fastft[train]'"),
+        ("serve", ("accelerate", "uvicorn"), "uvicorn not installed; run: pip install 'fastft[serve]'"),
+    ],
+)
+def test_without_the_extra_it_says_what_to_install(command, absent, told):
     code = (
         "import importlib.util, sys; found = importlib.util.find_spec\n"
-        "importlib.util.find_spec = lambda name, *a: None if name in ('typer', 'transformers') else found(name, *a)\n"
-        "sys.argv = ['fastft', 'train']\nimport fastft.cli.main\nfastft.cli.main.main()"
+        f"importlib.util.find_spec = lambda name, *a: None if name in {absent!r} else found(name, *a)\n"
+        f"sys.argv = ['fastft', {command!r}]\nimport fastft.cli.main\nfastft.cli.main.main()"
     )
     result = run_python(code)
-    assert result.returncode == 1 and "typer, transformers not installed; run: pip install 'fastft[train]'" in result.stderr
+    assert result.returncode == 1 and f"fastft: {told}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "backend, problem", [("npu", "unknown backend 'npu' (FASTFT_BACKEND"), ("cuda", "FASTFT_BACKEND asks")]
+)
+def test_a_backend_that_cannot_run_is_refused_before_anything_is_written(
+    backend, problem, tiny_model, text_data, tmp_path, fastft_command
+):
+    out = tmp_path / "out"
+    with fastft.testing.use(backend):
+        result = fastft_command("train", "--model", tiny_model, "--data", text_data, *SMALL, "--device", "cpu", "--out", out)
+    assert result.exit_code == 2 and problem in result.stderr and not out.exists()
 
 
 def test_dora_and_a_bias_on_b(tiny_model, text_data, tmp_path, fastft_command):
