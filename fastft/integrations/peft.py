@@ -41,10 +41,17 @@ def accelerate(peft_model: nn.Module, *, strict: bool = False, group_projections
         `peft_model` itself.
 
     Raises:
-        ValueError: there is no such layer of PEFT in it. FallbackError: with `strict`, mostly at a call.
-        CheckError: the comparison failed; the model is restored.
+        ValueError: there is no such layer of PEFT in it, or PEFT computes nothing finite on the batch to check.
+        FallbackError: with `strict`, mostly at a call.
+        CheckError: the comparison failed; the model is restored. (After any other error it is what it was before.)
     """
-    from peft.tuners.lora.layer import LoraLayer
+    try:
+        from peft.tuners.lora.layer import LoraLayer
+    except ModuleNotFoundError as error:
+        if error.name != "peft":
+            raise
+        message = "fastft.accelerate takes models of PEFT, which is not installed: pip install 'fastft[peft]'"
+        raise ImportError(f"{message} (fastft.attach works without)") from None
 
     layers = (LoraLayer, *sparse_kinds())
     if not any(isinstance(module, layers) for module in peft_model.modules()):
@@ -54,13 +61,17 @@ def accelerate(peft_model: nn.Module, *, strict: bool = False, group_projections
         )
     if check is None:
         return _accelerate(peft_model, strict, group_projections)
-    from .peft_check import compare
+    from .peft_check import CheckError, compare
 
+    before = {module: (type(module).mixin, module._fastft) for module in peft_model.modules() if isinstance(module, Swapped)}
     restore(peft_model)
     try:
         compare(peft_model, check, lambda: _accelerate(peft_model, strict, group_projections))
-    except BaseException:
+    except BaseException as error:
         restore(peft_model)
+        if not isinstance(error, CheckError):  # a batch that is no good says nothing about what ran before
+            for module, (mixin, record) in before.items():
+                swap(module, mixin, record)
         raise
     return peft_model
 

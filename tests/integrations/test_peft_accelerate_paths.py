@@ -2,6 +2,7 @@
 
 import copy
 import json
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -11,7 +12,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import fastft
-from fastft.integrations.peft_check import CheckError
+from fastft.integrations.peft_check import NOISY_RUNS, CheckError
 from fastft.integrations.peft_layers import FallbackError, FastLinear
 from tests.integrations.peft_models import (
     K,
@@ -387,6 +388,59 @@ def test_check_finds_errors(dtype, monkeypatch, capsys):
     with pytest.raises(ValueError, match="returned no loss"):
         fastft.accelerate(model, check={"input_ids": tokens()})
     assert_same(before, snapshot(model))
+
+
+class Experts(nn.Module):
+    """One linear layer per expert, as models with routed experts have them; `routes`: each row's expert."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts, self.config = nn.ModuleList(nn.Linear(K, K) for _ in range(3)), {"model_type": "test"}
+
+    def forward(self, x, routes):
+        return torch.stack([self.experts[i](row) for i, row in zip(routes, x)]).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("peft_s", "noisy", "ours", "agree"),
+    [
+        ([0, 1, 1], [0, 0, 1], [0, 1, 1], True),
+        ([0, 1, 1], [0, 0, 0], [0, 1, 1], True),  # one gets none in the noise
+        ([0, 1, 1], [0, 0, 0], [0, 0, 0], True),
+        ([0, 0, 0], [0, 1, 0], [0, 1, 0], True),
+        ([0, 1, 1], [0, 1, 1], [0, 0, 0], False),
+        ([0, 0, 0], [0, 0, 0], [0, 1, 0], False),
+        ([0, 1, 2], [0, 0, 2], [1, 1, 2], False),
+    ],
+)
+def test_check_allows_tokens_that_rounding_sends_to_other_experts(peft_s, noisy, ours, agree, capsys):
+    config = peft.LoraConfig(r=R, target_modules=["0", "1", "2"])
+    torch.manual_seed(0)
+    model = randomize(peft.get_peft_model(Experts(), config))
+    routes = iter([peft_s, peft_s, noisy, *[peft_s] * (NOISY_RUNS - 2), ours])
+    x = X[[0, 1, 1]]
+    with nullcontext() if agree else pytest.raises(CheckError, match=r"in some of the runs only.* sends tokens .*float\(\)"):
+        fastft.accelerate(model, check=lambda m: m(x, next(routes)))
+    assert next(routes, None) is None
+
+
+def test_check_needs_what_is_finite():
+    model = peft_llama()
+    nothing = {"input_ids": tokens(), "labels": torch.full_like(tokens(), -100)}
+    with pytest.raises(ValueError, match="PEFT's own loss is nan on this batch, so there is nothing .* another batch"):
+        fastft.accelerate(model, check=nothing)
+    with pytest.raises(ValueError, match=r"PEFT's own gradients are not finite \(.*lora_A.* and 25 more\) on this batch"):
+        fastft.accelerate(model, check=lambda m: (m(input_ids=tokens()).logits * 0).sum().sqrt())
+
+
+def test_a_batch_that_is_no_good_leaves_an_accelerated_model_so():
+    model = fastft.accelerate(peft_llama(), strict=True)
+    modules = {module: (type(module), module.__dict__.get("_fastft")) for module in model.modules()}
+    with pytest.raises(ValueError, match="returned no loss"):
+        fastft.accelerate(model, check={"input_ids": tokens()})
+    assert all((type(module), module.__dict__.get("_fastft")) == before for module, before in modules.items())
+    step(model)
+    assert fastft.report(model).calls["fused"] == 14
 
 
 def test_usage_of_trainers():
