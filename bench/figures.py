@@ -77,7 +77,7 @@ class Drawing:
 
     @property
     def stem(self) -> str:
-        return f"{results.slug(self.device)}-{self.threads}t-{self.name}"
+        return "-".join(filter(None, (results.slug(self.device), self.threads and f"{self.threads}t", self.name)))
 
     @cached_property
     def figure(self):
@@ -118,7 +118,8 @@ def drawings(rows) -> list[Drawing]:
 
     cases = standings.counted(rows)
     found = [drawing for kind in (bars, lines, roofline, memory, methods) for drawing in kind.drawings(rows, cases)]
-    return sorted(found, key=lambda drawing: (drawing.device, int(drawing.threads)))  # stable: kinds stay in their order
+    # Stable: kinds stay in their order.
+    return sorted(found, key=lambda drawing: (drawing.device, int(drawing.threads or 0)))
 
 
 def draw(rows, folder: Path) -> list[Path]:

@@ -20,7 +20,7 @@ def latest(rows) -> dict[tuple[str, str, str], Runs]:
     runs: dict[tuple[str, str, str], dict[str, Runs]] = {}
     for row in rows:
         if row["family"] == "quality" and row["status"] == "ok" and row["metric"] in METRICS:
-            dates = runs.setdefault((row["device"], row["threads"], row["case"]), {})
+            dates = runs.setdefault((*standings.where(row), row["case"]), {})
             dates.setdefault(row["date"], {}).setdefault(row["implementation"], {})[row["metric"]] = row
     return {key: dates[max(dates)] for key, dates in runs.items()}
 

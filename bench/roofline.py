@@ -22,7 +22,7 @@ def roofs(rows) -> dict[tuple[str, str], tuple[float, dict[str, float]]]:
     latest: dict[tuple[str, str], dict[tuple[str, str], dict]] = {}
     for row in rows:
         if row["family"] == CALIBRATION and row["status"] == "ok" and row["metric"] in ("bandwidth", "gemm_rate"):
-            here = latest.setdefault((row["device"], row["threads"]), {})
+            here = latest.setdefault(standings.where(row), {})
             what = row["metric"], row["dtype"] if row["metric"] == "gemm_rate" else ""
             if what not in here or here[what]["date"] <= row["date"]:
                 here[what] = row

@@ -92,7 +92,7 @@ def counted(rows, metric: str = TIMED) -> Cases:
 
 
 def key_of(row) -> Key:
-    return Key(*(row[field] for field in Key._fields))
+    return Key(*where(row), *(row[field] for field in Key._fields[2:]))
 
 
 def floors(rows, cases: Cases) -> Cases:
@@ -109,6 +109,11 @@ def floors(rows, cases: Cases) -> Cases:
 
 def is_floor(implementation: str) -> bool:
     return implementation.startswith("floor")
+
+
+def is_rival(implementation: str) -> bool:
+    """Whether to be behind it is to lose: no floor, none of ours, of whatever revision, and not full training."""
+    return not (implementation.startswith("fastft") or is_floor(implementation) or implementation in NO_RIVALS)
 
 
 def over(case: str) -> tuple[str, str]:
@@ -130,7 +135,7 @@ def without(case: str, parameter: str) -> str:
 
 def best_peer(arms) -> tuple[str, dict] | None:
     """The fastest implementation that is not ours."""
-    rivals = {name: row for name, row in arms.items() if not (is_ours(name) or is_floor(name) or name in NO_RIVALS)}
+    rivals = {name: row for name, row in arms.items() if is_rival(name)}
     return min(rivals.items(), key=lambda item: float(item[1]["ratio"])) if rivals else None
 
 
@@ -156,14 +161,23 @@ def on_gpu(row) -> bool:
     return row["capability"].startswith("sm_")
 
 
+def where(row) -> tuple[str, str]:
+    """(device, threads): what is one place to measure at. The host's threads are no part of a GPU's, so those are ""."""
+    return row["device"], "" if on_gpu(row) else row["threads"]
+
+
+def named(device: str, threads: str) -> str:
+    return f"{device}, {threads} threads" if threads else device
+
+
 def place(row) -> str:
     """A device as a heading has it: without the signs of trademarks, a CPU with its threads."""
-    device = re.sub(r" ?\((R|TM)\)", "", row["device"])
-    return device if on_gpu(row) else f"{device}, {row['threads']} threads"
+    device, threads = where(row)
+    return named(re.sub(r" ?\((R|TM)\)", "", device), threads)
 
 
 def by_device(cases: Cases) -> dict[tuple[str, str], Cases]:
-    """(device, threads) -> its cases."""
+    """(device, threads), as `where` has them -> its cases."""
     found: dict[tuple[str, str], Cases] = {}
     for key, arms in cases.items():
         found.setdefault((key.device, key.threads), {})[key] = arms
@@ -190,7 +204,7 @@ def order(key: Key):
     case = re.sub(r"\d+(\.\d+)?", lambda found: f"{float(found[0]):013.3f}", key.case)
     return (
         key.device,
-        int(key.threads),
+        int(key.threads or 0),
         families.index(key.family) if key.family in families else len(families),
         key.family,
         known.index(key.shape) if key.shape in known else len(known),

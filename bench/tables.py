@@ -64,7 +64,7 @@ def summary(rows, full: str) -> str:
         if said := served.pop((device, threads), None):
             lines += ["", *said]
         parts.append("\n".join(lines))
-    parts += ["\n".join([f"**{device}**, {threads} threads:", "", *said]) for (device, threads), said in served.items()]
+    parts += ["\n".join([f"**{standings.named(*where)}**:", "", *said]) for where, said in served.items()]
     return "\n\n".join(parts) or NOTHING
 
 
@@ -188,7 +188,7 @@ def full(rows, figures=None) -> str:
         parts += trained.pop((device, threads), [])
         parts += ["\n".join(said)] if (said := served.pop((device, threads), None)) else []
     for device, threads in dict.fromkeys([*trained, *served]):
-        parts += [f"## {device}, {threads} threads", *trained.get((device, threads), [])]
+        parts += [f"## {standings.named(device, threads)}", *trained.get((device, threads), [])]
         parts += ["\n".join(served[device, threads])] if (device, threads) in served else []
     return "\n\n".join(parts) or NOTHING
 
@@ -267,7 +267,7 @@ def traces(rows) -> dict[tuple[str, str], list[str]]:
     latest: dict[tuple, dict[str, dict]] = {}
     for row in rows:
         if row["family"] == "serve_trace" and row["status"] in ("ok", "wrong") and row["implementation"] == "fastft":
-            runs = latest.setdefault(tuple(row[f] for f in ("device", "threads", "shape", "case")), {})
+            runs = latest.setdefault((*standings.where(row), row["shape"], row["case"]), {})
             runs.setdefault(row["date"], {})[row["metric"]] = row
     said: dict[tuple[str, str], list[str]] = {}
     for (device, threads, shape, case), runs in sorted(latest.items()):

@@ -89,6 +89,18 @@ def test_peers_and_standings():
     assert standings.standing(arms(fastft=1.1, full=1.0)) == ""
 
 
+def test_a_gpu_is_one_device_whatever_machine_it_is_in():
+    def layer(rank, threads, ratio, **env):
+        gpu = {"device": "NVIDIA Z", "capability": "sm_90", "threads": threads}
+        return other(f"layer r={rank} p=0", [measurement("fastft", ratio), measurement("peft", 1.4)], "lora", **gpu, **env)
+
+    found = layer(16, "16", 1.1) + layer(16, "24", 1.2, **LATER) + layer(64, "24", 1.3)
+    assert [line for line in tables.full(found).splitlines() if line.startswith("##")] == ["## NVIDIA Z"]
+    assert lines_of(tables.full(found))[0].split(" | ")[3] == "**+20.0 %** (19.6 … 20.6)", "the later of both"
+    assert tables.summary(found, "x").count("**[NVIDIA Z](x#nvidia-z)**") == 1
+    assert {drawing.stem for drawing in figures.drawings(found)} == {"nvidia-z-lora"}
+
+
 def test_parameters_of_a_case():
     assert standings.parameters("layer r=16 p=0.05") == {"rank": 16}
     assert standings.parameters("beside 0.1 % T=128 vs frozen forward") == {"density": 0.1, "tokens": 128}
