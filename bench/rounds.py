@@ -26,6 +26,9 @@ def interleaved(
     Args:
         elsewhere: arms of another process: a number of calls -> the seconds they take there. With any, every sample begins
             with a pause, in which the other process's threads stop spinning for work, and a call that is not timed.
+
+    On a GPU every sample begins when the GPU is idle, with a call that is not timed: what the host is ahead by after an arm
+    that keeps the GPU busy would hide the gaps that launching the next one leaves.
     """
     device, elsewhere = torch.device(device), elsewhere or {}
     sets = len(next(iter(runs.values())))
@@ -50,32 +53,22 @@ def interleaved(
     with without_garbage_collection():
         for _ in range(rounds):
             shuffle(order)
-            stamps = []
             for name in order:
-                if elsewhere:
-                    pause(device)
+                if elsewhere and device.type == "cpu":
+                    time.sleep(PAUSE)  # OpenMP's threads spin for a few milliseconds after their work
                 if name in elsewhere:
                     times[name].append(elsewhere[name](calls) / calls)
                     continue
-                if elsewhere:
+                if elsewhere or device.type == "cuda":
                     sample(runs[name], 1)
                 start = begin()
                 sample(runs[name], calls)
-                stamps.append((name, start, end()))
-            for name, start, stop in stamps:
-                times[name].append(seconds(start, stop) / calls)
+                times[name].append(seconds(start, end()) / calls)
     return times
 
 
-def pause(device) -> None:
-    """Until nothing of this process runs: OpenMP's threads spin for a few milliseconds after their work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    time.sleep(PAUSE)
-
-
 def clock(device):
-    """(begin, end, seconds between): the host's clock on a CPU, events in the stream on a GPU."""
+    """(begin, end, seconds between): the host's clock on a CPU, events in the stream on a GPU, whose end is waited for."""
     if device.type == "cpu":
         return time.perf_counter, time.perf_counter, lambda start, stop: stop - start
 

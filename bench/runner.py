@@ -221,12 +221,17 @@ def _time(
             m.target = case.target
             m.met = stats.meets(case.target, m.ratio, floor) if m.status == "ok" else None
     if "fastft" in times:
-        found["fastft"].facts += _compared(case, times, found["fastft"].seconds, floor, quick or void)
+        found["fastft"].facts += _compared(case, times, found, floor, quick or void)
 
 
-def _compared(case: Case, times, seconds: float, floor: stats.Interval, unsure: bool) -> list[Fact]:
+def runs_bare(base: Measurement, ours: Measurement) -> bool:
+    """Whether another revision ran without the kernels that ours has, which says nothing of either's code."""
+    return base.backend == "reference" != ours.backend
+
+
+def _compared(case: Case, times, found: dict[str, Measurement], floor: stats.Interval, unsure: bool) -> list[Fact]:
     """What ours is besides a ratio to the floor; whether it is met is left open where a run is `unsure`."""
-    facts, ours = [], times["fastft"]
+    facts, ours, seconds = [], times["fastft"], found["fastft"].seconds
     if case.rival in times:
         kept = stats.kept_gain(times[case.rival], ours, times["floor"])
         gain = stats.paired_ratio(times[case.rival], ours).median
@@ -242,17 +247,18 @@ def _compared(case: Case, times, seconds: float, floor: stats.Interval, unsure: 
             there = stats.paired_ratio(times[name.replace("fastft", "floor")], times["floor"])
             most = 1 + max(abs(there.lo - 1), abs(there.hi - 1))
             change = stats.paired_ratio(ours, times[name])
-            met = None if unsure else change.lo <= most
+            met = None if unsure or runs_bare(found[name], found["fastft"]) else change.lo <= most
             facts.append(Fact(OVER_BASE, change.median, f"x {name}", change, most, met))
     return facts
 
 
 def _input_sets(case, device, seed):
-    """One set of inputs on a CPU; on a GPU as many as together exceed its L2 three times."""
+    """One set of inputs on a CPU; on a GPU as many as together exceed its L2 three times, by what a call moves of each."""
     first = case.inputs(device, seed)
     if device.type == "cpu":
         return [first]
     one = sum(t.untyped_storage().nbytes() for t in case.tensors(first))
+    one = min(one, case.moved or one)  # an update touches a part of the weight alone, and no x
     needed = math.ceil(3 * torch.cuda.get_device_properties(device).L2_cache_size / max(one, 1)) + 1
     return [first, *(case.inputs(device, seed + i) for i in range(1, min(needed, MAX_SETS)))]
 

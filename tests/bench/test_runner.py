@@ -1,8 +1,11 @@
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from fastft import testing
-from fastft.bench import results, rounds, runner
+from fastft.bench import results, rounds, runner, stats
 from fastft.bench.runner import Case, WrongResult
 
 
@@ -85,6 +88,56 @@ def test_calls_walk_through_the_input_sets(monkeypatch):
     runs = {name: [lambda s=s: seen.append(s) for s in range(3)] for name in ("floor", "a")}
     runner.interleaved(runs, "cpu", rounds=5)
     assert seen[-10:] == [(seen[-10] + i) % 3 for i in range(10)]
+
+
+@pytest.mark.parametrize("elsewhere", [{}, {"fastft@old": lambda calls: 1.0}])
+def test_on_a_gpu_no_arm_hides_its_launches_behind_the_one_before(monkeypatch, elsewhere):
+    """The host runs ahead of a GPU that is busy; arms take what the slower of both takes, whatever runs before them."""
+    host = gpu = 0.0
+
+    def arm(launching, running):
+        def run():
+            nonlocal host, gpu
+            host += launching
+            gpu = max(host, gpu) + running
+
+        return [run] * 3
+
+    def seconds(start, stop):
+        nonlocal host
+        host = max(host, stop)  # waited for
+        return stop - start
+
+    def stamp():
+        return max(host, gpu)
+
+    monkeypatch.setattr(rounds, "clock", lambda device: (stamp, stamp, seconds))
+    costs = {"floor": (6e-5, 22e-5), "floor2": (6e-5, 22e-5), "fastft": (30e-5, 26e-5), "peer": (15e-5, 27e-5)}
+    times = rounds.interleaved({name: arm(*cost) for name, cost in costs.items()}, "cuda", 20, 0, elsewhere)
+    assert {name: times[name] for name in costs} == {name: [pytest.approx(max(cost))] * 20 for name, cost in costs.items()}
+
+
+def test_input_sets_exceed_a_gpus_cache_by_what_a_call_touches(monkeypatch):
+    gpu = SimpleNamespace(type="cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1000))
+    case = make_case({}, inputs=lambda device, seed: torch.zeros(250))  # 1000 bytes
+    assert [len(runner._input_sets(replace(case, moved=moved), gpu, 0)) for moved in (0, 5000, 500, 1)] == [4, 4, 7, 16]
+
+
+def test_only_fastft_is_judged_and_only_beside_its_rivals():
+    def told(**found):
+        measured = [
+            runner.Measurement(name.replace("_", ":"), ratio=stats.Interval(r, r - 0.01, r + 0.01), seconds=r)
+            for name, r in found.items()
+        ]
+        for m in measured:
+            if runner.is_ours(m.implementation):
+                m.target, m.met = 1.05, m.ratio.median < 1.05
+                m.facts = [runner.Fact("state_bytes", m.ratio.median, "B/entry", target=1.05, met=m.met)]
+        return [line.split()[0] for line in results.losses(make_case({}), measured)]
+
+    assert told(fastft=1.2, full=1.1) == ["MISSED", "MISSED"] and told(fastft=1.2, peft=1.1)[-1] == "LOST"
+    assert told(fastft=1.0, fastft_triton=1.1) == ["MET", "LOOK", "LOOK"]
 
 
 def fixed_times(monkeypatch, **factors):
