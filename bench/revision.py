@@ -1,6 +1,6 @@
 """fastft of another revision, measured in the same rounds as this tree's: what has become faster or slower since.
 
-The revision's files lie in .cache/bench/<commit>, with native code built there, or copied where its sources are this tree's.
+The revision's files lie in .cache/bench, with native code built there, or this tree's where that is of the same sources.
 A second process (`revision_process`) imports that fastft and this tree's bench, and takes a sample whenever it is asked to.
 """
 
@@ -13,6 +13,8 @@ import tempfile
 from collections.abc import Callable
 from multiprocessing import Pipe
 from pathlib import Path
+
+import torch
 
 from fastft import _native
 
@@ -48,7 +50,7 @@ def checkout(commit: str, device: str) -> Path:
     Raises:
         RevisionError: it doesn't build; the message says where the build's output is.
     """
-    folder = CACHE / f"{commit[:12]}-{device}"
+    folder = CACHE / f"{commit[:12]}-{device}-torch{torch.__version__}"  # which native code is built against
     if folder.exists():
         return folder
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -75,7 +77,9 @@ def _git(*args, check=True):
 
 
 def _same_native(commit: str, device: str) -> bool:
-    """Whether the device's native code has the same sources here."""
+    """Whether this tree's libraries are of the commit's sources: unchanged, and not of an edit since taken back."""
+    if _native.LIB.resolve() != results.ROOT / "fastft" / "lib" or results._native_is_old():
+        return False
     changed = _git("diff", "--quiet", commit, "--", *NATIVE[device], check=False).returncode
     return not changed and not _git("ls-files", "--others", "--exclude-standard", "--", *NATIVE[device]).stdout
 

@@ -1,9 +1,11 @@
 """`fastft bench --base`: another revision's fastft in a process of its own, in the rounds of ours."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from fastft.bench import results, revision, rounds, run, runner
 from fastft.bench.revision import RevisionError
@@ -63,6 +65,7 @@ def test_a_revision_that_does_not_import_is_said(tree, capfd):
 
 
 def test_checkouts_are_kept_and_their_bench_is_this_trees(tree, monkeypatch):
+    assert tree.name.endswith(f"-cpu-torch{torch.__version__}"), "what native code is built against"
     assert (tree / "fastft" / "bench").resolve() == results.ROOT / "bench"
     assert {p.name for p in (tree / "fastft" / "lib").iterdir()} == {p.name for p in revision._native.LIB.glob("*.so")}
     assert [p.name for p in revision.CACHE.iterdir()] == [tree.name]
@@ -97,6 +100,7 @@ def test_native_sources_are_compared_with_those_of_the_commit(monkeypatch, tmp_p
         subprocess.run(["git", "-C", tmp_path, "-c", "user.name=n", "-c", "user.email=e@e", *args], check=True)
 
     monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(revision._native, "LIB", tmp_path / "fastft" / "lib")
     (tmp_path / "csrc").mkdir()
     source = tmp_path / "csrc" / "a.cpp"
     source.write_text("1\n")
@@ -116,6 +120,15 @@ def test_native_sources_are_compared_with_those_of_the_commit(monkeypatch, tmp_p
     (tmp_path / "csrc" / "cuda").mkdir()
     (tmp_path / "csrc" / "b.cpp").rename(tmp_path / "csrc" / "cuda" / "b.cu")
     assert revision._same_native(commit, "cpu") and not revision._same_native(commit, "cuda")
+    library = tmp_path / "fastft" / "lib" / "libfastft_cpu_default.so"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    assert revision._same_native(commit, "cpu")
+    os.utime(library, (1, 1))
+    assert not revision._same_native(commit, "cpu"), "sources that were edited, built and taken back are newer"
+    library.touch()
+    monkeypatch.setattr(revision._native, "LIB", tmp_path / "else")
+    assert not revision._same_native(commit, "cpu"), "FASTFT_LIB's libraries are of whatever sources"
 
 
 class FakeBase:
@@ -123,11 +136,11 @@ class FakeBase:
 
     ours, floor = "fastft@old", "floor@old"
 
-    def __init__(self, status="ok"):
-        self.status = status
+    def __init__(self, status="ok", backend=""):
+        self.status, self.backend = status, backend
 
     def offer(self, case):
-        return {name: Measurement(name, self.status) for name in (self.floor, self.ours)}
+        return {name: Measurement(name, self.status, backend=self.backend) for name in (self.floor, self.ours)}
 
     def samplers(self, group, found):
         return dict.fromkeys((self.floor, self.ours)) if "fastft" in group.runs and self.status == "ok" else {}
@@ -158,10 +171,18 @@ def test_quick_runs_and_wrong_results_there_judge_nothing(monkeypatch):
     )
 
 
+def test_a_revision_that_ran_without_kernels_gives_no_verdict(monkeypatch):
+    fixed_times(monkeypatch, **{"fastft": 0.5})
+    found = runner.measure(case := make_case({"fastft": square}), "cpu", base=FakeBase(backend="reference"))
+    (said,) = results.losses(case, found)
+    assert said.startswith("LOOK") and "no verdict: that ran on the PyTorch reference" in said
+    assert by_name(found)["fastft"].facts[0].met is None, "nor does the row"
+
+
 def test_samples_of_elsewhere_are_in_every_round_and_all_begin_untimed(monkeypatch):
     ran, pauses = [], []
     monkeypatch.setitem(rounds.MIN_SAMPLE, "cpu", 0.0)  # one call a sample
-    monkeypatch.setattr(rounds, "pause", pauses.append)
+    monkeypatch.setattr(rounds.time, "sleep", pauses.append)
     runs = {name: [lambda name=name: ran.append(name)] for name in ("floor", "fastft")}
     there = {"fastft@old": lambda calls: ran.append("fastft@old") or 3.0 * calls}
     times = rounds.interleaved(runs, "cpu", 10, 0, there)
