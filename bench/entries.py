@@ -153,7 +153,7 @@ def fill_shira(layer, entries: Entries, delta: nn.Parameter) -> None:
 def beside(d: Inputs):
     """Forward with the delta beside the weight as it was."""
     layer, handle = attached(d)
-    handle.unmerge()  # d.weight has its bits again: of few tokens, a copy that only one arm reads would come from colder caches
+    handle.unmerge()  # d.weight has its bits again: a copy that only one arm reads would come from colder caches
     return layer
 
 

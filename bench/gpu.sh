@@ -31,7 +31,8 @@ A failing stage does not stop the others, save build. Exit status: 0 if every st
 environment:
   DRY=1     print each stage's commands and run nothing
   PYTHON    use this Python, in which fastft is installed, instead of OUT/venv (then build is not needed)
-  FASTFT_COMMIT  what the rows call the source, where the tree came without its .git
+  FASTFT_COMMIT  what the rows call the source, where the tree came without its .git. Without either they don't tell what was
+            measured, and a bench stage that was stopped begins anew
   LIMIT     seconds a stage may take
   FAMILIES  what bench measures (default: $MEASURED)
   TUNED     whose configurations tune searches (default: $TUNED_FAMILIES)
@@ -167,6 +168,10 @@ dtypes_of() {
 # H200 2 to 8 s for each of 21 cases of sparse, and some 120 s for selection, of which an exact SVD takes 1.1 s.
 stage_bench() {
     local family dtypes failed=0 status
+    if [[ -z ${FASTFT_COMMIT:-} && ! -e $ROOT/.git ]]; then
+        say "bench: FASTFT_COMMIT is unset and $ROOT has no .git, so rows don't tell what was measured, and no case counts as" \
+            "measured before; set it to the commit's hash"
+    fi
     for family in ${FAMILIES:-$MEASURED}; do
         read -ra dtypes < <(dtypes_of "$family" && echo)
         # A family that fails does not keep the others from being measured. 3: all is right, but ours is behind somewhere;

@@ -49,12 +49,17 @@ FILTERS = [
 
 
 def write(out: str | None = None, folder: Path = FOLDER) -> Path:
-    """Write the page of the results in `folder` to `out` (a file or a folder; default: fastft-bench.html here)."""
+    """Write the page of the results in `folder` to `out` (default: fastft-bench.html here).
+
+    Args:
+        out: a file; or a folder, which is made: what ends with a slash or has no suffix is one.
+    """
     path = Path(out or DEFAULT)
-    if path.is_dir():
+    if path.is_dir() or not path.suffix or (out or "").endswith("/"):
         path = path / DEFAULT
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(results.read(sorted(folder.glob("*.csv"))), modelled(folder / "modelled")), encoding="utf-8")
+    rows = results.read(sorted(folder.glob("*.csv")), check=True)
+    path.write_text(render(rows, modelled(folder / "modelled")), encoding="utf-8")
     return path
 
 
@@ -190,7 +195,7 @@ def _findings(rows, cases) -> list[tuple[str, str]]:
     found += [(where, said) for where, sentences in tables.traces(rows).items() for said in sentences]
     found += methods.sentences(rows)
     places = _places(cases)
-    return [(places.get(where) or f"{where[0]}, {where[1]} threads", said.removeprefix("- ")) for where, said in found]
+    return [(places.get(where) or standings.named(*where), said.removeprefix("- ")) for where, said in found]
 
 
 def _places(cases) -> dict[tuple[str, str], str]:

@@ -60,7 +60,7 @@ def main(argv=None) -> int:
     parser.add_argument("--results", type=Path, default=FOLDER, metavar="DIR", help=f"folder of the CSVs ({FOLDER})")
     parser.add_argument("--readme", action="store_true", help="rewrite the tables of the READMEs")
     args = parser.parse_args(argv)
-    rows = results.read(sorted(args.results.glob("*.csv")))
+    rows = results.read(sorted(args.results.glob("*.csv")), check=True)
     if args.readme:
         for path, written in ((results.ROOT / "README.md", readme), (results.ROOT / "bench" / "README.md", method)):
             path.write_text(written(path.read_text(), rows))

@@ -4,6 +4,7 @@ import csv
 import fcntl
 import importlib.metadata
 import io
+import math
 import os
 import re
 import subprocess
@@ -15,7 +16,7 @@ import torch
 
 from fastft import _native
 
-from . import runner
+from . import runner, standings
 from .runner import Case, Measurement
 
 # fmt: off
@@ -164,13 +165,33 @@ def _widen(path: Path) -> None:
     os.replace(new, path)
 
 
-def read(paths) -> list[dict[str, str]]:
-    """All rows of these CSV files, oldest first within a file; "" in columns that an older file lacks."""
+def read(paths, check: bool = False) -> list[dict[str, str]]:
+    """All rows of these CSV files, oldest first within a file; "" in columns that an older file lacks.
+
+    Raises:
+        ValueError: with `check`, a row that counts lacks a number that tables and figures need.
+    """
     found, blank = [], dict.fromkeys(FIELDS, "")
     for path in paths:
         with open(path, newline="") as file:
-            found += [blank | row for row in csv.DictReader(file)]
+            reader = csv.DictReader(file)
+            for row in reader:
+                found.append(blank | row)
+                if check and row["status"] == "ok":
+                    _check_numbers(found[-1], f"{path}, line {reader.line_num}")
     return found
+
+
+def _check_numbers(row, where: str) -> None:
+    for field in ("threads", *(("ratio", "lo", "hi", "value") if row["metric"] == standings.TIMED else ())):
+        try:
+            good = math.isfinite(int(row[field]) if field == "threads" else float(row[field]))
+        except (TypeError, ValueError):
+            good = False
+        if not good:
+            raise ValueError(
+                f"{where}: a row whose status is ok needs a number as {field}, not {row[field]!r}; remove the row"
+            )
 
 
 def table(measurements: list[Measurement]) -> list[tuple[str, ...]]:
@@ -210,24 +231,29 @@ BEHIND = ("MISSED", "LOST", "SLOWER")  # how sentences of `losses` begin that sa
 
 
 def losses(case: Case, measurements: list[Measurement]) -> list[str]:
-    """Sentences on every place where ours is wrong, misses its target or is behind a peer, and on what has changed."""
+    """Sentences on every place where ours is wrong, misses its target or is behind a peer, and on what has changed.
+
+    As in the tables only `fastft` is judged, not ``fastft:triton`` and such, and beside what `standings.is_rival` alone.
+    """
     said = []
-    timed = {m.implementation: m for m in measurements if m.ratio and m.status != "void"}
+    found = {m.implementation: m for m in measurements}
+    timed = {name: m for name, m in found.items() if m.ratio and m.status != "void"}
     for m in measurements:
         if m.status == "wrong":
             said.append(f"WRONG  {case}: {m.implementation} gives wrong results, so it has no number: {m.note}")
         if "reference" in m.backend and runner.is_ours(m.implementation):
             said.append(f"SLOW   {case}: {m.implementation} ran on the PyTorch reference, not on a kernel (fastft info)")
         if m.met is False:
-            said.append(f"MISSED {case}: {m.implementation} {m.ratio}, target {m.target:.3f}")
+            word = "MISSED" if m.implementation == "fastft" else "LOOK  "
+            said.append(f"{word} {case}: {m.implementation} {m.ratio}, target {m.target:.3f}")
         for fact in m.facts:
             if fact.metric == runner.OVER_BASE:
-                said.append(_change(case, m, fact))
+                said.append(_change(case, m, fact, found[fact.unit.removeprefix("x ")]))
             elif fact.target is not None:
                 said.append(_verdict(case, m, fact))
     ours = timed.get("fastft")
     for name, peer in timed.items():
-        if ours is None or name.startswith(("fastft", "floor")) or ours.ratio.median <= peer.ratio.median:
+        if ours is None or not standings.is_rival(name) or ours.ratio.median <= peer.ratio.median:
             continue
         clear = ours.ratio.lo > peer.ratio.hi
         said.append(
@@ -238,7 +264,7 @@ def losses(case: Case, measurements: list[Measurement]) -> list[str]:
 
 
 def _verdict(case: Case, m: Measurement, fact: runner.Fact) -> str:
-    word = {True: "MET   ", False: "MISSED", None: "LOOK  "}[fact.met]
+    word = {True: "MET   ", False: "MISSED", None: "LOOK  "}[fact.met if m.implementation == "fastft" else None]
     number = f"{fact.metric} {fact.value:.4g} {fact.unit}"
     if fact.ratio is None:
         return f"{word} {case}: {m.implementation} {number}, target {fact.target:.4g}"
@@ -246,12 +272,14 @@ def _verdict(case: Case, m: Measurement, fact: runner.Fact) -> str:
     return f"{word} {case}: {m.implementation} {number}, {fact.ratio} of {whose} {possible:.3f}, target {fact.target:.3f}"
 
 
-def _change(case: Case, m: Measurement, fact: runner.Fact) -> str:
+def _change(case: Case, m: Measurement, fact: runner.Fact, base: Measurement) -> str:
     """Faster or slower than at another revision by more than two processes differ."""
     apart = fact.target - 1
     word = {True: "FASTER" if fact.ratio.hi < 1 - apart else "SAME  ", False: "SLOWER", None: "LOOK  "}[fact.met]
-    base, differ = fact.unit.removeprefix("x "), f"their floors differ by up to {100 * apart:.1f} %"
-    return f"{word} {case}: {m.implementation} takes {fact.ratio} of {base}'s time; {differ}"
+    why = f"their floors differ by up to {100 * apart:.1f} %"
+    if runner.runs_bare(base, m):
+        word, why = "LOOK  ", "no verdict: that ran on the PyTorch reference, not on a kernel"
+    return f"{word} {case}: {m.implementation} takes {fact.ratio} of {base.implementation}'s time; {why}"
 
 
 def size(value: int | None) -> str:
@@ -311,7 +339,7 @@ def _commit() -> str:
     if given := os.environ.get("FASTFT_COMMIT"):
         return given
     if not in_checkout():
-        return f"v{_version('fastft')}"
+        return _release()
 
     def git(*args):
         done = subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True, check=True)
@@ -324,6 +352,15 @@ def _commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit + ("+dirty" if changed or _native_is_old() else "")
+
+
+def _release() -> str:
+    return f"v{_version('fastft')}"
+
+
+def tells(commit: str) -> bool:
+    """Whether it says what was measured: neither a changed tree nor the version, which every tree of it has."""
+    return not commit.endswith("+dirty") and commit not in ("unknown", _release())
 
 
 def _native_is_old() -> bool:

@@ -53,8 +53,8 @@ def _parser():
         description="Times every implementation of a case in the same rounds as the floor (the frozen layer alone) and "
         "prints the median ratio with its 95 % bootstrap interval.",
         epilog=f"Exit status: 0; {WRONG} if an implementation of ours gave wrong results; {BAD_ARGUMENTS} for bad "
-        f"arguments; {BEHIND} if all are right but ours missed a target, is behind a peer by more than both intervals, or "
-        "has become slower than at --base (quick runs, which are no results, don't tell).",
+        f"arguments; {BEHIND} if all are right but fastft missed a target, is behind a peer by more than both intervals, or "
+        "has become slower than at --base (quick runs, which are no results, don't tell, nor do fastft:… and full).",
     )
     parser.add_argument(
         "family",
@@ -89,7 +89,9 @@ def _parser():
         help="in a git checkout: also time the fastft of this revision, in the same rounds, and say what has changed",
     )
     parser.add_argument(
-        "--html", action="store_true", help=f"measure nothing: write all results as one page (--out FILE; {page.DEFAULT})"
+        "--html",
+        action="store_true",
+        help=f"measure nothing: write all results as one page (--out FILE or DIR; {page.DEFAULT})",
     )
     parser.add_argument("--out", metavar="DIR", help="folder of the CSV (default: bench/results of a checkout)")
     parser.add_argument("--resume", action="store_true", help="skip cases with rows of this clean commit in the CSV")
@@ -117,6 +119,8 @@ def main(argv=None) -> int:
             print(f"wrote {page.write(args.out)}")
         except OSError as error:
             parser.error(f"--out {args.out}: cannot be written: {error.strerror}; give another file or folder")
+        except ValueError as error:
+            parser.error(str(error))
         return 0
     _check(parser, args)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -218,7 +222,7 @@ def _done(path, env) -> set[tuple]:
     Not where an arm of ours was wrong, which then would be said no more; and none of a commit that doesn't tell what was
     measured.
     """
-    if path is None or not path.exists() or env["commit"].endswith("+dirty") or env["commit"] == "unknown":
+    if path is None or not path.exists() or not results.tells(env["commit"]):
         return set()
     done, wrong = set(), set()
     for row in results.read([path]):

@@ -255,6 +255,8 @@ def cases(device: str, names=None, dtypes=None, dropouts=None, rank=shapes.RANK,
         rows, counts, prefill = DEFAULT[device].get(name, (8, (1, 2), (16, 2)))
         for dtype in dtypes:
             barred = {"vllm": why} if "vllm" in arms and (why := libraries.vllm_barred(DTYPES[dtype][1])) else {}
+            if "padded" in arms and rank > PADDED:
+                barred["padded"] = f"it pads to rank {PADDED}, and this is {rank}"
             for sort, count, tokens in [*(("decode", c, rows) for c in counts), ("prefill", prefill[1], prefill[0])]:
                 aimed = device == "cuda" and dtype == "bf16" and rank == shapes.RANK
                 yield Case(

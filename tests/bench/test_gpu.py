@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -131,6 +132,18 @@ def test_a_family_that_fails_does_not_keep_the_others_from_being_measured(tmp_pa
     (tmp_path / "calls").unlink()
     done = gpu_sh(tmp_path / "out", "bench", PYTHON=str(fake), FAMILIES="lora dora sparse")
     assert len(calls(tmp_path)) == 3 and done.returncode == 1 and (tmp_path / "out" / "bench.failed").exists()
+
+
+def test_a_tree_without_git_and_commit_is_said_to_resume_nothing(tmp_path, fake):
+    script = tmp_path / "tree" / "bench" / "gpu.sh"
+    script.parent.mkdir(parents=True)
+    shutil.copy(SCRIPT, script)
+    env = {name: value for name, value in os.environ.items() if name != "FASTFT_COMMIT"} | {"PYTHON": str(fake)}
+    for given, said in (({"FASTFT_COMMIT": "abc"}, False), ({}, True)):
+        done = subprocess.run(
+            [script, tmp_path / f"{said}", "bench"], env=env | given, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0 and ("FASTFT_COMMIT is unset" in done.stdout) == said
 
 
 def test_without_transformers_the_tests_of_serving_are_none_and_that_is_no_failure(tmp_path, fake):

@@ -26,6 +26,12 @@ def test_every_arm_passes_the_gate(dtype, count):
         check(build)
 
 
+def test_adapters_above_the_padded_rank_are_not_cut_off():
+    (*_, fits), (*_, above) = (list(grouped.cases("cpu", ["tiny-llama"], ["fp32"], None, r, ["padded"])) for r in (64, 65))
+    assert "padded" in fits.arms and not fits.skipped
+    assert "padded" not in above.arms and above.skipped == {"padded": "it pads to rank 64, and this is 65"}
+
+
 def test_the_gate_stops_rows_of_another_adapter_and_the_floor():
     d = inputs()
     check = grouped.checker(d)

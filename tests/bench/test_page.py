@@ -121,6 +121,8 @@ def test_written_from_a_folder_to_a_file_or_a_folder(tmp_path, results_rows):
     (tmp_path / "modelled" / "other.csv").write_text("gpu,ratio\nH200,1.1\n")  # of no case: not a row
     assert page.write(str(tmp_path / "x" / "all.html"), tmp_path) == tmp_path / "x" / "all.html"
     assert page.write(str(tmp_path), tmp_path).name == page.DEFAULT
+    for folder in ("new.d/", "plain"):
+        assert page.write(f"{tmp_path}/{folder}", tmp_path) == tmp_path / folder / page.DEFAULT
     assert (tmp_path / page.DEFAULT).read_text().count('data-kind="model"') == 1
 
 

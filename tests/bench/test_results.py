@@ -2,12 +2,13 @@ import csv
 import dataclasses
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
-from fastft.bench import results
+from fastft.bench import page, results, run
 from fastft.bench.runner import Fact
 from fastft.bench.stats import Interval
 
@@ -67,6 +68,22 @@ def test_a_file_of_an_older_version_gets_the_new_columns(tmp_path):
     assert path.read_text().splitlines()[0].split(",") == results.FIELDS
     assert results.read([path]) == [row | {results.FIELDS[-1]: ""} for row in old] + rows(FOUND)
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("field, bad", [("threads", ""), ("threads", "two"), ("ratio", ""), ("hi", "nan"), ("value", None)])
+def test_a_row_that_counts_and_lacks_a_number_is_named(tmp_path, monkeypatch, capsys, field, bad):
+    path = tmp_path / "x.csv"
+    results.append(path, results.rows(CASE, FOUND, ENV))
+    results.append(path, [row | ({field: bad} if row["implementation"] == "peft" else {}) for row in rows(FOUND)])
+    line = 1 + len(rows(FOUND)) + [row["implementation"] for row in rows(FOUND)].index("peft") + 1
+    said = f"{path}, line {line}: a row whose status is ok needs a number as {field}, not {bad or ''!r}"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        results.read([path], check=True)
+    assert len(results.read([path])) == 2 * len(rows(FOUND)), "who appends keeps what is there"
+    monkeypatch.setattr(page.write, "__defaults__", (None, tmp_path))
+    with pytest.raises(SystemExit) as error:
+        run.main(["--html", "--out", str(tmp_path / "all.html")])
+    assert error.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_committed_results_have_all_columns():

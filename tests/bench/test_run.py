@@ -91,6 +91,11 @@ def test_resume_trusts_no_changed_tree_and_no_wrong_result(monkeypatch, tmp_path
     assert done("abc", ("floor2", "ok"), ("fastft", "ok")) == {tuple(key.values())}
     assert not done("abc+dirty", ("floor2", "ok"), ("fastft", "ok"))
     assert not done("abc", ("floor2", "ok"), ("fastft", "wrong"), ("peft", "ok"))
+    monkeypatch.delenv("FASTFT_COMMIT", raising=False)
+    monkeypatch.setattr(results, "ROOT", tmp_path)  # no checkout
+    assert not done(results.environment("cpu")["commit"], ("floor2", "ok"), ("fastft", "ok")), (
+        "every tree of a version has it"
+    )
     assert not done("abc", ("fastft", "ok"), ("fastft:triton", "wrong"))
     assert done("abc", ("fastft", "ok"), ("peft", "wrong"))
 
