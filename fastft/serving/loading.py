@@ -83,6 +83,12 @@ class Loader:
                 raise
             self._table.reclaimed(garbage.slots)
 
+    def free(self) -> None:
+        """Let go of all host copies and of the device's memory, after `close`."""
+        with self._collecting:
+            self.copies.clear()
+            self._pool.free()
+
     def close(self, why: str) -> None:
         """No more loads; whoever waits for one is told why. Can be repeated."""
         self.closed = self.closed or why

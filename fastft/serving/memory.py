@@ -261,8 +261,10 @@ class AdapterMemory:
         self._table.pin(name, False)
 
     def close(self) -> None:
-        """End the thread, and all waiting for loads. Leases can still be given back."""
+        """End the thread and all waiting for loads; free the memory, which nobody may read then. Leases can be returned."""
         self._end()
+        self._loader.free()
+        self.store = self.offsets = self.columns = None
 
     def __enter__(self):
         return self

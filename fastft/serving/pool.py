@@ -115,6 +115,8 @@ class AdapterPool:
     def clear(self, slots: list[int]) -> None:
         """Empty slots that nobody uses any more: their pieces become nothing. On a GPU, what is written to their pages from
         now on waits for all work that was issued on the streams of `read_on`."""
+        if self._rows is None:
+            return
         where = (self._first + numpy.array(slots)[:, None] * self._step).ravel()
         if self._gpu is None:
             self._rows.numpy()[where] = 0
@@ -123,6 +125,17 @@ class AdapterPool:
                 self._gpu.wait_for_readers()
                 self._rows.index_fill_(0, torch.from_numpy(where).to(self.device), 0)
                 done()
+
+    def free(self) -> None:
+        """Let go of the tensors, after all work on them; nothing can be written any more."""
+        try:
+            if self._gpu:
+                with self._gpu.copying() as done:
+                    self._gpu.wait_for_readers()
+                    done()
+        finally:
+            self.bytes = self.store = self.offsets = self.columns = self._rows = None
+            self.pieces.clear()
 
     def read_on(self, stream=None) -> None:
         """This stream of the GPU (default: the calling thread's current one) reads the pool."""

@@ -1,8 +1,10 @@
 """Adapters that come, go and change while requests run, and requests that don't touch each other."""
 
+import gc
 import shutil
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -243,6 +245,22 @@ def test_without_its_loading_thread_the_base_goes_on_and_others_are_told(make, m
             break
     assert "the device broke" in str(request.error) and "the device broke" in engine.healthy()
     assert running.result(20).finish_reason == "length" and engine.failure is None
+
+
+def test_a_closed_engine_holds_no_memory_of_adapters(make):
+    """However long its owner keeps the variable, or asks it for numbers."""
+    engine = make()
+    engine.generate([prompt(4, 1)] * 2, ["lora1", "s2ft"], max_tokens=3)
+    memory = engine.adapters
+    tensors = [memory.store, memory.offsets, *memory.pieces.values(), *(c.blob for c in memory._loader.copies.values())]
+    gone = [weakref.ref(tensor) for tensor in (memory.pool.bytes, *tensors)]
+    del tensors
+    engine.close()
+    gc.collect()
+    assert len(gone) > 5 and not any(one() is not None for one in gone)
+    assert engine.stats()["steps_total"] > 0 and memory.stats()["loads_total"] == 2
+    assert memory.unload("lora1", 5) > 0 and memory.evict("s2ft")
+    engine.close()
 
 
 def test_newer_requests_dont_keep_slots_for_ever(make):

@@ -81,6 +81,19 @@ def test_adapters_go_to_a_gpu_through_two_stages_that_are_filled_when_they_are_f
     assert pool._gpu._stages[0][0].numel() == 2 * PAGE  # less than an adapter
 
 
+def test_memory_is_freed_after_the_work_that_reads_it(gpu, monkeypatch):
+    pool, readers = gpu(pool_of(16)), []
+
+    def wait_for_readers():
+        assert pool._gpu.lock.locked() and pool.bytes is not None
+        readers.append("waited for")
+
+    monkeypatch.setattr(pool._gpu, "wait_for_readers", wait_for_readers)
+    pool.free()
+    pool.clear([0])
+    assert readers == ["waited for"] and pool.bytes is None and pool.store is None and not pool.pieces
+
+
 def test_host_memory_takes_what_is_counted(gpu, tmp_path):
     """Not pinned: torch would round each up to a power of two and keep what is freed."""
     pool, adapter = gpu(pool_of(16)), packed(tmp_path, "a", 3)
