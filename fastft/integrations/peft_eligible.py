@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..modules.class_swap import is_bound
+from ..modules.sharding import is_sharded
 from ..ops.lora_linear import transformed
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
@@ -64,6 +65,7 @@ class Input(NamedTuple):
     dtype: torch.dtype | None  # that its products are computed in: autocast's, if it is on
     autocast: bool
     reason: str | None  # why our ops can't take it
+    gathers: bool = False  # is the question one of a forward to come, for which fully_shard gathers what it divided?
 
     @staticmethod
     def of(x) -> Input:
@@ -117,8 +119,13 @@ def bare(module, kind) -> bool:
     )
 
 
+def is_plain(t, given: Input) -> bool:
+    """Is this parameter a plain tensor in a forward on that input?"""
+    return type(t) in PLAIN or (given.gathers and is_sharded(t))
+
+
 def unfit_factors(a, b, bias, given: Input) -> str | None:
-    if type(a) not in PLAIN or type(b) not in PLAIN or (bias is not None and type(bias) not in PLAIN):
+    if not (is_plain(a, given) and is_plain(b, given) and (bias is None or is_plain(bias, given))):
         return f"lora_A is a {type(a).__name__}, lora_B a {type(b).__name__}"
     if not a.device == b.device == given.device or a.is_meta:
         return f"the input is on {given.device}, lora_A on {a.device}, lora_B on {b.device}"
@@ -142,7 +149,7 @@ def base_obstacle(base, given: Input) -> str | None:
 
 def unfit_weight(base, given: Input) -> str | None:
     weight, bias = base.weight, base.bias
-    if type(weight) not in PLAIN or (bias is not None and type(bias) not in PLAIN):
+    if not (is_plain(weight, given) and (bias is None or is_plain(bias, given))):
         return f"the base weight is a {type(weight).__name__}"
     if weight.dim() != 2 or weight.device != given.device or weight.layout is not torch.strided:
         return f"the base weight is {list(weight.shape)} on {weight.device}"

@@ -17,11 +17,11 @@ from ..ops.lora_linear import examined_linear, lora_update
 from .peft_bank import add
 from .peft_eligible import (
     DTYPES,
-    PLAIN,
     Input,
     autocasting,
     bare,
     base_obstacle,
+    is_plain,
     kinds_of_peft,
     linear_classes,
     unfit,
@@ -29,8 +29,8 @@ from .peft_eligible import (
     unfit_weight,
 )
 from .peft_groups import PeftGroup, group_layers
-from .peft_mixed import Index, compiled_around, index_of
-from .swapping import Swapped, swap
+from .peft_mixed import Index, Routed, compiled_around, index_of
+from .swapping import Swapped, swap, unswap
 
 # Where PEFT's forward has no low-rank part either; `strict` lets them pass.
 DISABLED, MERGED, INACTIVE = "adapters are disabled", "merged into the base weight", "no active adapter in this layer"
@@ -61,6 +61,8 @@ def accelerate_layers(model: nn.Module, strict: bool, share: bool) -> None:
     kinds_of_peft()  # now, so that a compiled forward finds it cached
     classes, found = linear_classes(), {}
     for name, module in model.named_modules():
+        if isinstance(module, Routed) and module.plain in classes:  # injected past the tuner, then run in a mixed batch
+            unswap(module)
         if type(module) in classes:
             swap(module, FastLinear, Record(name, strict))
         elif isinstance(module, FastLinear):
@@ -256,7 +258,7 @@ class FastLinear(Swapped):
         if p > 0 and self.training:
             return "DoRA with dropout, which PEFT also applies to the input of the magnitude's correction"
         magnitude = self.lora_magnitude_vector[name]
-        if not bare(magnitude, kinds.dora_layer) or type(magnitude.weight) not in PLAIN:
+        if not bare(magnitude, kinds.dora_layer) or not is_plain(magnitude.weight, given):
             return "DoRA's magnitude is hooked or no plain tensor"
         return Projection(name, a, b, scale, 0.0, bias, magnitude.weight)
 

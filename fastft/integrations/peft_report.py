@@ -11,8 +11,11 @@ import torch
 from torch import nn
 
 from ..modules.adapted_linear import Adapted, AdaptedLinear
+from ..modules.adapted_quantized import AdaptedQuantized
+from ..modules.quantized import quantization
+from ..modules.sharding import weights_come_and_go
 from .peft_eligible import DTYPES, Input, base_obstacle, linear_classes
-from .peft_layers import REPLACED, FastLinear
+from .peft_layers import DISABLED, REPLACED, FastLinear
 from .peft_sparse import FastSparse, sparse_kinds
 from .swapping import replaced
 
@@ -27,7 +30,7 @@ class Row:
         name: as in `named_modules`. kind: its class; the base layer's, of layers that fastft adapted itself.
         path: what a forward on an input of the base's dtype would take now: ``fused`` (base and adapter by our ops),
             ``low-rank part`` (the base layer computes itself, our ops add to it), ``peft``; ``plain`` where a layer of ours
-            has no low-rank part.
+            runs as it would without adapters: they are disabled, merged, or only copies of its tensors.
         reason: why it is not ``fused``, or what else there is to know; empty otherwise.
         calls: forwards since acceleration by path. Those of compiled graphs are not counted, nor those of layers which
             were not accelerated; nor, so that counting costs nothing, all of those that several threads make at once.
@@ -89,8 +92,8 @@ def report(model: nn.Module) -> Report:
     """Every layer of LoRA, SHiRA and Super-Tuning in a PEFT model (accelerated or not), or every adapted layer of an
     attached one, with its path."""
     peft = sys.modules.get("peft.tuners.lora.layer")  # a model can't hold its layers if it was never imported
-    rows, sparse = [], sparse_kinds()
-    linears = linear_classes() if peft is not None else ()
+    rows = []
+    linears, sparse = (linear_classes(), sparse_kinds()) if peft is not None else ((), ())
     modules = dict(model.named_modules())
     attentions = [m for m in modules.values() if peft is not None and isinstance(m, peft.MultiheadAttention)]
     merged = {m.get_base_layer().out_proj for m in attentions}
@@ -102,20 +105,20 @@ def report(model: nn.Module) -> Report:
         elif isinstance(module, Adapted):
             rows.append(_attached(name, module))
         elif peft is not None and isinstance(module, (peft.LoraLayer, *sparse)):
-            linear = type(module) in (*linears, *sparse)
+            linear = getattr(module, "plain", type(module)) in (*linears, *sparse)
             reason = "not accelerated: call fastft.accelerate" if linear else "layers of this class are left to PEFT"
             rows.append(Row(name, _kind(type(module)), PEFT, reason))
     return Report(rows)
 
 
 def _kind(cls) -> str:
-    cls = cls.__dict__.get("plain", cls)
+    cls = getattr(cls, "plain", cls)  # also of what fully_shard made of it
     peft = re.match(r"peft\.tuners\.(lora|shira|supertuning)\b", cls.__module__)
     return f"{peft[1] if peft else cls.__module__}.{cls.__name__}"
 
 
 def _accelerated(name, module) -> Row:
-    record, given = module._fastft, Input.of(_probe(module))
+    record, given = module._fastft, Input.of(_probe(module))._replace(gathers=weights_come_and_go())
     calls = {FUSED: record.fused, LOW_RANK: record.beside, PEFT: record.peft}
     plan = REPLACED if replaced(module) else module.plan(given)
     path, reason = (PEFT, plan) if isinstance(plan, str) else (FUSED, "")
@@ -143,6 +146,16 @@ def _attached(name, module) -> Row:
     kind = f"fastft {module.plain.__name__}"
     if not isinstance(module, AdaptedLinear) or not (module._settings or module._parts):
         return Row(name, kind, PLAIN, "trained copies of its own tensors")
-    notes = [f"merged: {', '.join(module._merged)}"] if module._merged else []
-    notes += [group.note(group.members.index(module)) for group in module._groups.values()]
-    return Row(name, kind, FUSED, "; ".join(notes))
+    on = [adapter for adapter in module._adapters.values() if adapter.on()]
+    names = [adapter.name for adapter in on if adapter.name in module._settings or adapter.name in module._parts]
+    if not names:
+        return Row(name, kind, PLAIN, DISABLED)
+    path, notes = FUSED, []
+    if isinstance(module, AdaptedQuantized):
+        path, notes = LOW_RANK, [f"the base layer is quantised ({quantization(module)})"]
+    if module._merged:
+        notes.append(f"merged: {', '.join(module._merged)}")
+        if not module._parts and module._stand(names, module._copies(on)):
+            names = [own for own in names if own not in module._merged]
+    notes += [group.note(group.members.index(module)) for own, group in module._groups.items() if own in names]
+    return Row(name, kind, path if names else PLAIN, "; ".join(notes))

@@ -13,7 +13,7 @@ from torch import nn
 from ..ops.entries import Entries
 from ..ops.lora_linear import lora_update
 from ..ops.sparse_linear import Ways, sparse_linear, sparse_update
-from .peft_eligible import Input, bare, base_obstacle, dtype_name
+from .peft_eligible import Input, bare, base_obstacle, dtype_name, is_plain
 from .peft_layers import DISABLED, INACTIVE, MERGED, FallbackError, Record
 from .swapping import Swapped, swap
 
@@ -111,7 +111,7 @@ class FastSparse(Swapped):
             return reason
         for name in names:
             values, index = held[name], self._index(name)
-            if type(values) not in (nn.Parameter, torch.Tensor) or not isinstance(index, torch.Tensor):
+            if not is_plain(values, given) or not isinstance(index, torch.Tensor):
                 return f"the values are a {type(values).__name__}"
             if values.device != given.device or index.device != given.device:
                 return f"the input is on {given.device}, the values on {values.device}, their indices on {index.device}"

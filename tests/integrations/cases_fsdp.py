@@ -63,7 +63,9 @@ def test_trains_as_one_process(rank, make, within):
         return
     assert {call.backend for call in calls} == {"cpu"} and "lora_grad_sb" in {call.op for call in calls}
     if peft:
-        assert fastft.report(made.model).calls == {"fused": 3 * 14, "low-rank part": 0, "peft": 0}
+        report = fastft.report(made.model)
+        assert report.calls == {"fused": 3 * 14, "low-rank part": 0, "peft": 0}
+        assert {(row.kind, row.path, row.reason) for row in report} == {("lora.Linear", "fused", "")}
     if made.handle:
         assert all(state.grouped for state in made.handle.groups)
 
@@ -186,13 +188,14 @@ def test_a_peft_model_is_saved_whole(rank, folder):
         torch.testing.assert_close(model(input_ids=ROWS).logits, made.logits(), rtol=1e-5, atol=1e-6)
 
 
-def test_between_forwards_a_report_says_sharded(rank):
+def test_between_forwards_a_report_says_what_a_forward_will_do(rank):
     made = shard(accelerated())
-    assert {(row.path, row.reason) for row in fastft.report(made.model)} == {
-        ("peft", "lora_A is a DTensor, lora_B a DTensor")
-    }
+    assert {row.path for row in fastft.report(made.model)} == {"fused"}
     made.logits()
     assert fastft.report(made.model).calls == {"fused": 14, "low-rank part": 0, "peft": 0}
+    made.model.base_model.model.model.layers[0].self_attn.q_proj.lora_A.to(torch.float64)
+    reason = "lora_A is float64, lora_B float32"
+    assert reason in {row.reason for row in fastft.report(made.model) if row.path == "peft"}
 
 
 def test_disabled_is_the_base(rank):

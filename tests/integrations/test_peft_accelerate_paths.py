@@ -303,8 +303,18 @@ def test_report_of_attached_models():
     assert report["model.layers.0.self_attn.q_proj"].path == "fused"
     assert report["model.layers.0.self_attn.q_proj"].reason == "shares its input with model.layers.0.self_attn.k_proj"
     assert report["lm_head"].path == "plain" and len(report) == 7
+    with handle.disabled():
+        assert {(row.path, row.reason) for row in fastft.report(model)} == {
+            ("plain", "adapters are disabled"),
+            ("plain", "trained copies of its own tensors"),
+        }
+    other = fastft.attach(model, fastft.LoRA(r=2, target_modules=["q_proj"]), "other")
     handle.merge()
-    assert "merged: default" in str(fastft.report(model))
+    report = fastft.report(model)
+    for name, path in (("q_proj", "fused"), ("k_proj", "plain")):
+        row = report[f"model.layers.0.self_attn.{name}"]
+        assert (row.path, row.reason) == (path, "merged: default")
+    other.detach()
     handle.detach()
     assert len(fastft.report(model)) == 0
 

@@ -156,6 +156,20 @@ def test_layers_that_come_later():
     torch.testing.assert_close(got, want)
 
 
+def test_layers_that_came_past_the_tuner_are_accelerated_when_asked_for():
+    model = fastft.accelerate(peft_llama(("default", "b"), target_modules=["q_proj"])).eval()
+    config = peft.LoraConfig(r=4, target_modules=["v_proj"])
+    peft.inject_adapter_in_model(config, model.base_model.model, adapter_name="default")
+    want = model(tokens(2), adapter_names=["default", "b"]).logits
+    late = [row for row in fastft.report(model) if "v_proj" in row.name]
+    assert {(row.kind, row.path, row.reason) for row in late} == {
+        ("lora.Linear", "peft", "not accelerated: call fastft.accelerate")
+    }
+    fastft.accelerate(model, strict=True)
+    assert {row.path for row in fastft.report(model) if "v_proj" in row.name} == {"fused"}
+    torch.testing.assert_close(model(tokens(2), adapter_names=["default", "b"]).logits, want)
+
+
 def test_compiled():
     model = everything()
     want, plain = model(IDS, adapter_names=NAMES), model(IDS)

@@ -97,6 +97,9 @@ def test_the_handle(kind):
     plain = logits(model)
     one = fastft.attach(model, fastft.LoRA(r=4, target_modules="all-linear"))
     assert len(one.targets) == 14 and all(isinstance(module, AdaptedQuantized) for module in one.targets.values())
+    row = fastft.report(model)["model.layers.0.self_attn.o_proj"]
+    what = quantization(one.targets[row.name])
+    assert (row.path, row.reason) == ("low-rank part", f"the base layer is quantised ({what})")
     assert torch.equal(logits(model), plain)
     randomize(one)
     with fastft.testing.record() as calls:
