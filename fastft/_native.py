@@ -1,7 +1,8 @@
 """Loads the csrc libraries for this CPU and GPU. Importing never fails: what could not be loaded has a reason.
 
 The libraries lie in ``fastft/lib``: one CPU library per instruction set, built from the same sources, and one CUDA
-library. That of AMX holds only what AMX makes faster; the other ops come from the library that it `EXTENDS`.
+library. That of AMX holds only what AMX makes faster; the other ops come from the library that it `EXTENDS`. The best that
+is there and that this CPU runs is chosen.
 ``FASTFT_CPU_ISA=default|avx2|avx512|avx512_bf16|amx`` overrides the choice (for tests and bug reports), ``FASTFT_LIB`` the
 folder.
 """
@@ -19,7 +20,9 @@ import torch
 
 ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "default")
 EXTENDS = {"amx": "avx512_bf16"}
-LIB = Path(os.environ.get("FASTFT_LIB") or Path(__file__).parent / "lib")
+LIB = Path(os.environ.get("FASTFT_LIB") or Path(__file__).parent / "lib").expanduser()
+CUDA = "libfastft_cuda.so"
+CUDA_CAPABILITY = (8, 0)  # the least that csrc/cuda is compiled for
 
 
 def cpu_flags() -> frozenset[str]:
@@ -66,11 +69,20 @@ def _path(isa: str) -> Path:
     return LIB / f"libfastft_cpu_{isa}.so"
 
 
+def absent(path: Path) -> str:
+    """Why there is no library at `path`."""
+    if os.environ.get("FASTFT_LIB"):
+        return f"no {path.name} in {path.parent}, which FASTFT_LIB names"
+    if path.name == CUDA:
+        return f"{path.name} is not built (nvcc was not found, or FASTFT_CUDA=0; FASTFT_CUDA=1 insists)"
+    return f"{path.name} is not built (pip install with a C++ compiler, cmake and ninja; FASTFT_NATIVE=1 insists)"
+
+
 @functools.cache
 def _load(path: Path) -> str | None:
     """Load one library; the reason why not, or None."""
     if not path.exists():
-        return f"{path.name} is not built (pip install with a C++ compiler, cmake and ninja; FASTFT_NATIVE=1 insists)"
+        return absent(path)
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
@@ -88,9 +100,6 @@ def _cpu_library(isa: str) -> tuple[str | None, str | None]:
     return (None, reason) if reason else (f"fastft_cpu_{isa}", None)
 
 
-chosen_isa = os.environ.get("FASTFT_CPU_ISA") or supported_isas()[0]
-
-
 def cpu_library() -> tuple[str | None, str | None]:
     """(dispatcher namespace, None) of the loaded CPU library, or (None, reason)."""
     return _cpu_library(chosen_isa)
@@ -99,6 +108,15 @@ def cpu_library() -> tuple[str | None, str | None]:
 def with_extended(isa: str) -> tuple[str, ...]:
     """That instruction set and those whose libraries its own extends, in the order in which an op is looked for."""
     return (isa, *with_extended(EXTENDS[isa])) if isa in EXTENDS else (isa,)
+
+
+def _best_isa() -> str:
+    """The best that this CPU runs of those that are built; where none is, of all: what it lacks is then told."""
+    built = [isa for isa in supported_isas() if all(_path(name).exists() for name in with_extended(isa))]
+    return (built or supported_isas())[0]
+
+
+chosen_isa = os.environ.get("FASTFT_CPU_ISA") or _best_isa()
 
 
 @functools.cache
@@ -120,8 +138,26 @@ def cuda_library() -> tuple[str | None, str | None]:
         return None, "this torch has no CUDA"
     if not torch.cuda.is_available():
         return None, "no CUDA device"
-    reason = _load(LIB / "libfastft_cuda.so")
+    reason = _load(LIB / CUDA) or _unfit_for_cuda(LIB / CUDA)
     return (None, reason) if reason else ("fastft_cuda", None)
+
+
+def _unfit_for_cuda(library: Path) -> str | None:
+    """Why the kernels of the loaded CUDA library can't run on this machine, or None: it loads on any."""
+    for i in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(i)
+        if capability < CUDA_CAPABILITY:
+            return (
+                f"{library.name} needs compute capability {'{}.{}'.format(*CUDA_CAPABILITY)}, GPU {i} "
+                f"({torch.cuda.get_device_name(i)}) has {'{}.{}'.format(*capability)}; CUDA_VISIBLE_DEVICES can hide it"
+            )
+    ask = ctypes.CDLL(str(library)).fastft_cuda_obstacle
+    ask.restype = ctypes.c_char_p
+    obstacle = ask()
+    return obstacle and (
+        f"{library.name} does not run here: {obstacle.decode()} (update the driver, or build with a CUDA toolkit that is no "
+        "newer than it: CUDA_HOME)"
+    )
 
 
 @functools.cache

@@ -40,6 +40,7 @@ def machine() -> dict[str, str]:
     return {
         "CPU": f"{', '.join(_native.supported_isas())}; PyTorch uses {torch.backends.cpu.get_cpu_capability()}",
         "CPU library": namespace or f"none: {reason}",
+        **({"forced backend": registry.unknown_backend() or forced} if (forced := registry.forced_backend()) else {}),
         "threads": str(torch.get_num_threads()),
         "GPU": ", ".join(gpus) or "none",
         "serving runtime": _native.runtime()[1] or "fastft._runtime",
@@ -48,9 +49,10 @@ def machine() -> dict[str, str]:
 
 
 def _library_state():
-    reason = _native.cuda_library()[1]
-    built = (_native.LIB / "libfastft_cuda.so").exists()
-    return f"built, not loaded: {reason}" if built else f"not built (nvcc was not found, or FASTFT_CUDA=0); {reason}"
+    reason, library = _native.cuda_library()[1], _native.LIB / _native.CUDA
+    if library.exists():
+        return f"built, not used: {reason}"
+    return "; ".join(dict.fromkeys((_native.absent(library), reason)))
 
 
 def table() -> list[dict[str, str]]:
@@ -74,7 +76,7 @@ def _state(op, backend):
     reason = op.missing(backend, "cpu" if backend == "cpu" else "cuda")
     if reason is None:
         return "Runs here"
-    if backend == "cuda" and (_native.LIB / "libfastft_cuda.so").exists():
+    if backend == "cuda" and (_native.LIB / _native.CUDA).exists():
         return f"Built ({reason})"
     if backend == "triton" and reason == "no CUDA device" and _has_launcher(op):
         return f"Compiled at run time ({reason})"

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from fastft import info
+from fastft import info, testing
 
 
 def words(lines, column):
@@ -25,6 +25,14 @@ def test_the_report_fits(width):
     for column, name in zip(zip(starts, [*starts[1:], None]), info.KERNEL_BACKENDS):
         cells = words(table, column)
         assert all(row[name].replace(" ", "") in cells for row in info.table())
+
+
+def test_a_forced_backend_is_shown():
+    assert "forced backend" not in info.machine()
+    with testing.use("reference"):
+        assert info.machine()["forced backend"] == "reference"
+    with testing.use("npu"):
+        assert "unknown backend 'npu'" in info.machine()["forced backend"]
 
 
 def test_a_reader_may_stop_reading():

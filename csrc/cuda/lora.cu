@@ -189,6 +189,17 @@ void lora_grad_x_(const Tensor& dx, const Tensor& ds, const Tensor& a, std::vect
 
 }  // namespace
 
+#ifndef FASTFT_HOSTCUDA
+// Why the kernels of this library can't run on the current device (the driver is too old, say), or nullptr: the library
+// itself loads anywhere. For fastft/_native.py.
+extern "C" __attribute__((visibility("default"))) const char* fastft_cuda_obstacle() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(expand_kernel<float, 0>));
+  cudaGetLastError();  // or the next launch would report it
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+#endif
+
 STABLE_TORCH_LIBRARY_IMPL(FASTFT_NAMESPACE, FASTFT_DISPATCH_KEY, m) {
   m.impl("lora_shrink", TORCH_BOX(&lora_shrink));
   m.impl("lora_expand_", TORCH_BOX(&lora_expand_));

@@ -141,7 +141,9 @@ def test_library_loads_and_registers_all_ops(tmp_path):
     without = {op for op, backend in EXCEPTIONS if backend == "cuda"}
     code = (
         "import os, sys, ctypes, torch; from fastft.ops import dora, grouped, lora, partial, registry, selection, sparse\n"
-        f"ctypes.CDLL({str(resources.LIBRARY)!r}, mode=os.RTLD_NOW)\n"
+        f"library = ctypes.CDLL({str(resources.LIBRARY)!r}, mode=os.RTLD_NOW)\n"
+        "library.fastft_cuda_obstacle.restype = ctypes.c_char_p\n"
+        "print(library.fastft_cuda_obstacle())\n"
         "registry.define_native('fastft_cuda')\n"
         "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
         f"wanted = registry.OPS.keys() - {without!r}\n"
@@ -151,5 +153,7 @@ def test_library_loads_and_registers_all_ops(tmp_path):
     environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": str(resources.TABLE.parents[2])}
     process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-3000:]
+    if not os.path.exists("/dev/nvidiactl"):
+        assert "driver version is insufficient" in process.stdout or "no CUDA-capable device" in process.stdout
     for name in registry.OPS.keys() - without:
         golden.prove(name, "cuda", f"compiled for {', '.join(ARCHITECTURES)}")
