@@ -14,7 +14,7 @@ from typing import Any
 
 from ..listing import listed
 from .errors import UserError
-from .loading import check_model, load, load_base
+from .loading import check_bitsandbytes, check_model, load, load_base
 from .serve_config import ServeConfig
 
 KEY_VARIABLE, TOKEN_VARIABLE = "FASTFT_API_KEY", "FASTFT_ADMIN_TOKEN"
@@ -35,6 +35,7 @@ def run(config: ServeConfig) -> None:
     # Quick checks before the model is loaded.
     if config.adapters is not None and not (config.adapters and Path(config.adapters).expanduser().is_dir()):
         raise UserError(f"adapters {config.adapters}: no such folder; give the folder that holds the adapters' folders")
+    check_bitsandbytes(config.bits())
     try:
         server_config = make_server_config(config)
         allow_connections()
@@ -101,7 +102,7 @@ def start_engine(config: ServeConfig, name: str) -> tuple[Any, Any]:
 
     device, dtype = choose_device_and_dtype(config)
     tokenizer = load("AutoTokenizer", config.model)
-    model = load_base(config.model, device, dtype).eval()
+    model = load_base(config.model, device, dtype, config.bits()).eval()
     try:
         engine = Engine(
             model,
@@ -157,11 +158,12 @@ class Welcome:
         console.print("\nCtrl-C stops it.\n")
 
     def rows(self) -> list[tuple[str, str]]:
+        from ..methods.targets import parameter_count
+
         model, config = self._engine.model, self._config
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        dtype = str(model.dtype).removeprefix("torch.")
+        dtype = str(model.dtype).removeprefix("torch.") + (f", base of {config.bits()} bits" if config.bits() else "")
         return [
-            ("model", f"{self._server.model} ({_count(parameters)} parameters, {dtype}, {model.device.type})"),
+            ("model", f"{self._server.model} ({_count(parameter_count(model))} parameters, {dtype}, {model.device.type})"),
             ("adapters", self._adapters()),
             ("memory", self._memory()),
             ("API", f"{self.url}/v1  ({self._who()})"),

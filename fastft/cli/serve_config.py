@@ -38,6 +38,7 @@ class ServeConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
         "Of the base model and adapters. auto: bfloat16 on a GPU that has it, else float32.", "auto"
     )
+    load_in_4bit: bool = _option("Quantise the base to NF4 when it is loaded (bitsandbytes), as fastft train does.", False)
     device: Literal["auto", "cpu", "cuda"] = _option("Where to run.", "auto")
     slots: int = _option("Adapters in device memory at a time.", 64)
     device_memory: str | None = _option(
@@ -76,6 +77,10 @@ class ServeConfig:
             raise UserError(f"drain must be 0 to 3600 seconds, not {self.drain}")
         for name in ("device_memory", "host_memory", "cache_memory", "max_body"):
             self.bytes_of(name)
+
+    def bits(self) -> int | None:
+        """Of the base's quantised weights."""
+        return 4 if self.load_in_4bit else None
 
     def bytes_of(self, name: str) -> int | None:
         """The bytes of an option such as "2GiB" or "512M" (powers of two); None where it is not given.

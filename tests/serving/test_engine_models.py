@@ -1,9 +1,12 @@
-"""Models that an engine refuses before it starts."""
+"""Models that an engine refuses before it starts, and one whose weights are quantised."""
 
 import pytest
+import torch
 
+import fastft
+from fastft.cli.loading import load_base
 from fastft.serving import Engine
-from tests.serving.tiny import llama
+from tests.serving.tiny import llama, prompt, save_adapter, worst_gap
 
 
 def test_a_model_on_several_devices_is_refused():
@@ -17,3 +20,25 @@ def test_a_model_on_several_devices_is_refused():
         Engine(mapped)
     mapped.hf_device_map = {"": "cpu"}
     Engine(mapped).close()
+
+
+def test_a_quantised_model_serves_what_the_same_model_gives_with_each_adapter(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    llama().save_pretrained(tmp_path / "base")
+    kinds = {"low-rank": "lora16", "entries": "spiel"}
+    for name, kind in kinds.items():
+        save_adapter(tmp_path / "adapters" / name, kind, seed=1)
+
+    def base():
+        return load_base(str(tmp_path / "base"), "cpu", torch.float32, bits=4).eval()
+
+    assert type(base().model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    names = [None, *kinds] * 2
+    with Engine(base(), adapter_dir=tmp_path / "adapters") as engine:
+        found = engine.generate([prompt(9, i) for i in range(len(names))], adapters=names, max_tokens=8)
+    for name, completion in zip(names, found):
+        model = base()
+        if name is not None:
+            fastft.load(model, tmp_path / "adapters" / name)
+        assert worst_gap(model.eval(), completion) < 1e-3, name
+    assert len({tuple(completion.tokens) for completion in found}) == len(found)

@@ -1,6 +1,7 @@
 """`fastft serve` as a user meets it: what it refuses at once, what it says, and the whole of it with a small model."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from fastft.cli.serve import Welcome, make_server_config
 from fastft.cli.serve_config import ServeConfig
 
 from .server_fixtures import ADMIN, KEY, TOKENIZER, FakeEngine, load_tokenizer, serving
+from .tiny import llama
 
 
 def key_file(path, key=KEY):
@@ -66,6 +68,20 @@ def test_wrong_options_are_refused_before_anything_is_loaded(command, tmp_path):
         assert command(*model, "--adapters", folder, "--port", 0).startswith(f"adapters {folder}: no such folder")
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
         assert "Address already in use; try another --port" in command(*model, "--port", taken.getsockname()[1])
+
+
+def test_a_base_of_4_bits(command, tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    llama().save_pretrained(tmp_path)
+    monkeypatch.setattr(serve, "load", lambda *_: load_tokenizer())
+    engine, _ = serve.start_engine(config := ServeConfig(str(tmp_path), load_in_4bit=True), "base")
+    with engine:
+        assert type(engine.model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+        shown = dict(Welcome(config, make_server_config(config), engine, 1).rows())["model"]
+        assert shown.endswith(f"({sum(p.numel() for p in llama().parameters()):,} parameters, float32, base of 4 bits, cpu)")
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else found(name, *a))
+    assert 'needs bitsandbytes: pip install "fastft[qlora]"' in command("--model", TOKENIZER, "--load-in-4bit")
 
 
 @pytest.mark.parametrize(
