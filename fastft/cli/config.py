@@ -35,6 +35,10 @@ class TrainConfig:
         "to each weight's low-rank part.",
         "lora",
     )
+    adapter: str | None = _option(
+        "Adapter to train on from: a folder that fastft (or PEFT) saved, of the same --method. It brings its own options.",
+        None,
+    )
     eval_data: str | None = _option("Held-out JSON lines; else --eval-fraction of the data.", None)
     eval_fraction: float = _option("Fraction of the data held out (0: none).", 0.05)
     max_length: int = _option("Tokens an example may have; what is longer is cut.", 512)
@@ -121,6 +125,8 @@ class TrainConfig:
                 raise UserError(f"{name} must be a finite number, not {value}")
             setattr(self, name, value)
         self._refuse_other_methods()
+        if self.adapter is not None:
+            self._refuse_the_adapters()
         if self.lr is None:
             by_momentum = self.method == "spiel" and self.selection == "momentum"
             self.lr = LEARNING_RATES["spiel by momentum" if by_momentum else self.method]
@@ -190,6 +196,14 @@ class TrainConfig:
                 of = f"method{'s' if len(methods) > 1 else ''} {' and '.join(methods)}"
                 raise UserError(f"{field.name}={value!r} is an option of {of}; this run's method is {self.method}")
 
+    def _refuse_the_adapters(self) -> None:
+        """What an adapter to train on from has in its file."""
+        for field in dataclasses.fields(self):
+            value, of_the_base = getattr(self, field.name), field.name.startswith("load_in_")
+            its_own = field.name == "target_modules" or (field.metadata["of"] and not of_the_base)
+            if its_own and value != field.default:
+                raise UserError(f"{field.name}={value!r}: adapter {self.adapter} has its own; leave it out")
+
     def ratios(self) -> dict[str, float]:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name.endswith("_ratio")}
 
@@ -199,6 +213,8 @@ class TrainConfig:
 
     def title(self) -> str:
         """The method and what matters most about it, for titles."""
+        if self.adapter is not None:
+            return f"{self.method}, on from {self.adapter}"
         if self.method == "s2ft":
             return " ".join(["s2ft", *(f"{name}={ratio:g}" for name, ratio in self.ratios().items() if ratio)])
         base = f", {self.bits()}-bit base" if self.bits() else ""

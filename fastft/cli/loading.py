@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.atomic import current
+from ..checkpoint.files import CONFIG
 from ..listing import listed
 from .errors import UserError
 from .quiet import quiet_imports
@@ -120,6 +122,24 @@ def load_base(model: str, device: Any, dtype: Any, bits: int | None = None) -> A
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return base
+
+
+def check_adapter(folder: str) -> None:
+    """Raises UserError if there is no adapter in this folder."""
+    if not current(Path(folder).expanduser(), CONFIG).is_file():
+        inside = Path(folder, "adapter")  # of a run's folder
+        found = current(inside.expanduser(), CONFIG).is_file()
+        raise UserError(f"adapter {folder}: no {CONFIG} there" + (f"; did you mean {inside}?" if found else ""))
+
+
+def load_adapter(base: Any, folder: str) -> Any:
+    """The handle of the adapter in this folder on `base`. Raises UserError where they don't fit, or it is damaged."""
+    import fastft
+
+    try:
+        return fastft.load(base, Path(folder).expanduser())
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"adapter {folder}: {error}") from error
 
 
 def _quantization(bits: int, dtype: Any) -> Any:

@@ -8,10 +8,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from ..checkpoint.atomic import current
 from .errors import UserError
 from .folder import writing
-from .loading import load
+from .loading import check_adapter, load, load_adapter
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What a transformers checkpoint consists of; a folder with anything else is not ours to replace.
@@ -38,20 +37,16 @@ def run(model: str, adapter: str, out: str, dtype: str = "auto", overwrite: bool
             raise UserError(f"out {out} is or contains the {option} {path}; choose another folder")
     if target.exists() and overwrite:
         _check_replaceable(target)
-    if not current(Path(adapter).expanduser(), "adapter_config.json").is_file():
-        inside = Path(adapter, "adapter")  # of a run's folder
-        found = current(inside.expanduser(), "adapter_config.json").is_file()
-        raise UserError(f"adapter {adapter}: no adapter_config.json there" + (f"; did you mean {inside}?" if found else ""))
+    check_adapter(adapter)
 
     import torch
 
-    import fastft
-
     tokenizer = load("AutoTokenizer", model)
     base = load("AutoModelForCausalLM", model, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    handle = load_adapter(base, adapter)
     try:
-        merged = fastft.load(base, Path(adapter).expanduser()).merge_and_unload()
-    except (OSError, ValueError, RuntimeError) as error:
+        merged = handle.merge_and_unload()
+    except (ValueError, RuntimeError) as error:
         raise UserError(f"adapter {adapter}: {error}") from error
     target.parent.mkdir(parents=True, exist_ok=True)
     parent, prefix = target.parent, f".{target.name}."

@@ -25,7 +25,7 @@ from .folder import (
     owned,
     writing,
 )
-from .loading import check_bitsandbytes, load, load_base
+from .loading import check_adapter, check_bitsandbytes, load, load_adapter, load_base
 
 
 def run(
@@ -45,8 +45,12 @@ def run(
         if not dry_run:
             raise
         print(f"note: the run itself will be refused: {error}")
+    if dry_run and config.adapter is not None:
+        raise UserError("--dry-run counts an adapter that begins anew; leave --adapter out")
     if not dry_run:
         check_bitsandbytes(config.bits())
+        if config.adapter is not None and not resume:
+            check_adapter(config.adapter)
     records, held_out = _records(config)
     if resume:
         check_data(config, out)
@@ -158,12 +162,19 @@ def attach(config: TrainConfig, model: Any, rows: list[Any], pad: int, checkpoin
     from ..integrations.transformers import collate
 
     torch.manual_seed(config.seed)
-    if checkpoint is not None and config.method != "lora":
+    if checkpoint is not None and (config.method != "lora" or config.adapter is not None):
         # What trains is the run's: measured anew, on other hardware say, others might be chosen.
         try:
             return fastft.load(model, checkpoint / "adapter")
         except UNREADABLE as error:
             raise damaged(checkpoint, error) from error
+    if config.adapter is not None:
+        handle = load_adapter(model, config.adapter)
+        if handle.method.peft_type.lower() != config.method:
+            raise UserError(
+                f"adapter {config.adapter} is {type(handle.method).__name__}'s, which --method {config.method} can't train"
+            )
+        return handle
     try:
         measured = rows[: config.calibration_rows]
         starts = range(0, len(measured), config.batch_size)

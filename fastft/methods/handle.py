@@ -183,14 +183,13 @@ class Handle(AdapterFiles):
             )
 
     def new_run(self, total_steps: int | None = None) -> None:
-        """Another run of training begins: schedules (SpIEL's, LIFT's) count its updates from 0, to `total_steps`.
+        """Another run of training begins: schedules (SpIEL's, LIFT's) count its updates from 0, to `total_steps` (which
+        SpIEL needs, where no Trainer tells it).
 
         For an adapter that was trained before, in this process or the one whose file `fastft.load` has read. A Trainer with
         `callback` does it where it does not resume.
         """
         self._attached()
-        if total_steps is not None:
-            self.total_steps = total_steps
         self.method = self.method.new_run(self, total_steps)
 
     def refresh(self) -> None:

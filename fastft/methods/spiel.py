@@ -150,8 +150,7 @@ class SpIEL(SparseMethod):
         return SparseAdamW(*trained, lr=lr, weight_decay=weight_decay, **options)
 
     def new_run(self, handle, total_steps):
-        method = super().new_run(handle, total_steps)
-        return method if total_steps is None else replace(method, total_steps=total_steps)
+        return replace(super().new_run(handle, total_steps), total_steps=total_steps)
 
     # ---- the schedule
 
@@ -167,8 +166,8 @@ class SpIEL(SparseMethod):
         total = self.total_steps or handle.total_steps
         if total is None:
             raise RuntimeError(
-                "SpIEL replaces fewer and fewer entries until the run's end: give SpIEL(total_steps=...), or the Trainer "
-                "handle.callback()"
+                "SpIEL replaces fewer and fewer entries until the run's end: give SpIEL(total_steps=...), for another run "
+                "handle.new_run(total_steps=...), or the Trainer handle.callback()"
             )
         if updates == total + 1:
             warnings.warn(

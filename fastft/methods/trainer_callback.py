@@ -13,7 +13,7 @@ def trainer_callback(handle):
         def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
             handle.total_steps = state.max_steps
             if state.global_step == 0 and handle.method.updates(handle):  # nothing is resumed
-                handle.new_run(state.max_steps)
+                handle.new_run()
             sharded = getattr(args, "deepspeed", None) or getattr(args, "fsdp", None)  # these replace parameters
             if optimizer is not None and not sharded:
                 _check_optimizer(handle, optimizer)

@@ -59,9 +59,12 @@ def test_a_trainer_begins_another_run_but_not_where_it_resumes():
     begin(max_steps=12, global_step=7)
     assert updates(handle) == [2, 6] and handle.method.total_steps == 10
     begin(max_steps=12, global_step=0)
-    assert updates(handle) == [] and handle.method.total_steps == 12
     train(net, handle, 11)
     assert updates(handle) == [2, 6, 10]
+    handle.new_run()
+    handle.total_steps = None
+    with pytest.raises(RuntimeError, match=r"handle.new_run\(total_steps=...\)"):
+        train(net, handle, 1)
 
 
 def test_new_runs_are_nothing_to_lora():
