@@ -262,8 +262,10 @@ def test_copies_that_nobody_wants_are_not_read(folder, monkeypatch):
     assert sum(read) == wanted
 
 
-def test_an_output_heads_own_weight(tmp_path):
+@pytest.mark.parametrize("compared", [files._COMPARED, 100])
+def test_an_output_heads_own_weight(tmp_path, monkeypatch, compared):
     """PEFT writes it beside the head's adapter, which says nothing as long as it is the model's own."""
+    monkeypatch.setattr(files, "_COMPARED", compared)
     handle = fastft.attach(llama(), fastft.LoRA(r=4, target_modules=["q_proj", "lm_head"]))
     randomize(handle)
     handle.save(tmp_path)

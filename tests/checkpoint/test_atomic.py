@@ -8,6 +8,7 @@ import sys
 import textwrap
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -52,6 +53,32 @@ def test_a_full_disk_leaves_the_old_adapter(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         write_adapter(tmp_path, {"r": 2}, {"x": torch.zeros(2)})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_all_is_on_disk_before_it_counts(tmp_path, monkeypatch):
+    flushed, fsync, rename, replace = set(), os.fsync, os.rename, os.replace
+
+    def noted(handle):
+        fsync(handle)
+        flushed.add(os.fstat(handle).st_ino)
+
+    def on_disk(*paths):
+        return {path.stat().st_ino for path in paths} <= flushed
+
+    def committed(draft, commit):
+        assert on_disk(draft, *draft.iterdir())
+        rename(draft, commit)
+        flushed.discard(tmp_path.stat().st_ino)
+
+    def moved(*paths):
+        assert on_disk(tmp_path), "or the old file could be gone and the commit not there yet"
+        replace(*paths)
+
+    for name, function in (("fsync", noted), ("rename", committed), ("replace", moved)):
+        monkeypatch.setattr(atomic.os, name, function)
+    for value in (1.0, 2.0):
+        write_adapter(tmp_path, {"r": value}, {"x": torch.full((2,), value)})
+    assert len(flushed) > 2
 
 
 def consistent(folder):
@@ -191,6 +218,37 @@ def test_what_another_program_saved_after_a_kill_counts(killed, moved):
     assert consistent(folder) == 3 and {path.name for path in folder.iterdir()} == {CONFIG, WEIGHTS}
 
 
+@pytest.mark.parametrize("moved", [0, 1])
+@pytest.mark.parametrize("marker", ["a", "b"])
+def test_other_programs_find_no_marker_beside_a_mixture(tmp_path, monkeypatch, marker, moved):
+    atomic.switch(tmp_path, {"a": b"1", "b": b"1"}, marker)
+    moves, replace = iter(range(moved + 1)), os.replace
+
+    def counted(*paths):
+        if next(moves) == moved:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(atomic.os, "replace", counted)
+        atomic.switch(tmp_path, {"a": b"2", "b": b"2"}, marker)
+    assert {path.name for path in tmp_path.glob("?")} == {"a", "b"} - {marker}
+    assert all(atomic.current(tmp_path, name).read_bytes() == b"2" for name in "ab")
+
+
+def test_a_save_does_not_bring_back_what_another_program_has_replaced(killed, monkeypatch):
+    folder = killed(0)
+    others(folder, WEIGHTS, CONFIG)
+
+    def write(path, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(atomic, "_write", write)
+    with pytest.raises(OSError, match="No space"):
+        write_adapter(folder, {"version": 3}, {"x": torch.full((4, 50), 3.0)})
+    assert consistent(folder) == 4
+
+
 def test_files_of_two_programs_are_not_mixed(killed):
     folder = killed(1)  # the weights are in place
     others(folder, CONFIG)
@@ -235,11 +293,8 @@ def test_writers_take_turns(tmp_path):
         for _ in range(10):
             write_adapter(tmp_path, {"version": version}, {"x": torch.full((version % 7 + 1, 50), float(version))})
 
-    threads = [threading.Thread(target=write, args=(version,)) for version in (1, 2, 3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(write, (1, 2, 3)))  # raises what a writer raised
     assert consistent(tmp_path) in (1, 2, 3)
     assert {path.name for path in tmp_path.iterdir()} == {CONFIG, WEIGHTS}
 

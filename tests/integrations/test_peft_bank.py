@@ -166,6 +166,25 @@ def test_what_does_not_fit_goes_the_other_way():
     assert 0 < count < everything, "only the layers that the odd adapter is in"
 
 
+def test_variants_are_not_laid_out_as_plain_ones():
+    for m in (model(use_dora=True), accelerated(model(use_dora=True))):
+        with pytest.raises(ValueError, match="DoRA"):
+            logits(m, ["odd", "b", "default", "odd"])
+
+
+def test_adapters_of_two_dtypes_are_not_laid_out_together():
+    """Or the float32 one would be rounded to what the other is."""
+    plain = model(torch.bfloat16)
+    everything = grouped(accelerated(plain))[1]
+    for name, parameter in plain.named_parameters():
+        if name.endswith(".b.weight"):
+            parameter.data = parameter.data.float()
+    (got, count), want = grouped(accelerated(plain)), logits(copy.deepcopy(plain).float())
+    assert 0 < count < everything, "only the layers that b is not in"
+    error = (got.float() - want).norm() / want.norm()
+    assert error <= 1.2 * (logits(plain).float() - want).norm() / want.norm()
+
+
 def test_float32_adapters_on_a_bfloat16_base():
     plain = model()
     for name, parameter in plain.named_parameters():

@@ -75,6 +75,16 @@ def test_outputs_and_gradients_are_pefts(kind, dtype):
     assert [row.path for row in fastft.report(fast)] == ["fused", "fused"]
 
 
+@pytest.mark.parametrize("kind", ["super", "supra"])
+def test_super_tuning_rounds_its_values_to_the_bases_dtype(kind):
+    lin = layer(accelerated(kind, BF16))
+    values = lin.supertuning_values["default"]
+    with torch.no_grad():
+        y = lin(x(BF16))
+        values.mul_(1 + 2**-10)  # less than a rounding
+        assert values.dtype is F32 and torch.equal(lin(x(BF16)), y)
+
+
 @each_kind
 def test_everything_else_stays_pefts(kind):
     plain, fast = model(kind), accelerated(kind, strict=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastft.integrations import vllm as plugin
+from fastft.integrations import vllm_sites
 from fastft.integrations.vllm_sites import COUNT
 from fastft.ops.grouped import FIELDS
 
@@ -169,6 +170,36 @@ def test_stacks_changed_by_others_are_seen():
     served.layer.set_lora(0, a, b)
     served.manager.adapters[1] = {"qkv": (a, b)}
     close(*served.run([2, 1]))
+
+
+def test_stacks_changed_by_others_are_seen_when_another_slot_was_filled_before_the_next_batch():
+    served = Served(slots=2)
+    served.load(1, 8)
+    close(*served.run([1, 0]))
+    a, b = (torch.randn(2, K),) * 3, [torch.randn(n, 2) for n in WIDTHS]
+    served.layer.set_lora(0, a, b)
+    served.manager.adapters[1] = {"qkv": (a, b)}
+    served.load(2, 4)
+    close(*served.run([1, 2]))
+
+
+def test_what_an_op_writes_and_what_it_leaves():
+    """Two scales of one stack, a B that is padded beyond y (a vocabulary), and columns beside the slices."""
+    sites = vllm_sites.Sites()
+    route = vllm_sites.Route(sites, 2, 8, "cpu")
+    route.fill([1, 0, 1], {1: 0})
+    x, a, b = torch.randn(3, 8), torch.randn(2, 1, 4, 8), torch.randn(2, 1, 12, 4)
+    own, delta = torch.tensor([0, 2]), x @ a[0, 0].t() @ b[0, 0, :10].t()
+    for scale in (1.0, 0.5):
+        y, want = torch.ones(3, 10), torch.ones(3, 10)
+        want[own] += scale * delta[own]
+        vllm_sites.linear_(y, x, [a], [b], [12], scale, True, route)
+        torch.testing.assert_close(y, want)
+    s, y, want = torch.randn(3, 4), torch.ones(3, 10), torch.ones(3, 10)
+    want[:, 3:8] = 0
+    want[own, 3:8] = s[own] @ b[0, 0, :5].t()
+    vllm_sites.expand_(y, [s], [b], [5], 3, False, route)
+    torch.testing.assert_close(y, want)
 
 
 def test_nothing_is_copied_while_nothing_changes(monkeypatch):

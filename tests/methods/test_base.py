@@ -183,6 +183,7 @@ def test_two_adapters_in_any_order(dtype, order, merged):
         torch.testing.assert_close(logits(model), alone[1], **close)
         with pair[1].disabled():
             assert torch.equal(logits(model), plain)
+        torch.testing.assert_close(logits(model), alone[1], **close)  # still disabled
     first, last = order
     pair[first].detach()
     torch.testing.assert_close(logits(model), alone[last], **close)

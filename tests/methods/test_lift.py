@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import fastft
+from fastft.modules.sparse import SparseEntries
+from fastft.ops.entries import Entries
 
-from .sparse_net import NAMES, Net, attached, chosen, deltas, dense, held, train
+from .sparse_net import NAMES, Net, assert_same_bits, attached, bits, chosen, deltas, dense, held, train
 
 
 def svd_mask(weight, rank, count):
@@ -102,6 +104,30 @@ def test_how_many_are_of_the_first():
         train(net, handle, 1, optimizer, start=step)
         overlap = sum(int((first[name] & mask).sum()) for name, mask in chosen(handle).items())
         assert handle.method.history[-1]["overlap_with_first"] == overlap
+
+
+def test_first_entries_that_come_back_are_known_without_having_learnt():
+    one, two = (Entries.of_flat(torch.tensor(index), (2, 3)) for index in ([0, 1], [1, 4]))
+    entries = SparseEntries(one.copy(), torch.zeros(2))
+    entries.all_first()
+    for new, count in ((two, 1), (one, 2)):
+        entries.succeed(new)
+        assert entries.of_first() == count
+
+
+def test_a_choice_that_fails_changes_nothing():
+    net, handle = attached("lift", update_interval=1)
+    optimizer = train(net, handle, 1)
+    with torch.no_grad():
+        net.c.weight.flatten()[(~chosen(handle)["c"]).flatten().nonzero()[0]] = float("nan")
+    for parameter in handle.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    before = bits(net.a), bits(net.b)
+    with pytest.raises(FloatingPointError, match="the weight of 'c' holds NaN .*earlier checkpoint"):
+        handle.step()
+    for one, two in zip(before, (bits(net.a), bits(net.b))):
+        assert_same_bits(one, two)
 
 
 def test_a_density_of_no_entry_at_all_is_refused():

@@ -79,6 +79,20 @@ def test_merge_and_unload(options, merged):
     torch.testing.assert_close(plain(x), y)
 
 
+def test_what_can_not_be_taken_off_leaves_all_on():
+    model, handle = adapted()
+    nn.utils.parametrize.register_parametrization(model.c, "weight", nn.Identity())
+    x = torch.randn(3, 12)
+    y = model(x)
+    for take_off in (handle.detach, handle.merge_and_unload):
+        with pytest.raises(RuntimeError, match="changed the class of this Conv1D after adapters were attached"):
+            take_off()
+        assert handle.attached and torch.equal(model(x), y)
+    nn.utils.parametrize.remove_parametrizations(model.c, "weight")
+    handle.detach()
+    assert {type(module) for module in model.children()} == {nn.Linear, Conv1D}
+
+
 @pytest.mark.parametrize(("first", "second"), [*PAIRS, ({"lora_bias": True}, {"use_dora": True})])
 def test_merging_some_of_several_adapters_changes_nothing(first, second):
     model, one = adapted(target_modules=["a", "c"], **first)

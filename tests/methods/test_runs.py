@@ -85,20 +85,6 @@ def test_going_back_from_the_end_of_a_run_chooses_the_same_again(tmp_path):
     assert handle.method.history == history and all(torch.equal(mask, found[name]) for name, mask in chosen(handle).items())
 
 
-def test_a_weight_without_numbers_is_named_and_nothing_chosen():
-    net, handle = attached("lift")
-    optimizer = train(net, handle, 1)
-    before = chosen(handle)
-    loss_of(net, inputs(1)).backward()
-    optimizer.step()
-    with torch.no_grad():
-        net.c.sparse["default"].delta.fill_(torch.nan)
-    handle.refresh()
-    with pytest.raises(FloatingPointError, match="the weight of 'c' holds NaN .*earlier checkpoint"):
-        handle.step()
-    assert updates(handle) == [] and all(torch.equal(mask, before[name]) for name, mask in chosen(handle).items())
-
-
 @pytest.mark.parametrize("leave", ["merge_and_unload", "detach"])
 def test_an_optimizer_says_that_its_adapter_is_gone(leave):
     net, handle = attached("lift")

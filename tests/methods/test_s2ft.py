@@ -640,6 +640,17 @@ def test_merge_and_unload_gives_a_plain_model():
     assert all(type(m) is torch.nn.Linear for n, m in model.named_modules() if n.endswith("proj"))
 
 
+def test_merge_and_unload_of_an_inactive_adapter():
+    model = llama()
+    handle = attached(model, **ALL)
+    randomize(handle)
+    y = logits(model)
+    handle.set_active(False)
+    assert not torch.allclose(logits(model), y)
+    handle.merge_and_unload()
+    torch.testing.assert_close(logits(model), y, rtol=1e-5, atol=1e-6)
+
+
 def test_compiles_without_graph_breaks():
     model = llama(num_hidden_layers=1)
     attached(model)

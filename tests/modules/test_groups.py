@@ -119,6 +119,17 @@ def test_with_one_member_merged_all_run_alone():
     assert handle.groups[0].grouped and shrinks(lambda: block(x)) == 1
 
 
+def test_with_one_member_in_evaluation_all_run_alone():
+    block, handle, twin, _ = pair(lora_dropout=0.5)
+    x = some_x()
+    for m in (block, twin):
+        m.k_proj.eval()
+    assert_equal([block(x)[..., 16:24]], [twin(x)[..., 16:24]])
+    assert handle.groups[0].grouped and nothing_waits()
+    block.train()
+    assert shrinks(lambda: block(x)) == 1
+
+
 def test_an_exception_in_the_middle():
     block, handle, twin, apart = pair()
     x = some_x()

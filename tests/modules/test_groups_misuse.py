@@ -59,6 +59,15 @@ def disabled_between(m, x):
     return q, k, m.v_proj(x)
 
 
+def factor_between(m, x):
+    q = m.q_proj(x)
+    own = m.k_proj.lora_A["default"]
+    m.k_proj.lora_A["default"] = torch.nn.Parameter(2 * own.detach())
+    k = m.k_proj(x)
+    m.k_proj.lora_A["default"] = own
+    return q, k, m.v_proj(x)
+
+
 MISUSES = {
     "twice": lambda m, x: (m.q_proj(x) + m.q_proj(x), m.k_proj(x), m.v_proj(x)),
     "other x": lambda m, x: (m.q_proj(x), m.k_proj(x * 2), m.v_proj(x)),
@@ -70,6 +79,7 @@ MISUSES = {
     "backend": backend_between,
     "evaluation": evaluation_between,
     "disabled": disabled_between,
+    "other A": factor_between,
 }
 
 

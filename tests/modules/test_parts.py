@@ -32,11 +32,11 @@ class Net(nn.Module):
         return x + self.mlp(x)
 
 
-def net(merged=True, dtype=F32):
+def net(merged=True, dtype=F32, seed=0):
     """One slice, of down_proj."""
     torch.manual_seed(0)
     model = Net().to(dtype)
-    handle = fastft.attach(model, fastft.S2FT(down_ratio=0.25, o_ratio=0))
+    handle = fastft.attach(model, fastft.S2FT(down_ratio=0.25, o_ratio=0, seed=seed))
     if not merged:
         handle.unmerge()
     return model, handle, torch.randn(5, 12).to(dtype)
@@ -198,6 +198,26 @@ def test_our_optimizer_asks_before_it_writes():
         optimizer.step()
 
 
+@pytest.mark.parametrize("writer", ["ours", "torch", "unmerge", "merge"])
+@pytest.mark.parametrize("method", [fastft.S2FT(down_ratio=0.25), fastft.SpIEL(density=0.1, total_steps=9)])
+def test_backward_through_weights_that_were_written_since_is_refused(method, writer):
+    model = Net()
+    handle = fastft.attach(model, method)
+    randomize(handle)
+    if writer == "merge":
+        handle.unmerge()
+    optimizer = handle.optimizer(lr=0.1) if writer == "ours" else torch.optim.AdamW(handle.parameters(), lr=0.1)
+    x = torch.randn(5, 12, requires_grad=True)
+    before = model(x).sum()
+    model(x).sum().backward()
+    if writer in ("ours", "torch"):
+        optimizer.step()
+    else:
+        getattr(handle, writer)()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        before.backward()
+
+
 @torch.no_grad()
 def test_all_parameters_written_at_once_are_no_other_base():
     """As averages of models and DistributedDataParallel do; a copy, and one that was attached by itself."""
@@ -213,6 +233,25 @@ def test_all_parameters_written_at_once_are_no_other_base():
             assert torch.equal(other(x), want) and torch.equal(other.state_dict()["mlp.down_proj.weight"], base)
         for parameter in handle.parameters():
             parameter.mul_(2)
+
+
+@torch.no_grad()
+def test_indices_that_are_written_over():
+    """DistributedDataParallel sends rank 0's, with the deltas, the weights and what these were before."""
+    (model, handle, x), (first, its, _) = net(), net(seed=1)
+    base = first.state_dict()["mlp.down_proj.weight"].clone()
+    randomize(its)
+    want = first(x)
+    model(x)
+    tensors = [[*m.parameters(), *m.buffers()] for m in (model, first)]
+    for mine, sent in zip(*tensors, strict=True):
+        mine.copy_(sent)
+    assert torch.equal(model(x), want)
+    for own in (handle, its):
+        next(own.parameters()).mul_(2)
+    assert torch.equal(model(x), first(x))
+    handle.detach()
+    assert torch.equal(model.mlp.down_proj.weight, base)
 
 
 def test_moves_leave_what_is_seen():

@@ -13,7 +13,8 @@ from torch.nn.utils import prune
 import fastft
 from fastft.modules.packed import into_one
 from fastft.modules.route import Site
-from fastft.ops.grouped import grouped_expand_, grouped_shrink
+from fastft.ops.grouped import grouped_add_, grouped_expand_, grouped_shrink
+from fastft.ops.registry import BackendError
 from fastft.serving.packing import Packer
 from fastft.serving.sites import find_sites, install
 from tests.integrations.quantized import KINDS, quantized
@@ -436,6 +437,23 @@ def test_rows_that_overlap(backend, tmp_path):
     route(routed.tokens, [0, -1, 0])
     for x in (X[0, :6].expand(3, 6), X[0, :6].expand(1, 3, 6), X.flatten().as_strided((3, 6), (2, 1))):
         same(model.o_proj(x), model.o_proj(x.contiguous()))
+
+
+def test_backends_are_chosen_anew_for_another_dtype_and_another_wish(tmp_path):
+    if reason := grouped_add_.missing("cpu", "cpu"):
+        pytest.skip(reason)
+    model, x = Block(), X[:, :6]
+    routed = one_adapter(model, tmp_path, fastft.LoRA(r=2, target_modules=["o_proj"]))
+    with fastft.testing.use("cpu"):
+        route(routed.tokens, [0, -1, 0])
+        want = model.o_proj(x)
+        with pytest.raises(BackendError, match="float64 activations"):
+            model.double().o_proj(x.double())
+        assert torch.equal(model.float().o_proj(x), want)
+    with fastft.testing.use("cuda"):
+        route(routed.tokens, [0, -1, 0])
+        with pytest.raises(BackendError, match="these are on cpu"):
+            model.o_proj(x)
 
 
 def test_sites_without_any_adapter_in_memory(block):

@@ -134,6 +134,19 @@ def test_forward_is_that_of_the_sum(dtype, transposed, device):
     torch.testing.assert_close(delta.grad.double(), gradient[chosen.mask()], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_observers_see_a_backward_that_has_a_graph(transposed):
+    torch.manual_seed(0)
+    chosen, seen = entries((8, 8), 0.1), []
+    weight, x, delta = torch.randn(8, 8), torch.randn(5, 8), torch.randn(len(chosen), requires_grad=True)
+    y = sparse_linear(x, weight, None, chosen, delta, fan_in_fan_out=transposed, observer=lambda *a: seen.append(a))
+    dy = torch.randn_like(y)
+    y.backward(dy, create_graph=True)
+    ((left, right),) = seen
+    assert torch.equal(left, x if transposed else dy) and torch.equal(right, dy if transposed else x)
+    assert not left.requires_grad and not right.requires_grad
+
+
 def test_under_autocast_as_f_linear():
     torch.manual_seed(0)
     chosen, weight, x = entries((24, 40), 0.1), torch.randn(24, 40), torch.randn(5, 40)

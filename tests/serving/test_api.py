@@ -1,12 +1,16 @@
 """What the routes answer, over a fake engine whose tokens are known."""
 
+import asyncio
 import json
 import threading
 
 import pytest
+from starlette.requests import ClientDisconnect
 
 from fastft.checkpoint.files import AdapterFileError
 from fastft.serving.api import completions, generation
+from fastft.serving.api.generation import Sampling
+from fastft.serving.api.schemas import CompletionRequest
 from fastft.serving.requests import EngineStopped, UnknownAdapter
 
 from .server_fixtures import CHAT, HELLO, FakeEngine, client, load_tokenizer, post, saying
@@ -382,6 +386,18 @@ def test_failures_are_told_without_details(engine, error, status, code):
     assert body["code"] == code and "secret" not in body["message"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_the_engine_ends_is_no_whole_one(tokenizer, stream):
+    def script(prompt, adapter, sampling):
+        engine.submitted[0]._finish("cancelled")
+        return []
+
+    engine = FakeEngine(tokenizer, script=script)
+    answer = client(engine).post("/v1/completions", json={**HELLO, "stream": stream})
+    body = events(answer)[-1] if stream else answer.json()
+    assert answer.status_code == (200 if stream else 503) and body["error"]["code"] == "cancelled"
+
+
 def test_one_failed_choice_ends_the_others(tokenizer):
     calls = []
 
@@ -404,6 +420,24 @@ def test_unexpected_errors_have_no_details(engine, monkeypatch):
     assert error["code"] == "internal_error" and "division" not in error["message"]
     monkeypatch.undo()
     post(http, HELLO)
+
+
+def test_a_stream_whose_client_is_gone_before_it_begins_leaves_nothing_running(engine):
+    service = client(engine).app.state.service
+    sampling = Sampling(max_tokens=8, temperature=0, top_p=1, seed=None, stops=[], logprobs=False)
+
+    async def gone(*_):
+        raise OSError
+
+    async def answer():
+        form = completions._Completion(CompletionRequest(**HELLO, stream=True), service.submit([[5]], 2, None, sampling))
+        await completions._EventStream(form, id)({"type": "http", "asgi": {"spec_version": "2.4"}}, gone, gone)
+
+    engine.hold()
+    with pytest.raises(ClientDisconnect):
+        asyncio.run(answer())
+    assert engine.cancelled == engine.submitted and len(engine.submitted) == 2 and not service.jobs
+    engine.go()
 
 
 def test_waiting_streams_send_signs_of_life(engine, monkeypatch):

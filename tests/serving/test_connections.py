@@ -6,6 +6,7 @@ import json
 import resource
 import socket
 import threading
+import types
 
 import pytest
 
@@ -102,6 +103,24 @@ def test_answers_that_nobody_takes_are_dropped(monkeypatch):
     assert all(request.finish_reason is not None for request in engine.submitted)
 
 
+def test_a_client_that_reads_on_keeps_its_connection():
+    """Or an answer of more than a minute would end with whatever its client was once slow to take."""
+    timers, connection = [], object.__new__(connections.Connection)
+
+    def call_later(seconds, function):
+        timers.append(function)
+        return types.SimpleNamespace(cancel=timers.clear)
+
+    connection.loop = types.SimpleNamespace(call_later=call_later)
+    connection.transport = types.SimpleNamespace(abort="abort")
+    connection.flow = types.SimpleNamespace(pause_writing=list, resume_writing=list)
+    for _ in range(2):
+        connection.pause_writing()
+        assert timers == ["abort"]
+        connection.resume_writing()
+        assert not timers
+
+
 def test_idle_connections_give_way(engine, monkeypatch):
     """The one that waited longest: whoever opens many loses them, and others are answered."""
     monkeypatch.setattr(connections, "MOST", 4)
@@ -115,6 +134,19 @@ def test_idle_connections_give_way(engine, monkeypatch):
                 assert idle[at].recv(1) == b""
                 idle.append(stack.enter_context(connect(url)))
                 waits_until(lambda: len(server.server_state.connections) == 4)
+
+
+def test_who_was_just_answered_is_not_the_one_that_gives_way(engine, monkeypatch):
+    monkeypatch.setattr(connections, "MOST", 2)
+    with serving(engine) as (url, server), connect(url) as first, connect(url) as second:
+        waits_until(lambda: len(server.server_state.connections) == 2)
+        reader = first.makefile("rb")
+        first.sendall(GET)
+        assert answered(reader) == 200
+        with connect(url):
+            assert second.recv(1) == b""
+            first.sendall(GET)
+            assert answered(reader) == 200
 
 
 def test_too_many_requests_are_told_so(engine, monkeypatch):

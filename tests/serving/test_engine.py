@@ -2,11 +2,13 @@
 
 import contextlib
 import threading
+import types
 
 import pytest
 import torch
 
-from fastft.serving import Engine, EngineStopped, QueueFull, UnknownAdapter
+from fastft.serving import Engine, EngineStopped, QueueFull, UnknownAdapter, limits
+from fastft.serving.requests import Request, Sampling
 from tests.serving.tiny import KINDS, greedy, llama, merged, prompt, save_adapter, waits_until, worst_gap
 
 MODEL = llama()
@@ -154,6 +156,15 @@ def test_cancel_gives_everything_back(make):
     assert len(engine.submit(prompt(9, 1), max_tokens=3).result(5).tokens) == 3
 
 
+def test_a_step_in_flight_adds_nothing_to_a_request_that_ended():
+    request, told = Request("r0", [1], None, Sampling(9), None), []
+    request.on_token(told.append)
+    request._produce(5, 0.0)
+    assert request._finish("cancelled") and not request._finish("length")
+    request._produce(6, 0.0)
+    assert told == [5, None] and request.tokens == list(request) == [5] and request.result(0).finish_reason == "cancelled"
+
+
 def test_nothing_is_kept_of_requests_that_ended(make):
     engine = make()
     engine.generate([prompt(9, s) for s in range(3)], ["lora4", None, "s2ft"], max_tokens=8)
@@ -270,6 +281,30 @@ def test_a_callback_cant_stop_the_engine_it_is_called_from(make, caplog):
     assert request.result(20).finish_reason == "length" and "can't stop the engine" in caplog.text
 
 
+def test_a_request_that_comes_as_the_engine_ends_is_ended_too(make, monkeypatch):
+    """Its thread may have looked at the queue for the last time, or not look at it again."""
+    engine = make()
+    add = engine._admission.add
+
+    def ended(request):
+        engine.stop(drain=False)
+        add(request)
+
+    monkeypatch.setattr(engine._admission, "add", ended)
+    completion = engine.submit(prompt(5, 1), max_tokens=3).result(20)
+    assert completion.finish_reason == "error" and isinstance(completion.error, EngineStopped)
+    engine.start()
+
+    def ending(request):
+        engine._stopping, engine._admission.max_running = True, 0
+        add(request)
+
+    monkeypatch.setattr(engine._admission, "add", ending)
+    with pytest.raises(EngineStopped, match="is being stopped"):
+        engine.submit(prompt(5, 1), max_tokens=3)
+    assert len(engine._admission) == 0
+
+
 def test_threads_that_start_and_stop_have_one_engine(make):
     engine = make()
 
@@ -336,6 +371,25 @@ def test_a_cache_too_small_for_all_still_gives_right_tokens(make, references):
     assert alone[0].result(30).tokens == drawn[0] and all(len(tokens) == 50 for tokens in drawn)
 
 
+def test_a_request_that_starts_again_still_ends_at_its_stop_token(make, monkeypatch):
+    from transformers.generation.continuous_batching.requests import RequestState
+
+    engine = make(num_blocks=24, max_running=2, prefix_sharing=False)
+    again, original = [], RequestState.create_equivalent_initial_request
+    monkeypatch.setattr(
+        RequestState, "create_equivalent_initial_request", lambda state: again.append(state.request_id) or original(state)
+    )
+    prompts, knobs = [prompt(8, s) for s in range(2)], {"max_tokens": 60, "temperature": 3.0, "seed": 2}
+    alone = [engine.submit(p, **knobs).result(30).tokens for p in prompts]
+    assert not again
+    stops = [tokens[50] for tokens in alone]
+    together = [engine.submit(p, stop_token_ids=[stop], **knobs) for p, stop in zip(prompts, stops)]
+    completions = [request.result(30) for request in together]
+    assert again
+    for completion, tokens, stop in zip(completions, alone, stops):
+        assert completion.finish_reason == "stop" and completion.tokens == tokens[: tokens.index(stop) + 1]
+
+
 def test_cancelling_all_that_run_in_a_full_cache_lets_others_go_on(make):
     """The library lets no request in from when it took one's cache away until one finishes."""
     engine = make(num_blocks=24, max_running=6, prefix_sharing=False)
@@ -360,6 +414,13 @@ def test_a_start_that_fails_leaves_the_model_as_it_was(folder):
     assert {type(m) for m in model.modules()} == {type(m) for m in llama().modules()}
 
 
+def test_an_engine_that_is_not_made_leaves_the_model_as_it_was(tmp_path):
+    model = llama()
+    with pytest.raises(FileNotFoundError):
+        Engine(model, adapter_dir=tmp_path / "none", **SIZES)
+    assert {type(m) for m in model.modules()} == {type(m) for m in llama().modules()}
+
+
 def test_sizes_by_default_are_modest():
     model = llama(max_position_embeddings=1 << 20)
     with Engine(model) as engine:
@@ -374,6 +435,25 @@ def test_sizes_by_default_are_modest():
     ):
         with pytest.raises(ValueError, match=says):
             Engine(model, **options)
+
+
+def test_stop_tokens_are_those_of_the_model_and_of_the_tokenizer():
+    model = llama()
+    model.generation_config.eos_token_id, model.config.eos_token_id = [5, 6], 7
+    assert limits.stop_tokens(model, types.SimpleNamespace(eos_token_id=8)) == {5, 6, 7, 8}
+    assert limits.stop_tokens(model, None) == {5, 6, 7}
+
+
+def test_attention_with_sinks_or_softcapping_is_refused():
+    model = llama()
+    limits.check_model(model)
+    model.model.layers[1].self_attn.sinks = torch.nn.Parameter(torch.zeros(4))
+    with pytest.raises(ValueError, match="sinks"):
+        limits.check_model(model)
+    model = llama()
+    model.config.attn_logit_softcapping = 30.0
+    with pytest.raises(ValueError, match="softcapping"):
+        limits.check_model(model)
 
 
 def test_models_that_would_mix_requests_up_are_refused():

@@ -1,5 +1,6 @@
 """Who may run: order, fairness and its bound, on a memory and a clock that tests move by hand."""
 
+import threading
 from collections import OrderedDict, namedtuple
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from fastft.serving.admission import Admission
 from fastft.serving.requests import QueueFull, Request, Sampling
+from tests.serving.tiny import waits_until
 
 Lease = namedtuple("Lease", "slot generation digest name")
 
@@ -213,6 +215,112 @@ def test_withdrawn_requests_are_not_admitted():
     assert not world.admission.wait_empty(0)
     world.until(lambda: second.finish_reason is not None)
     assert world.admission.wait_empty(0)
+
+
+def test_an_adapter_that_was_kept_for_somebody_is_used_once_while_slots_drain():
+    world = World(slots=1, patience=0)
+    left = world.submit("d")
+    world.step()
+    assert world.admission.withdraw(left)
+    world.step()
+    assert world.memory.kept == {"d"}
+    waits, once = world.submit("c"), world.submit("d", 4)
+    newer = []
+    for _ in range(12):
+        world.step()
+        newer.append(world.submit("d", 4))
+    assert waits.admitted is not None and once.admitted < waits.admitted
+    assert all(one.admitted is None or one.admitted > waits.admitted for one in newer)
+
+
+class RoomForOne(Memory):
+    """One of its adapters, c, needs the memory of all slots."""
+
+    def waits_for_room(self, name):
+        return name in self.queue and (any(self.here.values()) if name == "c" else super().waits_for_room(name))
+
+    def tick(self):
+        if next(iter(self.queue), None) == "c":
+            if any(self.here.values()):
+                return
+            self.here.clear()
+        super().tick()
+
+
+def test_slots_that_are_free_again_stay_so_until_there_is_room_for_a_large_adapter():
+    world = World(slots=2, patience=0)
+    world.memory = world.admission.memory = RoomForOne("abc", 2)
+    first = [world.submit("a", 5), world.submit("b", 8)]
+    world.until(lambda: all(one.admitted is not None for one in first))
+    waits = world.submit("c", 1)
+    for _ in range(20):
+        world.submit("a", 6), world.submit("b", 6)
+        world.step()
+    assert waits.admitted is not None and waits.admitted - first[1].admitted <= 8 + 2
+
+
+def test_no_more_is_loaded_than_there_are_slots_for():
+    world = World(slots=2, load=5)
+    for name in "abcd":
+        world.submit(name)
+    world.step()
+    assert list(world.memory.queue) == ["a", "b"]
+
+
+def test_a_load_that_ends_while_one_looks_is_not_missed():
+    world = World()
+    request, acquire = world.submit("a"), world.memory.acquire
+
+    def too_early(name, waited=0.0):
+        world.memory.acquire = acquire
+        world.memory.here["a"] = 0
+        world.admission.look_again()  # the loading thread, when this one was told that it is not there
+
+    world.memory.acquire = too_early
+    assert world.admission.admit() == [] and world.admission.admit() == [request]
+
+
+def test_who_waits_behind_a_withdrawn_request_is_looked_at_again():
+    world = World(patience=0)
+    world.submit("a", 50), world.submit("b", 50)
+    world.step(), world.step(), world.step()
+    late, same = world.submit("c"), world.submit("a")
+    world.step()
+    assert same.admitted is None
+    assert world.admission.withdraw(late)
+    world.step()
+    assert same.admitted is not None
+
+
+@pytest.mark.parametrize("how", ["admit", "withdraw", "end_all"])
+def test_who_waits_for_room_or_for_the_end_is_told(how):
+    world = World(max_waiting=1)
+    request, admission = world.submit(None), world.admission
+    waits = admission.wait_for_room if how == "admit" else lambda: admission.wait_empty(None)
+    thread = threading.Thread(target=waits, daemon=True)
+    thread.start()
+    waits_until(lambda: admission.idle._waiters)
+    ways = {
+        "admit": admission.admit,
+        "withdraw": lambda: admission.withdraw(request),
+        "end_all": lambda: admission.end_all(id),
+    }
+    ways[how]()
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+def test_leases_are_given_back_once_also_at_the_engines_end():
+    world = World()
+    requests = [world.submit("a", 50), world.submit("b", 50)]
+    world.until(lambda: len(world.admission.running) == 2)
+    world.admission.left(requests[0])
+    world.admission.left(requests[0])
+    assert world.memory.here == {"a": 0, "b": 1}
+    waiting, ended = world.submit("c"), []
+    world.admission.end_all(ended.append)
+    assert ended == [waiting, requests[1]] and world.memory.here == {"a": 0, "b": 0}
+    assert world.admission.wait_empty(0) and world.admission.admit() == []
 
 
 @settings(max_examples=150, deadline=None)

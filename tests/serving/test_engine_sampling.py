@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from fastft.serving import sampling
+from fastft.serving.requests import Sampling
+from fastft.serving.routes import StepBuffers
 from fastft.serving.sampling import choose, draw, uniform
 
 
@@ -91,3 +93,12 @@ def test_one_bad_logit_is_told(bad, wanted):
     scores[1, 5] = float(bad)
     _, checks = choose(scores, None, False, wanted)
     assert checks.isnan().tolist() == [False, True, False]
+
+
+def test_every_row_gets_its_own_knobs_and_every_position_its_own_number():
+    buffers, one = StepBuffers(2, 8, 4, torch.device("cpu")), Sampling(9, temperature=0.5, top_p=0.25, seed=7)
+    buffers.sample([(one, 3), (None, 4), (one, 5), (Sampling(9), 6)])
+    want = torch.tensor([[0.5, 0.0, 0.5, 0.0], [0.25, 1.0, 0.25, 1.0], [uniform(7, 3), 0.0, uniform(7, 5), 0.0]])
+    assert torch.equal(buffers.knobs(4), want) and buffers.drawn and buffers.nucleus
+    buffers.sample([(Sampling(9), 3)])
+    assert buffers.knobs(1) is None

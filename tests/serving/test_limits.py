@@ -1,5 +1,6 @@
 """How much one request, and all together, may ask for."""
 
+import json
 import threading
 import time
 
@@ -10,6 +11,7 @@ from fastft.serving.api import errors, prompts
 from fastft.serving.api.config import Limits
 from fastft.serving.api.generation import Sampling
 from fastft.serving.api.guard import BodyLimit
+from fastft.serving.requests import AdaptersUnavailable, EngineStopped, UnknownAdapter
 
 from .server_fixtures import CHAT, HELLO, FakeEngine, client, load_tokenizer, post, serving
 from .tiny import waits_until
@@ -66,6 +68,16 @@ def test_body_size_is_counted_while_it_arrives(engine):
     post(http, {**HELLO, "prompt": "x" * 500})
 
 
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_body_of_as_many_bytes_as_are_read_is_taken(engine, announced):
+    http = client(engine, limits=Limits(body_bytes=1000))
+    for size, status in ((1000, 200), (1001, 413)):
+        body = json.dumps(HELLO).encode().ljust(size)
+        headers = {"content-type": "application/json"}
+        answer = http.post("/v1/completions", content=body if announced else iter([body]), headers=headers)
+        assert answer.status_code == status and ("content-length" in answer.request.headers) == announced
+
+
 @pytest.mark.anyio
 @pytest.mark.parametrize("messages,status", [([b"x" * 600] * 3, 413), ([b"x"], 408)])
 async def test_reading_stops_at_the_limit_and_at_the_time(messages, status, anyio_backend):
@@ -104,6 +116,33 @@ def test_a_full_queue_says_try_again(tokenizer):
     assert error["code"] == "queue_full" and error["type"] == "rate_limit_error"
     assert error["message"] == "The queue is full: 2 requests wait: try again later."
     assert engine.cancelled == engine.submitted and len(engine.submitted) == 2  # the two that got in are not left behind
+
+
+@pytest.mark.parametrize(
+    "error,status,code",
+    [
+        (EngineStopped("it is being stopped"), 503, "engine_stopped"),
+        (AdaptersUnavailable("the adapter folder can't be read"), 503, "adapters_unavailable"),
+        (UnknownAdapter("gone"), 404, "model_not_found"),
+        (ValueError("it could never run"), 422, "invalid_value"),
+        (RuntimeError("no more memory"), 500, "internal_error"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_a_sequence_that_is_refused_leaves_none_of_its_request_behind(engine, error, status, code, monkeypatch):
+    submit = engine.submit
+
+    def only_one(*arguments, **options):
+        if engine.submitted:
+            raise error
+        return submit(*arguments, **options)
+
+    engine.hold()
+    monkeypatch.setattr(engine, "submit", only_one)
+    http = client(engine)
+    assert post(http, {**HELLO, "n": 2}, status=status)["error"]["code"] == code
+    assert engine.cancelled == engine.submitted and len(engine.submitted) == 1 and not http.app.state.service.jobs
+    engine.go()
 
 
 def test_what_can_never_be_in_progress_is_not_told_to_try_again(engine):

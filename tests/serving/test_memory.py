@@ -1,5 +1,6 @@
 """AdapterMemory: from folders to slots, with made-up adapters."""
 
+import dataclasses
 import gc
 import subprocess
 import sys
@@ -444,6 +445,48 @@ def test_stats_are_numbers_for_metrics(memory):
     stats = memory.stats()
     assert all(isinstance(value, int) for value in stats.values())
     assert stats["device_bytes"] == 6 * PAGE and stats["device_bytes_used"] == PAGE and stats["loads_total"] == 1
+
+
+def test_a_device_that_is_broken_ends_the_memory_and_is_told(root, monkeypatch):
+    def broken(slots):
+        raise ArithmeticError("the device is lost")
+
+    with memory_of(root) as memory:
+        memory.load("a0", 20)
+        monkeypatch.setattr(memory.pool, "clear", broken)
+        with pytest.raises(ArithmeticError):
+            memory.evict("a0")
+        for call in (memory.load, memory.update, memory.acquire):
+            with pytest.raises(RuntimeError, match="the adapter memory failed: ArithmeticError: the device is lost"):
+                call("a1")
+        assert "the device is lost" in memory.closed
+
+
+def test_an_unload_tells_those_who_were_not_let_in_meanwhile(root):
+    with memory_of(root, start=False) as memory:
+        memory.prefetch("a0")
+        while memory.step():
+            pass
+        lease, told = memory.acquire("a0"), []
+        memory.on_change(lambda: told.append(memory.state("a0")))
+        with pytest.raises(TimeoutError):
+            memory.unload("a0", 0)
+        assert told == ["on_device"]
+        memory.release(lease)
+        memory.unload("a0", 20)
+        assert told == ["on_device", "on_disk"]
+
+
+def test_widths_only_grow(root):
+    """A step that runs, and a graph that was captured, may use the larger one."""
+    packer, widths = made_up.Packer(), {"a0": 8, "a1": 2, "a2": 9}
+    pack = packer.pack
+    packer.pack = lambda folder, name: dataclasses.replace(pack(folder, name), widths={"q": widths[name]})
+    with memory_of(root, packer) as memory:
+        assert memory.widths == {"q": None, "o": None}
+        for name, width in (("a0", 8), ("a1", 8), ("a2", 9)):
+            memory.load(name, 20)
+            assert memory.widths == {"q": width, "o": None}
 
 
 def test_many_threads_use_update_unload_and_evict(root):

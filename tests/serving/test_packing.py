@@ -93,6 +93,14 @@ def test_absolute_values(method, tmp_path):
     assert_computes(*packed(tmp_path, llama().double()), deltas, rtol=1e-5)
 
 
+def test_absolute_values_of_16_bit_are_subtracted_in_float32(tmp_path):
+    method = fastft.SparseMask(mask={"model.layers.0.mlp.up_proj": torch.ones(24, 16, dtype=torch.bool)})
+    deltas = write(tmp_path, method, absolute=True, dtype=torch.bfloat16)
+    assert {t.dtype for key, t in load_file(tmp_path / WEIGHTS).items() if key.endswith("value")} == {torch.bfloat16}
+    sites, adapter = packed(tmp_path, llama().to(torch.bfloat16))
+    assert_computes(sites, adapter, deltas)
+
+
 def test_files_of_others(tmp_path):
     deltas = write_sft(tmp_path / "given")
     assert_computes(*packed(tmp_path / "given", llama()), deltas)
@@ -159,6 +167,36 @@ def test_digest_is_of_what_is_computed(tmp_path):
     for change, same in (({"lora_dropout": 0.5}, True), ({"lora_alpha": 7}, False)):
         (tmp_path / "a" / CONFIG).write_text(json.dumps({**config, **change}))
         assert (packed(tmp_path / "a", llama())[1].digest == digests["a"]) == same
+
+
+def test_digest_tells_places_and_values_apart(tmp_path):
+    """Or, after an update, requests would read what the adapter before has left in the cache of prefixes."""
+
+    def entry(column):
+        mask = torch.zeros(8, 16, dtype=torch.bool)
+        mask[3, column] = True
+        return fastft.SparseMask(mask={"model.layers.0.self_attn.k_proj": mask})
+
+    def moved(folder):
+        tensors = load_file(folder / WEIGHTS)
+        key = next(key for key in tensors if key.endswith("down_proj.s2ft_units"))
+        units = tensors[key].tolist()
+        units[0] = next(unit for unit in range(24) if unit not in units)
+        save_file({**tensors, key: torch.tensor(sorted(units), dtype=torch.int32)}, folder / WEIGHTS)
+
+    columns = methods(llama())["columns"]
+    for name, method, seed in (
+        ("entry", entry(15), 3),
+        ("another place", entry(14), 3),
+        ("another value", entry(15), 4),
+        ("columns", columns, 3),
+        ("other columns", columns, 3),
+        ("other values", columns, 4),
+    ):
+        write(tmp_path / name, method, seed=seed, dtype=torch.float32)
+    moved(tmp_path / "other columns")
+    digests = [packed(folder, llama())[1].digest for folder in tmp_path.iterdir()]
+    assert len(digests) == len(set(digests)) == 6
 
 
 # ---- refusals
@@ -284,6 +322,11 @@ def test_patterns_that_could_take_for_ever(slow):
 )
 def test_patterns_that_people_write(fine):
     assert slow_because(fine) is None
+
+
+def test_the_largest_rank_is_served(tmp_path):
+    deltas = write(tmp_path, fastft.LoRA(r=3, target_modules=["q_proj"]))
+    assert_computes(*packed(tmp_path, llama(), max_rank=3), deltas)
 
 
 def test_options_of_the_packer():

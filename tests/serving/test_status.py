@@ -116,7 +116,7 @@ def test_labels_are_bounded(tokenizer):
         post(http, {**HELLO, "model": f"a{i}", "max_tokens": 1})
         post(http, {**HELLO, "model": f"unknown{i}"}, status=404)
     lines = [line for line in http.get("/metrics").text.splitlines() if line.startswith("fastft_requests_total")]
-    assert len(lines) == 6 and 'fastft_requests_total{finish_reason="length",model="_others"} 15.0' in lines
+    assert len(lines) == 6 and 'fastft_requests_total{finish_reason="length",model="(others)"} 15.0' in lines
 
 
 def test_admin(engine):
@@ -142,6 +142,14 @@ def test_admin(engine):
     for name in ("a.b", "..%2fmath", "%2e%2e", "x" * 65, "a%00"):
         assert http.post(f"/admin/adapters/{name}/load", headers=key).status_code in (404, 422)
     assert act("load", timeout=1e9, status=422)["error"]["param"] == "timeout"
+
+
+def test_admin_unloads_what_is_gone_from_the_folder(engine):
+    http = client(engine, admin_token=ADMIN)
+    engine.adapters.loaded.add("gone")
+    headers = {"authorization": f"Bearer {ADMIN}"}
+    assert http.post("/admin/adapters/gone/unload", headers=headers).json()["freed_bytes"] == 4096
+    assert http.post("/admin/adapters/gone/unload", headers=headers).status_code == 404
 
 
 def test_admin_without_adapters(tokenizer):
