@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import os
 import re
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from .errors import UserError
@@ -128,7 +130,8 @@ class TrainConfig:
         if self.adapter is not None:
             self._refuse_the_adapters()
         if self.lr is None:
-            by_momentum = self.method == "spiel" and self.selection == "momentum"
+            selection = self.selection if self.adapter is None else _selection_of(self.adapter)
+            by_momentum = self.method == "spiel" and selection == "momentum"
             self.lr = LEARNING_RATES["spiel by momentum" if by_momentum else self.method]
         if self.target_modules == "":
             raise UserError("target_modules is empty")
@@ -271,6 +274,17 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
         if kind is int and number.is_integer():
             return int(number)
     raise UserError(f"{name} must be {kind.__name__}, not {value!r}")
+
+
+def _selection_of(adapter: str) -> str | None:
+    """How SpIEL chose the entries of an adapter. What is not there, or damaged, is refused where it is read."""
+    from ..checkpoint.atomic import current
+    from ..checkpoint.files import CONFIG
+
+    try:
+        return json.loads(current(Path(adapter).expanduser(), CONFIG).read_bytes()).get("selection")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def _near(word: str, words: typing.Iterable[str]) -> str:

@@ -5,6 +5,10 @@ import json
 import pytest
 import torch
 
+import fastft
+from fastft.cli.config import make_config
+from tests.methods.sparse_net import NAMES, Net
+
 from .conftest import adapter, assert_same_run, stopped, trained
 
 SMALL = ["--device", "cpu", "--batch-size", "4", "--lr", "0.01", "--max-length", "16", "--log-steps", "1"]
@@ -63,6 +67,15 @@ def test_what_does_not_go_together(options, message, first, tmp_path, fastft_com
     folder, out = before / "adapter", tmp_path / "out"
     result = fastft_command("train", *files, "--out", out, "--adapter", folder, *options)
     assert result.exit_code == 2 and message.replace("FOLDER", str(folder)) in result.stderr and not out.exists()
+
+
+@pytest.mark.parametrize(("selection", "rate"), [("accumulated", 1e-4), ("momentum", 1e-3)])
+def test_the_learning_rate_is_that_of_the_adapters_way(selection, rate, tmp_path):
+    handle = fastft.attach(Net(), fastft.SpIEL(density=0.1, selection=selection, target_modules=NAMES))
+    assert handle.optimizer().param_groups[0]["lr"] == rate
+    handle.save(tmp_path)
+    config = make_config({"model": "m", "data": "d", "out": "o", "method": "spiel", "adapter": str(tmp_path)})
+    assert config.lr == rate
 
 
 def test_no_adapter_there(first, tmp_path, fastft_command):
