@@ -9,6 +9,7 @@ import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -180,21 +181,28 @@ def test_killed_at_any_point_the_folder_loads(tmp_path, mode):
         assert len(set(versions)) > 1
 
 
+@contextmanager
+def stopped_before_move(number, monkeypatch):
+    """A context that a writer leaves, as if it were killed, before it moves the file of this number into place."""
+    moves, replace = iter(range(number + 1)), os.replace
+
+    def counted(*paths):
+        if next(moves) == number:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(atomic.os, "replace", counted)
+        yield
+
+
 @pytest.fixture
 def killed(tmp_path, monkeypatch):
     """A folder with version 1 whose writer of version 2 is killed before it moves the file of this number into place."""
 
     def kill(number):
         write_adapter(tmp_path, {"version": 1}, {"x": torch.full((2, 50), 1.0)})
-        moves, replace = iter(range(number + 1)), os.replace
-
-        def counted(*paths):
-            if next(moves) == number:
-                raise KeyboardInterrupt
-            replace(*paths)
-
-        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(atomic.os, "replace", counted)
+        with stopped_before_move(number, monkeypatch):
             write_adapter(tmp_path, {"version": 2}, {"x": torch.full((3, 50), 2.0)})
         assert consistent(tmp_path) == 2
         return tmp_path
@@ -222,15 +230,7 @@ def test_what_another_program_saved_after_a_kill_counts(killed, moved):
 @pytest.mark.parametrize("marker", ["a", "b"])
 def test_other_programs_find_no_marker_beside_a_mixture(tmp_path, monkeypatch, marker, moved):
     atomic.switch(tmp_path, {"a": b"1", "b": b"1"}, marker)
-    moves, replace = iter(range(moved + 1)), os.replace
-
-    def counted(*paths):
-        if next(moves) == moved:
-            raise KeyboardInterrupt
-        replace(*paths)
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(atomic.os, "replace", counted)
+    with stopped_before_move(moved, monkeypatch):
         atomic.switch(tmp_path, {"a": b"2", "b": b"2"}, marker)
     assert {path.name for path in tmp_path.glob("?")} == {"a", "b"} - {marker}
     assert all(atomic.current(tmp_path, name).read_bytes() == b"2" for name in "ab")
