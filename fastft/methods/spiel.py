@@ -141,7 +141,7 @@ class SpIEL(SparseMethod):
 
     @property
     def learning_rate(self):
-        return 1e-3 if self.selection == "momentum" else 1e-4
+        return 1e-3 if self.selection == "momentum" else super().learning_rate
 
     def optimizer(self, handle, lr, weight_decay, **options):
         trained = self._trained(handle)

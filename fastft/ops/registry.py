@@ -315,10 +315,11 @@ def unknown_backend() -> str | None:
 
 def check_forced(device: str) -> None:
     """Before anything is done: raises BackendError if the backend that is asked for is unknown or has no op for `device`."""
-    forced = _forced.get()
     if reason := unknown_backend():
         raise BackendError(reason)
-    reasons = [op.missing(forced, device) for op in OPS.values()] if forced else [None]
+    if (forced := _forced.get()) is None:
+        return
+    reasons = [op.missing(forced, device) for op in OPS.values()]
     if None not in reasons:
         raise BackendError(f"backend {forced!r}, which FASTFT_BACKEND asks for, runs nothing on {device}: {reasons[0]}")
 
