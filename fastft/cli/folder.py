@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
+import json
 import pickle
 import shlex
 import shutil
@@ -13,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.atomic import locked
+from ..checkpoint.atomic import current, locked
 from ..checkpoint.files import WEIGHTS
 from . import launch
 from .config import TrainConfig, make_config
@@ -86,6 +87,17 @@ def check_out(out: Path, resume: bool, overwrite: bool) -> None:
         raise UserError(f"out {out} holds files named like a run's but no run's config.yaml, so --overwrite leaves it alone")
 
 
+def check_sources(config: TrainConfig, out: Path) -> None:
+    """Raises UserError if the new run would read what is removed of the earlier run in `out`: stopped before its first
+    checkpoint, it would leave nothing of either."""
+    removed = {path.resolve() for path in (*_of_a_run(out), out / "adapter")}
+    for name in ("model", "adapter", "data", "eval_data"):
+        if (given := getattr(config, name)) is not None:
+            source = Path(given).expanduser().resolve()
+            if not removed.isdisjoint((source, *source.parents)):
+                raise UserError(f"{name} {given} belongs to the run in {out}, which --overwrite removes; give another --out")
+
+
 @contextmanager
 def owned(out: Path, resume: bool, overwrite: bool) -> Iterator[None]:
     """The folder, made if it is missing, is inside this run's alone: rank 0 holds its lock, which ends with the process.
@@ -117,6 +129,15 @@ def after_stop(out: Path) -> str:
 
 def checkpoint_step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def finished(out: Path, steps: int) -> dict[str, Any] | None:
+    """The summary of the whole run. None: it was stopped before it had its result. What lies there then is none, or, if
+    the run was made longer, that of its earlier end."""
+    if not (out / "summary.json").is_file() or not current(out / "adapter", WEIGHTS).is_file():
+        return None
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    return summary if summary["steps"] == steps else None
 
 
 def damaged(checkpoint: Path, error: Exception) -> UserError:

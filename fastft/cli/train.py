@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.files import WEIGHTS
 from . import launch
 from .config import TrainConfig
 from .data import Record, Tokenized, check_fit, read_jsonl, split, tokenize
@@ -18,10 +16,12 @@ from .folder import (
     after_stop,
     check_data,
     check_out,
+    check_sources,
     checkpoint_step,
     clear,
     damaged,
     digests,
+    finished,
     owned,
     writing,
 )
@@ -41,6 +41,8 @@ def run(
     out = Path(config.out).expanduser()
     try:
         check_out(out, resume, overwrite)
+        if overwrite:
+            check_sources(config, out)
     except UserError as error:
         if not dry_run:
             raise
@@ -77,8 +79,8 @@ def run(
     checkpoint = _continued(out, steps) if resume else None
     if checkpoint and checkpoint_step(checkpoint) == steps:
         print(f"{checkpoint} is the run's end; more --max-steps or --epochs would continue it")
-        if (out / "summary.json").is_file() and (out / "adapter" / WEIGHTS).is_file():
-            return json.loads((out / "summary.json").read_text(encoding="utf-8"))
+        if (summary := finished(out, steps)) is not None:
+            return summary
     trainer = _prepare(config, out, checkpoint, steps, tokenizer, train_rows, eval_rows)
     launch.wait()  # from here on the folder changes, which all have looked at
     with writing(out), owned(out, resume, overwrite):

@@ -129,6 +129,18 @@ def test_resuming_a_finished_run_trains_nothing(straight, tmp_path, fastft_comma
     assert after["steps"] == 30 and after["held_out_loss"] == before["held_out_loss"]
 
 
+def test_a_longer_run_stopped_before_its_result_is_finished(straight, tmp_path, fastft_command):
+    out = tmp_path / "out"
+    shutil.copytree(straight[0], out)
+    assert fastft_command("train", "--resume", "--out", out, "--max-steps", "32").exit_code == 0
+    longer = {key: value.clone() for key, value in adapter(out).items()}  # the file is written over
+    for name in ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "summary.json"):
+        shutil.copy(straight[0] / name, out / name)  # as if stopped in the last held-out evaluation
+    assert fastft_command("train", "--resume", "--out", out).exit_code == 0
+    assert same(adapter(out), longer) and not same(adapter(straight[0]), longer)
+    assert json.loads((out / "summary.json").read_text())["steps"] == 32
+
+
 def test_a_resumed_run_logs_evaluates_and_saves_as_it_is_told_now(straight, tmp_path, fastft_command):
     out = stopped(straight[0], tmp_path / "out", 30)
     more = ["--max-steps", "31", "--save-steps", "4", "--eval-steps", "3", "--log-steps", "2", "--keep-checkpoints", "9"]

@@ -88,6 +88,18 @@ def test_no_adapter_there(first, tmp_path, fastft_command):
     assert result.exit_code == 2 and f"adapter {before / 'adapter'}: " in result.stderr and not (tmp_path / "out").exists()
 
 
+def test_what_overwrite_would_remove_is_not_trained_on(first, tmp_path, fastft_command):
+    before, files = first("lora")
+    (tmp_path / "link").symlink_to(before / "adapter")
+    last = before / "checkpoint-7"
+    for folder in (before / "adapter", last / "adapter", tmp_path / "link"):
+        result = fastft_command("train", *files, "--out", before, "--overwrite", "--adapter", folder)
+        assert result.exit_code == 2 and f"adapter {folder} belongs to the run in {before}, which" in result.stderr
+    result = fastft_command("train", *files, "--out", before, "--overwrite", "--data", last / "trainer_state.json")
+    assert result.exit_code == 2 and "data " in result.stderr and "belongs to the run" in result.stderr
+    assert adapter(before) and last.is_dir()
+
+
 def test_an_adapter_of_peft(tiny_model, text_data, tmp_path):
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
