@@ -207,7 +207,7 @@ struct Expand {
       plan.cost += costs[d];
     }
     if (batch.k > 1) {
-      add_tasks(plan, 0, segments, 0, batch.segments.back().end, plan.cost, threads);
+      add_tasks(plan, 0, segments, 0, INT64_MAX, plan.cost, threads);
     } else {
       for (int32_t d = 0; d < segments; ++d) {
         const Segment& s = batch.segments[d];

@@ -140,7 +140,7 @@ void take_at_least_(Tensor columns, Tensor found, const Tensor& scores, const Te
           uint32_t hits = lane_bits(found_keys >= key);
           if (B - j < VL) hits &= (1u << (B - j)) - 1;
           if (!hits) continue;
-          if (at < 0 || at + __builtin_popcount(hits) > places) {
+          if (at < 0 || at > places - __builtin_popcount(hits)) {
             beyond = true;
             return;
           }

@@ -116,6 +116,20 @@ def test_update(backend, dtypes):
 
 
 @pytest.mark.sanitize
+@pytest.mark.parametrize("k", [1, 2])
+def test_segments_come_in_any_order(backend, k):
+    slots = [[0, 1], [2, 0], [1, 2], [0, 2]] if k == 2 else [0, 2, 1, 0]
+    case = make(ALL_KINDS, 24, (16, 9, 40)).to(backend)
+    x, y = drawn(4, 24, torch.float32, backend, 1)[0], drawn(4, 65, torch.float32, backend, 2)[0]
+    ascending, results = routed(slots, backend), []
+    for order in ([0, 1, 2], [2, 0, 1], [2, 1, 0]):
+        results.append(y.clone())
+        update(results[-1], x, case, (ascending[0][order].contiguous(), *ascending[1:]))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.sanitize
 @pytest.mark.parametrize("dtypes", DTYPES[:3], ids=str)
 def test_both_in_one_are_the_two(dtypes):
     """grouped_add_ adds what grouped_shrink and grouped_expand_ add, to the bit, on any number of threads."""

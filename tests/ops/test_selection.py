@@ -211,6 +211,14 @@ def test_wrong_arguments_are_refused_by_the_kernels(backend):
             wrong()
 
 
+def test_offsets_beyond_all_places_are_refused_on_cpus():
+    """The largest number's sum with what a row has is negative, and was taken for a place before the first."""
+    scores, offsets = draw(1, 40, BF16, "cpu"), torch.full((1,), 2**63 - 1)
+    columns, found = (torch.zeros(240, dtype=torch.int32)[100:140] for _ in range(2))
+    with fastft.testing.use("cpu"), pytest.raises(RuntimeError, match="beyond"):
+        selection.take_at_least_(columns, found, scores, offsets, 5)
+
+
 def test_opcheck():
     scores = draw(6, 40, F32, "cpu")
     counts, offsets = torch.zeros(selection.BINS, dtype=torch.int64), torch.arange(0, 240, 40)
