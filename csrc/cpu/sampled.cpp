@@ -13,8 +13,9 @@
 namespace fastft {
 namespace {
 
-constexpr int64_t tile_bytes = 1 << 20;  // of columns of a transposed block, that stay in L2 while all rows use them
-constexpr int group = 8;                 // entries of a row that share what is read of the row
+constexpr int64_t tile_bytes = 1 << 20;    // of columns of a transposed block, that stay in L2 while all rows use them
+constexpr int64_t wave_bytes = 128 << 20;  // of transposed blocks and sums for threads, which would outgrow a dense gradient
+constexpr int group = 8;                   // entries of a row that share what is read of the row
 
 // Ask once, outside of parallel_for: a worker's own answer was another one when it was asked first.
 inline int64_t row_ranges() { return torch::stable::get_num_threads(); }
@@ -134,9 +135,10 @@ template <class Unit, class T>
 void sampled_product(float* out, const Tensor& left, const Tensor& right, const Entries& s, bool add) {
   const int64_t tokens = left.size(0), step = transposed_units * terms<Unit>, count = blocks(tokens, step);
   const int64_t held = round_up(std::min(transposed_units, units<Unit>(tokens)), unit_step), ranges = row_ranges();
-  // A block a thread, where there are as many. Threads that share one read what another core has just written: 4.1 instead
-  // of 2.9 ms for 1 % of 2048 x 2048 at 1,024 tokens with two threads, hardly faster than one.
-  const int64_t wave = ranges <= count ? ranges : 1;
+  // A block a thread, where there are as many and memory for them. Threads that share one read what another core has just
+  // written: 4.1 instead of 2.9 ms for 1 % of 2048 x 2048 at 1,024 tokens with two threads, hardly faster than one.
+  const int64_t bytes = (left.size(1) + right.size(1)) * spread_row(held) * sizeof(Unit) + s.count * sizeof(float);
+  const int64_t wave = ranges <= count ? std::min(ranges, std::max<int64_t>(1, wave_bytes / bytes)) : 1;
   const TransposedBlocks<Unit, T> l(left, held, wave), r(right, held, wave);
   const Scratch<float> parts((wave - 1) * s.count);
   const int64_t tiles = std::max<int64_t>(1, blocks(4 * held * r.cols, tile_bytes)), tile = blocks(r.cols, tiles);
@@ -158,22 +160,29 @@ void sampled_product(float* out, const Tensor& left, const Tensor& right, const 
         sample_row(l.at(i, slot), r.at(0, slot), r.row, length, s.columns + e, to + e, ends[i * tiles + k] - from, add);
       }
   };
-  int64_t block = 0;
-  for (; wave > 1 && block + wave <= count; block += wave) {
-    parallel_for(wave, [&](int64_t w) {
-      for (int64_t task = 0; task < l.tasks() + r.tasks(); ++task) load(task, block + w, w);
-      sample_rows(0, s.rows, block + w, w, w ? parts.get() + (w - 1) * s.count : out, !w && (add || block));
-    });
-    for_entry_tasks(s, [&](int64_t begin, int64_t end) {
-      for (int64_t w = 0; w < wave - 1; ++w)
-        for (int64_t e = begin; e < end; ++e) out[e] += parts.get()[w * s.count + e];
-    });
-  }
-  for (; block < count; ++block) {
-    parallel_for(l.tasks() + r.tasks(), [&](int64_t task) { load(task, block, 0); });
-    parallel_for(ranges, [&](int64_t range) {
-      sample_rows(range_begin(s, range, ranges, 1), range_begin(s, range + 1, ranges, 1), block, 0, out, add || block);
-    });
+  const int64_t loads = l.tasks() + r.tasks();
+  for (int64_t block = 0; block < count; block += wave) {
+    const int64_t n = std::min(wave, count - block);
+    const auto sum = [&](int64_t w, int64_t begin, int64_t end) {
+      sample_rows(begin, end, block + w, w, w ? parts.get() + (w - 1) * s.count : out, !w && (add || block));
+    };
+    if (n == ranges) {
+      parallel_for(n, [&](int64_t w) {
+        for (int64_t task = 0; task < loads; ++task) load(task, block + w, w);
+        sum(w, 0, s.rows);
+      });
+    } else {
+      parallel_for(n * loads, [&](int64_t task) { load(task % loads, block + task / loads, task / loads); });
+      parallel_for(n * ranges, [&](int64_t task) {
+        const int64_t range = task % ranges;
+        sum(task / ranges, range_begin(s, range, ranges, 1), range_begin(s, range + 1, ranges, 1));
+      });
+    }
+    if (n > 1)
+      for_entry_tasks(s, [&](int64_t begin, int64_t end) {
+        for (int64_t w = 0; w < n - 1; ++w)
+          for (int64_t e = begin; e < end; ++e) out[e] += parts.get()[w * s.count + e];
+      });
   }
 }
 

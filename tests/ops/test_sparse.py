@@ -540,6 +540,25 @@ def test_thread_count_changes_no_bit():
         assert all(torch.equal(g, w) for g, w in zip(other, results[0], strict=True))
 
 
+def test_threads_without_memory_for_a_block_each_change_no_bit():
+    """16 transposed blocks of 4096 and 4096 columns are more than a sampled product takes."""
+    if "cpu" not in fastft.testing.available("cpu"):
+        pytest.skip("no C++ library")
+    threads, results = torch.get_num_threads(), []
+    starts, columns = choose(4096, 4096, 500, "cpu")
+    side = torch.rand(256, 4096, generator=torch.Generator().manual_seed(1)).repeat(17, 1)
+    side[:, 0] = torch.arange(len(side))  # no block is another's
+    try:
+        for n in (1, 16):
+            torch.set_num_threads(n)
+            results.append(torch.empty(500))
+            with fastft.testing.use("cpu"):
+                sparse.sampled_product_(results[-1], side, side, starts, columns, False)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*results)
+
+
 def test_the_reference_takes_float64():
     starts, columns = choose(6, 40, 30, "cpu")
     out, left, right = torch.zeros(30, dtype=F64), torch.randn(5, 6, dtype=F64), torch.randn(5, 40, dtype=F64)
