@@ -26,9 +26,9 @@ buffers of any capacity do, which a CUDA graph may keep. `weights` float32 [T, k
 
 x and y: float32, bfloat16 or float16, rows may lie apart; `store` that dtype or float32. Sums are formed in float32 and
 added to y with at most one rounding an assignment and piece. A row of y depends on x and the adapter of its own token alone,
-by no bit on tokens of other segments (on AMX whether a segment's tokens are 64 or more neighbours decides how sums are
-formed, and so their last bits). Indices that don't fit are the caller's promise: looking would wait for a GPU. The reference
-also takes float64.
+by no bit on tokens of other segments (within one, how many tokens stand together decides how sums are formed, and so their
+last bits: on AMX 64 or more neighbours, of single entries more than 3 in a block of 48). Indices that don't fit are the
+caller's promise: looking would wait for a GPU. The reference also takes float64.
 
 Shapes: T tokens, K in-features, N out-features, R rank, E slots, P pieces an adapter, M <= T·k assignments, D segments.
 """

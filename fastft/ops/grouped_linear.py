@@ -35,6 +35,11 @@ from .registry import Scope, check_dtype
 from .sparse import add_sparse_product_, sampled_product_
 
 
+def _without_numbers() -> bool:
+    """May tensors have no numbers now, as while a graph is made?"""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 @dataclass(frozen=True, eq=False)
 class Routing:
     """Which adapters each token has, as the kernels read it; made on the tokens' device without waiting for it.
@@ -56,7 +61,8 @@ class Routing:
                 none. count: how many adapters there are. weights: [T, k], a factor for each choice; may require a gradient.
 
         Raises:
-            ValueError: shapes that don't fit. TypeError: adapters that are no integers.
+            ValueError: shapes that don't fit; on a CPU an adapter that isn't there (a GPU, which isn't waited for, ends with
+                its own error). TypeError: adapters that are no integers.
         """
         if adapters.is_floating_point() or adapters.dim() not in (1, 2):
             raise TypeError(f"adapters are integers [T] or [T, k], not {adapters.dtype}{list(adapters.shape)}")
@@ -64,7 +70,11 @@ class Routing:
         if weights is not None and weights.shape != (adapters.shape[0], k):
             raise ValueError(f"weights {list(weights.shape)} for adapters {list(adapters.shape)}; want [T, k]")
         named = adapters.reshape(-1).long()
-        named = torch.where(named < 0, count, named)
+        looks = named.device.type == "cpu" and len(named) and not _without_numbers()
+        if looks and int(named.max()) >= count:
+            raise ValueError(f"adapters name number {int(named.max())}, there are {count}, counted from 0")
+        # None's number, and beyond it what would be taken for it: the sum below then fails.
+        named = torch.where(named < 0, count, named + (named >= count))
         # Those without an adapter come last, beyond every segment.
         ends = torch.zeros(count + 1, dtype=torch.int64, device=named.device)
         ends = ends.scatter_add_(0, named, torch.ones_like(named)).cumsum(0)[:count]
@@ -79,13 +89,16 @@ class Tables:
     """Where adapters lie in a store: `offsets`, `columns` and `pieces` of `grouped`, and the width of S.
 
     For backward each piece of a slot needs columns of S of its own, COLUMNS too, since it is ROWS there.
+
+    has_entries: is any piece ENTRIES? Backward would have to wait for the device to see. Said wrongly, their gradients and
+    what they add to dX are missing.
     """
 
     offsets: torch.Tensor
     columns: torch.Tensor
     pieces: torch.Tensor
     width: int
-    has_entries: bool = False
+    has_entries: bool
 
 
 def grouped_lora(x, weight, bias, lora_A: Sequence, lora_B: Sequence, routing: Routing, scales=1.0):
@@ -122,8 +135,7 @@ def grouped_lora(x, weight, bias, lora_A: Sequence, lora_B: Sequence, routing: R
     parts = [a.reshape(-1) for a in factors[:count]] + [b.t().reshape(-1) for b in factors[count:]]
     store = torch.cat(parts) if parts else x.new_empty(0)
     # What is made under a mode (FakeTensorMode) is of no use outside of it, and the other way round.
-    anew = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-    tables = (_make_lora_tables if anew else _lora_tables)(ranks, k, n, scales, str(x.device))
+    tables = (_make_lora_tables if _without_numbers() else _lora_tables)(ranks, k, n, scales, str(x.device))
     return _apply(x, None, weight, bias, store, tables, routing)
 
 
@@ -136,7 +148,7 @@ def _make_lora_tables(ranks, k, n, scales, device) -> Tables:
     make = {"dtype": torch.int64, "device": device}
     columns = torch.zeros(0, dtype=torch.int16, device=device)
     pieces = torch.tensor(pieces, **make).view(len(ranks), 1, 10)
-    return Tables(torch.tensor(offsets, **make), columns, pieces, max(ranks, default=0))
+    return Tables(torch.tensor(offsets, **make), columns, pieces, max(ranks, default=0), has_entries=False)
 
 
 _lora_tables = lru_cache(256)(_make_lora_tables)
@@ -159,8 +171,11 @@ def grouped_update(y, x, store, tables: Tables, routing: Routing):
 def _apply(x, y, weight, bias, store, tables, routing):
     check_dtype(x)
     tokens = x.numel() // max(x.shape[-1], 1)
-    if tokens * routing.k < len(routing.assignments):
-        raise ValueError(f"{tokens} tokens, but the routing has {len(routing.assignments)} assignments, {routing.k} a token")
+    if tokens * routing.k != len(routing.assignments):
+        raise ValueError(
+            f"{tokens} tokens, but the routing has {len(routing.assignments)} assignments, {routing.k} a token: each token "
+            "(of a batch of samples too) names its adapters, a negative number for none"
+        )
     out = None if y is None else _rows(y)
     result = GroupedNode.apply(_rows(x), out, weight, bias, store.contiguous(), routing.weights, tables, routing)
     return result.view(*x.shape[:-1], result.shape[-1])

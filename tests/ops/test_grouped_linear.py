@@ -155,8 +155,21 @@ def test_wrong_arguments_are_refused():
         Routing.of(ADAPTERS, len(a), gates[:, :1])
     with pytest.raises(TypeError, match="integers"):
         Routing.of(ADAPTERS.float(), len(a))
-    with pytest.raises(ValueError, match="tokens"):
-        grouped_lora(x[:2], weight, bias, a, b, routing)
+    for rows in (x[:2], torch.cat([x, x])):  # as of a batch of samples whose adapters are named one a sample
+        with pytest.raises(ValueError, match="each token"):
+            grouped_lora(rows, weight, bias, a, b, routing)
+    for wrong in (len(a), len(a) + 1):  # the first was taken for none
+        with pytest.raises(ValueError, match=f"number {wrong}, there are {len(a)}"):
+            Routing.of(torch.tensor([0, wrong]), len(a))
+
+
+def test_meta_tensors_have_shapes():
+    x, weight, bias, a, b, gates = [
+        [t.to("meta") for t in part] if isinstance(part, list) else part.to("meta") for part in layer(F32, F32)
+    ]
+    routing = Routing.of(ADAPTERS.to("meta"), len(a), gates)
+    with torch.no_grad():
+        assert grouped_lora(x, weight, bias, a, b, routing, SCALES).shape == (*x.shape[:-1], len(weight))
 
 
 def test_compiles_without_a_break():
