@@ -196,8 +196,10 @@ class Adapted(Mergeable):
         copies: dict[str, torch.Tensor] = {}
         for adapter in adapters if held is not None else ():
             if adapter.name in held:
-                copies.update(held[adapter.name]._parameters)
-                copies.update(held[adapter.name]._buffers)
+                own = held[adapter.name]
+                copies.update(own._parameters)
+                copies.update(own._buffers)
+                copies.update(own.__dict__.get("_former_parameters", ()))  # of DataParallel's replicas
         return copies
 
     def _plain_forward(self, replaced, *args, **kwargs):
@@ -209,6 +211,8 @@ class Adapted(Mergeable):
         for kind in ("_parameters", "_buffers"):
             own = getattr(self, kind)
             twin.__dict__[kind] = {name: replaced.get(name, value) for name, value in own.items()}
+        if "_is_replica" in self.__dict__:  # DataParallel's, in which parameters are attributes
+            twin.__dict__.update({name: value for name, value in replaced.items() if name in self.__dict__})
         return self.plain.forward(twin, *args, **kwargs)
 
     def forward(self, *args, **kwargs):

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import fastft
 from tests.methods.models import randomize
 from tests.methods.sparse_net import attached, inputs, loss_of
+from tests.modules.replicas import replica
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -69,6 +70,39 @@ def test_a_cast_leaves_magnitudes_wide(swap):
 
 def _magnitudes(module):
     return [p for name, p in module.named_parameters() if "lora_magnitude" in name]
+
+
+class Tagger(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj, self.rnn, self.norm, self.head = nn.Linear(4, 4), nn.LSTM(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.norm(self.rnn(self.proj(x))[0]))
+
+
+def tagger():
+    """With copies that differ from what they replace."""
+    torch.manual_seed(0)
+    model = Tagger().eval()
+    options = {"r": 2, "target_modules": ["proj"], "modules_to_save": ["rnn", "norm", "head"], "bias": "all"}
+    handle = fastft.attach(model, fastft.LoRA(**options))
+    randomize(handle)
+    return model, handle, torch.randn(3, 4)
+
+
+def test_replicas_of_data_parallel_use_and_train_the_copies():
+    model, handle, x = tagger()
+    with handle.disabled():
+        base = model(x)
+    want, copied = model(x), replica(model)
+    found = copied(x)
+    assert torch.equal(found, want) and not torch.allclose(want, base)
+    names, parameters = zip(*handle.named_parameters())
+    for name, one, two in zip(names, *(torch.autograd.grad(y.sum(), parameters) for y in (found, want)), strict=True):
+        assert torch.equal(one, two), name
+    with handle.disabled():
+        assert torch.equal(copied(x), base)
 
 
 @pytest.mark.parametrize("change", [parametrizations.weight_norm, parametrizations.spectral_norm])
