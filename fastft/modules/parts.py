@@ -116,14 +116,16 @@ class TrainsParts:
         current = [name for name, seen in self._written.items() if seen.still(self.delta_of(name))]
         self._forget_seen()
         super()._apply(fn, *args, **kwargs)
+        # A cast of the model rounds its weights, also one to the dtype that they have (Trainer's of bf16_full_eval); the
+        # delta stays what 16-bit weights need it for.
+        for name, before_cast in deltas.items():
+            delta = self.delta_of(name)
+            if delta.dtype != (wide := torch.promote_types(delta.dtype, torch.float32)):
+                delta.data = before_cast.to(delta.device, wide)
         self._written.update((name, Seen(self.delta_of(name))) for name in current)
         if self._store is not None:
             self._store.written = SeenWeight(self._parameters.get("weight"))
         if self.weight.dtype != before:
-            # A cast of the model rounds its weights; the delta stays what 16-bit weights need it for.
-            wide = torch.promote_types(self.weight.dtype, torch.float32)
-            for name, delta in deltas.items():
-                self.delta_of(name).data = delta.to(self.weight.device, wide)
             self.refresh()
         return self
 

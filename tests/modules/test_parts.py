@@ -142,6 +142,25 @@ def test_evaluation_beside_the_weight_in_another_dtype(base, other):
     check(x.to(other))
 
 
+@pytest.mark.parametrize("merged", [True, False])
+@pytest.mark.parametrize("method", [fastft.S2FT(down_ratio=0.25, o_ratio=0), fastft.SpIEL(density=0.1, total_steps=9)])
+@pytest.mark.parametrize("cast", [lambda m: m.to(BF16), lambda m: m.bfloat16()])
+def test_a_cast_to_the_dtype_that_a_model_has_leaves_deltas_as_they_are(cast, method, merged):
+    model = Net().to(BF16)
+    handle = fastft.attach(model, method)
+    if not merged:
+        handle.unmerge()
+    randomize(handle)
+    x = torch.randn(5, 12, dtype=BF16)
+    with torch.no_grad():
+        before, want = [p.clone() for p in handle.parameters()], model(x)
+        for _ in range(2):
+            cast(model)
+            assert torch.equal(model(x), want)
+            for found, value in zip(handle.parameters(), before, strict=True):
+                assert found.dtype == F32 and torch.equal(found, value)
+
+
 def full(layer, delta):
     """The slice's delta in the shape of the weight."""
     part = layer.part_of("default")
