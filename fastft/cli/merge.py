@@ -21,21 +21,23 @@ CHECKPOINT += ("added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_te
 def run(model: str, adapter: str, out: str, dtype: str = "auto", overwrite: bool = False) -> None:
     """Write the merged model and the base's tokenizer into `out`, all or nothing.
 
-    The folder is written beside `out` and renamed: killed at any time, `out` is absent or complete.
+    The folder is written beside `out` and renamed: killed at any time, `out` is absent or complete. An empty folder stays (a
+    mount, the working directory): files are moved into it, without the last of which it is no checkpoint.
 
     Raises:
         UserError: a missing or damaged model or adapter, or `out` in the way.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-    target = Path(out).expanduser()
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())) and not overwrite:
+    target = Path(out).expanduser().resolve()  # "." has no parent, nor could it be renamed
+    empty = target.is_dir() and not any(target.iterdir())
+    if target.exists() and not empty and not overwrite:
         raise UserError(f"out {out} exists; use --overwrite to replace it, or another folder")
     for option, path in (("model", model), ("adapter", adapter)):
         source = Path(path).expanduser()
-        if source.exists() and target.resolve() in (source.resolve(), *source.resolve().parents):
+        if source.exists() and target in (source.resolve(), *source.resolve().parents):
             raise UserError(f"out {out} is or contains the {option} {path}; choose another folder")
-    if target.exists() and overwrite:
+    if target.exists() and not empty:
         _check_replaceable(target)
     check_adapter(adapter)
 
@@ -49,18 +51,21 @@ def run(model: str, adapter: str, out: str, dtype: str = "auto", overwrite: bool
     except (ValueError, RuntimeError) as error:
         raise UserError(f"adapter {adapter}: {error}") from error
     target.parent.mkdir(parents=True, exist_ok=True)
-    parent, prefix = target.parent, f".{target.name}."
+    parent, prefix = target if empty else target.parent, f".{target.name}."
     with writing(target), tempfile.TemporaryDirectory(dir=parent, prefix=prefix) as folder:
         new = Path(folder) / "new"
         new.mkdir()
         merged.save_pretrained(new)
         tokenizer.save_pretrained(new)
-        for file in new.iterdir():
+        for file in filter(Path.is_file, new.rglob("*")):  # further chat templates lie in a folder
             file.chmod(new.stat().st_mode & 0o666)  # safetensors' own mode is 0600; the folder's follows the umask
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
-        _replace(new, target, Path(folder) / "old")
-    print(f"{target}: plain {type(merged).__name__} checkpoint, {merged.dtype}")
+        if empty:
+            _fill(new, target)
+        else:
+            _replace(new, target, Path(folder) / "old")
+    print(f"{out}: plain {type(merged).__name__} checkpoint, {merged.dtype}")
 
 
 def _check_replaceable(target: Path) -> None:
@@ -70,6 +75,14 @@ def _check_replaceable(target: Path) -> None:
     if others:
         shown = ", ".join(sorted(others)[:5])
         raise UserError(f"out {target} holds more than a checkpoint ({shown}), so --overwrite leaves it alone")
+    if target.is_mount():
+        raise UserError(f"out {target} is a mount, which can't be renamed; empty it first, or give a folder inside it")
+
+
+def _fill(new: Path, target: Path) -> None:
+    """Move the contents of `new` into the empty folder `target`, config.json last."""
+    for path in sorted(new.iterdir(), key=lambda path: path.name == "config.json"):
+        path.rename(target / path.name)
 
 
 def _replace(new: Path, target: Path, aside: Path) -> None:

@@ -1,5 +1,6 @@
 """`fastft merge`: a plain checkpoint with the attached model's logits, or an explanation and nothing written."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,39 @@ def test_dtype_and_overwrite(tiny_model, trained, tmp_path, fastft_command):
     refused = fastft_command(*command, "--overwrite")
     assert refused.exit_code == 2 and "holds more than a checkpoint (notes.txt)" in refused.stderr
     assert (tmp_path / "merged" / "notes.txt").read_text() == "mine"
+
+
+def test_several_chat_templates(tiny_model, trained, tmp_path, fastft_command):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    (model / "additional_chat_templates").mkdir()
+    shutil.copy(model / "chat_template.jinja", model / "additional_chat_templates" / "tool_use.jinja")
+    command = ["merge", "--model", model, "--adapter", trained[0], "--out", tmp_path / "merged"]
+    for more in ((), ("--overwrite",)):
+        result = fastft_command(*command, *more)
+        assert result.exit_code == 0, result.output
+    assert set(AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template) == {"default", "tool_use"}
+
+
+@pytest.mark.parametrize("more", [(), ("--overwrite",)])
+def test_an_empty_folder_is_filled_where_it_stands(more, tiny_model, trained, tmp_path, fastft_command, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.chdir(out)
+    place = out.stat().st_ino
+    result = fastft_command("merge", "--model", tiny_model, "--adapter", trained[0], "--out", ".", *more)
+    assert result.exit_code == 0 and result.stdout.startswith(".: plain"), result.output
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.float32
+    assert out.stat().st_ino == place and not list(out.glob(".*")) and list(tmp_path.iterdir()) == [out]
+
+
+def test_a_mount_with_a_checkpoint_is_refused_before_the_work(tiny_model, trained, tmp_path, fastft_command, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(tiny_model, out)
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
+    monkeypatch.setattr("fastft.cli.merge.load", None)
+    result = fastft_command("merge", "--model", tiny_model, "--adapter", trained[0], "--out", out, "--overwrite")
+    assert result.exit_code == 2 and f"out {out} is a mount, which can't be renamed" in result.stderr
 
 
 def test_a_full_disk_names_the_folder_and_leaves_nothing(tiny_model, trained, tmp_path, fastft_command, largest_file):
