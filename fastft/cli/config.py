@@ -242,11 +242,10 @@ class TrainConfig:
             return [name.strip() for name in self.target_modules.split(",")]
         return self.target_modules
 
-    def save(self, path: str | os.PathLike) -> None:
+    def yaml(self) -> str:
         import yaml
 
-        with open(path, "w", encoding="utf-8") as file:
-            yaml.safe_dump(dataclasses.asdict(self), file, sort_keys=False)
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
 
 def _coerce(name: str, value: Any, kind: Any) -> Any:

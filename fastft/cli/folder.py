@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import os
 import pickle
 import shlex
 import shutil
@@ -21,7 +22,7 @@ from .config import TrainConfig, make_config
 from .errors import UserError
 
 DIGESTS = "data.sha256"
-WRITTEN = ("config.yaml", DIGESTS, "summary.json", "loss.png", "selection.png")  # besides adapter/ and checkpoint-N/
+WRITTEN = ("summary.json", "loss.png", "selection.png", DIGESTS, "config.yaml")  # besides adapter/ and checkpoint-N/
 UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError)  # of torch and safetensors
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Options that may differ between a run and its continuation.
@@ -146,10 +147,10 @@ def damaged(checkpoint: Path, error: Exception) -> UserError:
 
 
 def _of_a_run(out: Path) -> Iterator[Path]:
-    """What a run writes, as far as it is there."""
-    files = [out / name for name in WRITTEN] + [out / "adapter" / name for name in ("adapter_config.json", WEIGHTS)]
-    yield from (path for path in files if path.is_file())
+    """What a run writes, as far as it is there. Last is what shows that it is a run's."""
     yield from (path for path in out.glob("checkpoint-*") if path.name[11:].isdigit() and path.is_dir())
+    files = [out / "adapter" / name for name in ("adapter_config.json", WEIGHTS)] + [out / name for name in WRITTEN]
+    yield from (path for path in files if path.is_file())
 
 
 def _is_run(out: Path) -> bool:
@@ -185,6 +186,13 @@ def writing(folder: Path) -> Iterator[None]:
     else:
         return
     raise UserError(f"out {folder}: cannot be written: {reason}; make room there, or give another --out")
+
+
+def write(path: Path, text: str) -> None:
+    """Killed at any time, the file is what it was or what it becomes."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def clear(out: Path) -> None:

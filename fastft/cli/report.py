@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
-import os
 import platform
 import statistics
 from pathlib import Path
@@ -60,12 +58,6 @@ def summarize(config, trainer, speed, handle, model, train_rows, eval_rows) -> d
         "train_curve": losses,
         "held_out_curve": held_out,
     }
-
-
-def write_summary(summary: dict[str, Any], path: Path) -> None:
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def plot(summary: dict[str, Any], path: Path) -> None:

@@ -122,7 +122,9 @@ def start_engine(config: ServeConfig, name: str) -> tuple[Any, Any]:
         if name in engine.adapter_names():
             raise UserError(f"the base model and an adapter are both called {name!r}: give the base another --name")
         engine.start()
-        engine.generate([[0]], max_tokens=1)
+        [first] = engine.generate([[0]], max_tokens=2)  # the second reads the cache
+        if first.error is not None:
+            raise UserError(f"the model's first tokens failed, so it can't be served: {first.error}") from first.error
     except BaseException as error:
         engine.close()
         if isinstance(error, ValueError | OSError | RuntimeError | MemoryError):
@@ -159,6 +161,7 @@ class Welcome:
 
     def rows(self) -> list[tuple[str, str]]:
         from ..methods.targets import parameter_count
+        from ..serving.limits import why_short
 
         model, config = self._engine.model, self._config
         dtype = str(model.dtype).removeprefix("torch.") + (f", base of {config.bits()} bits" if config.bits() else "")
@@ -171,7 +174,8 @@ class Welcome:
             ("operator", f"{self.url}/admin/adapters" if self._server.admin_token else "off (--admin-token-file)"),
             (
                 "longest",
-                f"{self._engine.max_length:,} tokens of prompt and answer; {config.max_waiting:,} requests may wait",
+                f"{self._engine.max_length:,} tokens of prompt and answer{why_short(model)}; "
+                f"{config.max_waiting:,} requests may wait",
             ),
         ]
 

@@ -18,7 +18,10 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 class ServeConfig:
     """What `fastft serve` serves, where, and within which limits. None: see each option's help."""
 
-    model: str = _option("Folder of a transformers checkpoint, or a Hub id.")
+    model: str = _option(
+        "Folder of a transformers checkpoint, or a Hub id. Of its generation_config, end tokens count, and temperature and "
+        "top_p where a request has none; other fields, such as repetition_penalty, do not and are told of."
+    )
     adapters: str | None = _option(
         "Folder with one folder for each adapter (PEFT LoRA, or what fastft saves); its name is the model that "
         "clients ask for.",

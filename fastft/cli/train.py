@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from .folder import (
     digests,
     finished,
     owned,
+    write,
     writing,
 )
 from .loading import check_adapter, check_bitsandbytes, load, load_adapter, load_base
@@ -317,15 +319,15 @@ def _train(
     eval_rows: Tokenized,
 ) -> dict[str, Any] | None:
     from ..integrations.transformers import check_finite, progress
-    from .report import plot, plot_selection, print_summary, summarize, write_summary
+    from .report import plot, plot_selection, print_summary, summarize
 
     handle = trainer.handle
     if launch.rank() == 0:
         if checkpoint is None:
             clear(out)
-        config.save(out / "config.yaml")
+        write(out / "config.yaml", config.yaml())
         if not (out / DIGESTS).is_file():  # else they were compared
-            (out / DIGESTS).write_text(digests(config), encoding="utf-8")
+            write(out / DIGESTS, digests(config))
     launch.wait()
 
     speed = progress(trainer)
@@ -349,7 +351,7 @@ def _train(
         return None
     handle.save(out / "adapter")
     summary = summarize(config, trainer, speed, handle, trainer.model, train_rows, eval_rows)
-    write_summary(summary, out / "summary.json")
+    write(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     plot(summary, out / "loss.png")
     if summary["selection"]:
         plot_selection(summary, out / "selection.png")

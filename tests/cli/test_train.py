@@ -15,7 +15,7 @@ import yaml
 import fastft
 from fastft.cli.config import make_config
 from fastft.cli.errors import UserError
-from fastft.cli.folder import owned
+from fastft.cli.folder import check_out, owned
 from fastft.cli.train import _warmup
 from fastft.integrations.transformers import last_checkpoint
 
@@ -397,6 +397,25 @@ def test_an_earlier_run_stays_until_the_new_one_can_begin(straight, monkeypatch,
     with pytest.raises(ValueError, match="foresaw"):
         fastft_command("train", *straight[1], "--out", out, "--overwrite")
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_killed_while_it_is_replaced_it_is_still_a_run(straight, monkeypatch, tmp_path, fastft_command):
+    out = tmp_path / "out"
+    shutil.copytree(straight[0], out)
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastft.cli.folder.shutil.rmtree", killed)
+    assert fastft_command("train", *straight[1], "--out", out, "--overwrite").exit_code == 130
+    monkeypatch.undo()
+    check_out(out, resume=False, overwrite=True)
+    before = (out / "config.yaml").read_bytes()
+    monkeypatch.setattr("os.replace", killed)  # resumed, before the new configuration counts
+    assert fastft_command("train", "--resume", "--out", out, "--max-steps", "32").exit_code == 130
+    assert (out / "config.yaml").read_bytes() == before
+    monkeypatch.undo()
+    assert fastft_command("train", "--resume", "--out", out).exit_code == 0
 
 
 @pytest.mark.parametrize("options", [(), ("--eval-fraction", "0")])
