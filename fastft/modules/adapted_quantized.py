@@ -36,6 +36,8 @@ class AdaptedQuantized(AdaptedLinear):
         sparse = [adapter.name for adapter in on if adapter.name in self._parts]
         if not projections and not sparse:
             return y
+        if sparse:
+            self.refuse_replica()
         if input.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
             raise RuntimeError(
                 f"the forward of this {quantization(self)} layer has no backward, so nothing before it can be trained; "

@@ -15,6 +15,12 @@ from .stores import EntryStore, SeenWeight, SliceStore
 
 _PRISTINE = "_pristine_"
 PART = "_pristine_part"
+DATA_PARALLEL = (
+    "adapters that train parts of the weights in place don't go with nn.DataParallel, whose replicas of the layers live for "
+    "one forward (transformers' Trainer wraps models in it where it sees several GPUs). Start one process for each GPU "
+    "(torchrun --nproc-per-node N script.py), or use one GPU: CUDA_VISIBLE_DEVICES=0, or args._n_gpu = 1 before the Trainer "
+    "is made"
+)
 
 
 def pristine(module: nn.Module, own: str) -> torch.Tensor:
@@ -193,9 +199,18 @@ class Mergeable(nn.Module):
             self._store.restore(self, self.weight, found)
         return holds
 
+    def misses(self, name: str) -> bool:
+        """Does adapter `name` stand in the weight with other values than its own, which no count of changes tells of?"""
+        store, weight = self._store, self._parameters.get("weight")
+        if store is None or name not in self._written or weight is None or weight.is_meta or not store.written.still(weight):
+            return False
+        with torch.no_grad():
+            return all(seen.still(self.delta_of(own)) for own, seen in self._written.items()) and not self._holds()
+
     def check_whole(self) -> None:
         """Raises RuntimeError where the weight is not the module's own whole Parameter, so that parts of it can be neither
         read nor written."""
+        self.refuse_replica()
         if type(self.weight) is nn.Parameter and self.weight.dim() == 2:
             return
         if "weight" not in self._parameters:
@@ -214,6 +229,11 @@ class Mergeable(nn.Module):
             f"the weight is a {type(self.weight).__name__} of shape {list(self.weight.shape)} and not the layer's own "
             f"Parameter, in which alone adapters that train parts of the weights in place can train: {cause}"
         )
+
+    def refuse_replica(self) -> None:
+        """Raises RuntimeError in what nn.DataParallel makes of the module for one forward."""
+        if "_is_replica" in self.__dict__:
+            raise RuntimeError(DATA_PARALLEL)
 
     @torch.no_grad()
     def refresh(self) -> None:

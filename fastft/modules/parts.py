@@ -193,6 +193,7 @@ class TrainsParts:
 
     def _write_changes(self) -> None:
         """Deltas that were changed in place by something else than an optimizer are written before they are used."""
+        self.refuse_replica()  # before it changes what all replicas share
         if self._store is not None and type(self._parameters.get("weight")) is torch.Tensor:
             self.check_whole()  # functional_call's, of a state_dict: no delta stands in it, and none would count
         for name, settings in self._parts.items():

@@ -9,6 +9,7 @@ from torch.func import functional_call
 
 import fastft
 from tests.methods.models import randomize
+from tests.modules.replicas import replica
 from tests.modules.test_sparse_delta_linear import CHANGES
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -159,6 +160,23 @@ def test_a_cast_to_the_dtype_that_a_model_has_leaves_deltas_as_they_are(cast, me
             assert torch.equal(model(x), want)
             for found, value in zip(handle.parameters(), before, strict=True):
                 assert found.dtype == F32 and torch.equal(found, value)
+
+
+@pytest.mark.parametrize("merged", [True, False])
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("method", [fastft.S2FT(down_ratio=0.25, o_ratio=0), fastft.SpIEL(density=0.1, total_steps=9)])
+def test_data_parallel_is_refused_by_name(method, gradients, merged):
+    """Before anything changes that the replicas share with the model."""
+    model = Net()
+    handle = fastft.attach(model, method)
+    if not merged:
+        handle.unmerge()
+    x = torch.randn(5, 12)
+    want = model(x)
+    with torch.set_grad_enabled(gradients), pytest.raises(RuntimeError, match=r"nn\.DataParallel.*torchrun.*CUDA_VISIBLE"):
+        replica(model)(x)
+    assert torch.equal(model(x), want)
+    handle.detach()
 
 
 def full(layer, delta):
