@@ -174,6 +174,13 @@ class Handle(AdapterFiles):
             self.method.after_update(self)
             return
         self.method.after_skipped(self)
+        if not self._ever_updated and any(module.misses(self.name) for module in self.targets.values()):
+            warnings.warn(
+                f"the values of adapter {self.name!r} have changed, but no optimizer that holds its parameters has made a "
+                "step (DeepSpeed's hold copies): the weights, in which the adapter trains, don't follow. Use "
+                "DistributedDataParallel and handle.optimizer(), or call handle.refresh() after every change",
+                stacklevel=2,
+            )
         gradients = [] if self._ever_updated else [p.grad for p in self.parameters() if p.grad is not None]
         if gradients and all(grad.isfinite().all() for grad in gradients):  # else a GradScaler has skipped the step
             warnings.warn(

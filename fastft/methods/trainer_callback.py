@@ -2,6 +2,8 @@
 
 import os
 
+from ..modules.merging import DATA_PARALLEL
+
 
 def trainer_callback(handle):
     """A `TrainerCallback` for the model that `handle` is attached to."""
@@ -11,10 +13,12 @@ def trainer_callback(handle):
         """Checks that the adapter is trained, runs its schedule, saves it in ``checkpoint-N/adapter``."""
 
         def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+            if handle.method.trains_merged:
+                _check_run(handle, args, model)
             handle.total_steps = state.max_steps
             if state.global_step == 0 and handle.method.updates(handle):  # nothing is resumed
                 handle.new_run()
-            sharded = getattr(args, "deepspeed", None) or getattr(args, "fsdp", None)  # these replace parameters
+            sharded = _deepspeed(args) or getattr(args, "fsdp", None)  # these replace parameters
             if optimizer is not None and not sharded:
                 _check_optimizer(handle, optimizer)
 
@@ -27,6 +31,24 @@ def trainer_callback(handle):
                 handle.save(os.path.join(args.output_dir, f"checkpoint-{state.global_step}", "adapter"))
 
     return FastftCallback()
+
+
+def _deepspeed(args) -> bool:
+    """By Trainer's own argument, or by `accelerate launch`."""
+    return bool(getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None))
+
+
+def _check_run(handle, args, model):
+    """Raises RuntimeError where a method that trains the weights in place would fail, or see no update."""
+    if _deepspeed(args):
+        raise RuntimeError(
+            f"{type(handle.method).__name__} trains parts of the weights in place, and DeepSpeed (at any stage of ZeRO) "
+            f"updates copies of its own, so that the weights would not follow adapter {handle.name!r}: train with "
+            "DistributedDataParallel, i.e. torchrun without a DeepSpeed config"
+        )
+    quantized = getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)
+    if getattr(args, "n_gpu", 1) > 1 and not quantized:  # those Trainer leaves on one GPU
+        raise RuntimeError(DATA_PARALLEL)
 
 
 def _check_optimizer(handle, optimizer):

@@ -9,6 +9,7 @@ import torch
 import fastft
 from fastft.methods.calibration import visit_gradients
 
+from .models import llama, tokens
 from .sparse_net import NAMES, Net, assert_same_bits, attached, bits, chosen, held, inputs, loss_of, train
 
 SHORT = {"total_steps": 10}  # choices after updates 2, 6, 10
@@ -65,6 +66,69 @@ def test_a_trainer_begins_another_run_but_not_where_it_resumes():
     handle.total_steps = None
     with pytest.raises(RuntimeError, match=r"handle.new_run\(total_steps=...\)"):
         train(net, handle, 1)
+
+
+IN_PLACE = [fastft.S2FT(down_ratio=0.25), fastft.SpIEL(density=0.1, total_steps=9), fastft.LIFT(density=0.1)]
+
+
+@pytest.mark.parametrize("method", [*IN_PLACE, fastft.LoRA(r=2)], ids=lambda method: type(method).__name__)
+def test_a_trainer_with_deepspeed_or_data_parallel_is_refused_where_weights_train_in_place(method):
+    model = llama()
+    callback = fastft.attach(model, method).callback()
+
+    def begin(**arguments):
+        state = SimpleNamespace(max_steps=9, global_step=0)
+        callback.on_train_begin(SimpleNamespace(**arguments), state, None, model=model)
+
+    begin(n_gpu=1, deepspeed=None, deepspeed_plugin=None)
+    refused = (
+        (
+            {"deepspeed": "zero1.json"},
+            "DeepSpeed .* the weights would not follow adapter 'default'.*DistributedDataParallel",
+        ),
+        ({"deepspeed_plugin": object()}, "DeepSpeed"),
+        ({"n_gpu": 2}, r"nn.DataParallel.*torchrun.*args\._n_gpu = 1"),
+    )
+    for arguments, words in refused:
+        if isinstance(method, fastft.LoRA):
+            begin(**arguments)
+        else:
+            with pytest.raises(RuntimeError, match=words):
+                begin(**arguments)
+    model.is_loaded_in_4bit = True  # then Trainer makes no replicas
+    begin(n_gpu=2)
+
+
+@pytest.mark.parametrize("method", IN_PLACE, ids=lambda method: type(method).__name__)
+def test_updates_that_no_optimizer_or_count_tells_of_are_warned_of(method):
+    """As DeepSpeed's, whose optimizers hold one flat tensor, of which the parameters are views."""
+    model = llama()
+    handle = fastft.attach(model, method)
+    flat = torch.cat([p.detach().flatten() for p in handle.parameters()])
+    for p, piece in zip(handle.parameters(), flat.split([p.numel() for p in handle.parameters()]), strict=True):
+        p.data = piece.view_as(p)
+    handle.refresh()
+    optimizer = torch.optim.SGD([flat], lr=0.1)
+
+    def step(scale):
+        model(tokens(), labels=tokens()).loss.backward()
+        flat.grad = scale * torch.cat([p.grad.flatten() for p in handle.parameters()])
+        optimizer.step()
+        model.zero_grad()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(0.0)
+        handle.step()
+    step(1.0)
+    with pytest.warns(UserWarning, match="values of adapter 'default' have changed.*weights.* don't follow"):
+        handle.step()
+    before = model(tokens()).logits
+    handle.refresh()
+    assert not torch.equal(model(tokens()).logits, before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        handle.step()
 
 
 def test_new_runs_are_nothing_to_lora():
