@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
+import itertools
 import json
 import math
 import os
 import random
 import re
 import sys
+from array import array
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +20,7 @@ from .errors import UserError
 
 SCHEMAS = {"messages": ("messages",), "prompt/completion": ("prompt", "completion"), "text": ("text",)}
 HALF = re.compile("[\ud800-\udfff]")  # of a UTF-16 pair
+MARK = re.compile(r"\{%-?\s*generation\b")  # of an assistant's turn in a chat template
 IGNORED = -100  # a label without loss (torch's cross entropy default)
 
 
@@ -29,8 +34,9 @@ class Record:
     ignored: tuple[str, ...] = ()  # the line's other keys
 
 
-def read_jsonl(path: str) -> list[Record]:
-    """Read and check every line of a JSON lines file; empty lines are skipped.
+def read_jsonl(path: str, digest: Any = None) -> list[Record]:
+    """Read and check every line of a JSON lines file; empty lines are skipped. `digest` (of hashlib) is fed what is
+    read: later the file may have grown, and a pipe can't be read again.
 
     Raises:
         UserError: no file, no records, or a line (named as file:line) that is not UTF-8, not JSON, of no schema or of two,
@@ -40,6 +46,8 @@ def read_jsonl(path: str) -> list[Record]:
     try:
         with open(os.path.expanduser(path), "rb") as file:
             for number, line in enumerate(file, 1):
+                if digest is not None:
+                    digest.update(line)
                 line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if number == 1 and line.lstrip().startswith(b"["):
                     raise UserError(f"data {path} is a JSON array; write one object a line (JSON lines)")
@@ -96,6 +104,9 @@ def _check_messages(messages: Any, place: str) -> None:
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise UserError(f'{place}: messages[{i}] must be {{"role": string, "content": string}}')
+        # Of OpenAI's files: 0 means no loss on this turn.
+        if message.get("weight") is not None and (message["role"] != "assistant" or message["weight"] not in (0, 1)):
+            raise UserError(f"{place}: messages[{i}].weight must be 0 or 1, and of an assistant turn")
         for key, text in message.items():
             if isinstance(text, str):
                 _check_text(text, f"messages[{i}].{key}", place)
@@ -131,6 +142,13 @@ class Tokenized:
     def tokens(self) -> int:
         return sum(len(row["input_ids"]) for row in self.rows)
 
+    def digest(self) -> str:
+        """Of all ids and labels."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(array("i", [len(row["input_ids"]), *row["input_ids"], *row["labels"]]).tobytes())
+        return digest.hexdigest()
+
 
 def tokenize(records: list[Record], tokenizer: Any, max_length: int, packing: bool = False, what: str = "") -> Tokenized:
     """Token ids and labels of every record: all tokens of a text, the completion only, or the assistant's turns.
@@ -141,11 +159,11 @@ def tokenize(records: list[Record], tokenizer: Any, max_length: int, packing: bo
     Raises:
         UserError: messages without a chat template, a template that refuses a record, or no record with a token to learn.
     """
-    marked = "{% generation" in (tokenizer.chat_template or "") or "{%- generation" in (tokenizer.chat_template or "")
     encode = {"text": _encode_text, "prompt/completion": _encode_completion, "messages": _encode_messages}
-    rows, cut, empty = [], 0, 0
+    rows, cut, empty, covers = [], 0, 0, Counter()
     for record in records:
-        ids, labels = encode[record.schema](record, tokenizer, marked)
+        ids, labels, covered = encode[record.schema](record, tokenizer)
+        covers[record.schema, covered] += 1
         if len(ids) > max_length and not packing:
             cut += 1
             ids, labels = ids[:max_length], labels[:max_length]
@@ -154,17 +172,10 @@ def tokenize(records: list[Record], tokenizer: Any, max_length: int, packing: bo
             rows.append({"input_ids": ids, "labels": labels})
         else:
             empty += 1
-    notes = []
-    schemas = {name: sum(r.schema == name for r in records) for name in SCHEMAS}
-    covers = {
-        "text": "all tokens",
-        "prompt/completion": "the completion",
-        "messages": "assistant turns" if marked else "the whole conversation (the chat template marks no turns)",
-    }
-    notes += [f"{n} {name} examples, loss on {covers[name]}" for name, n in schemas.items() if n]
-    ignored = {key for record in records for key in record.ignored}
-    if any(record.fields.get("tools") for record in records) and "tools" not in tokenizer.chat_template:
-        ignored.add("tools")
+    order = list(SCHEMAS)
+    covers = sorted(covers.items(), key=lambda item: order.index(item[0][0]))
+    notes = [f"{n} {name} examples, loss on {covered}" for (name, covered), n in covers]
+    ignored = {key for record in records for key in _ignored(record, tokenizer)}
     if ignored:
         notes.append(f"keys that are not read: {', '.join(sorted(ignored)[:5])}{' ...' if len(ignored) > 5 else ''}")
     if cut:
@@ -206,27 +217,63 @@ def check_fit(model: Any, *sets: Tokenized) -> None:
     print(f"note: the longest row has {longest} tokens, more than the {limit} that the model was made for")
 
 
-def _encode_text(record: Record, tokenizer: Any, marked: bool) -> tuple[list[int], list[int]]:
+def _ignored(record: Record, tokenizer: Any) -> set[str]:
+    """The keys of a line, and of its messages, that nothing reads."""
+    ignored = set(record.ignored)
+    if record.schema == "messages":
+        template = _template(record, tokenizer)
+        if record.fields.get("tools") and "tools" not in template:
+            ignored.add("tools")
+        keys = {key for message in record.fields["messages"] for key in message} - {"role", "content", "weight"}
+        ignored |= {f"messages[].{key}" for key in keys if key not in template}
+    return ignored
+
+
+def _template(record: Record, tokenizer: Any) -> str:
+    """The chat template of these messages: some tokenizers have another one for tools."""
+    return tokenizer.get_chat_template(tools=record.fields.get("tools"))
+
+
+# Of a record: its ids, their labels, and what has a loss, in words.
+Encoded = tuple[list[int], list[int], str]
+
+
+def _encode_text(record: Record, tokenizer: Any) -> Encoded:
     ids = _with_end(tokenizer(record.fields["text"], verbose=False)["input_ids"], tokenizer)
-    return ids, list(ids)
+    return ids, list(ids), "all tokens"
 
 
-def _encode_completion(record: Record, tokenizer: Any, marked: bool) -> tuple[list[int], list[int]]:
-    prompt = tokenizer(record.fields["prompt"], verbose=False)["input_ids"]
-    if prompt and prompt[-1] == tokenizer.eos_token_id:  # tokenizers that close every text: the completion goes on
-        prompt = prompt[:-1]
-    completion = tokenizer(record.fields["completion"], add_special_tokens=False, verbose=False)["input_ids"]
-    completion = _with_end(completion, tokenizer)
-    return prompt + completion, [IGNORED] * len(prompt) + completion
+def _encode_completion(record: Record, tokenizer: Any) -> Encoded:
+    """Both are tokenized as the one text that they are: many tokenizers put a space before what they are given."""
+    prompt, text = record.fields["prompt"], record.fields["prompt"] + record.fields["completion"]
+    both = tokenizer(text, verbose=False, return_special_tokens_mask=True, return_offsets_mapping=tokenizer.is_fast)
+    ids, added = both["input_ids"], both["special_tokens_mask"]
+    closing = 0  # what the tokenizer itself closes a text with
+    while closing < len(ids) and added[-1 - closing]:
+        closing += 1
+    ids = ids[: len(ids) - closing]
+    alone = tokenizer(prompt, verbose=False)["input_ids"]
+    alone = alone[: len(alone) - closing]
+    begin, covered = len(alone), "the completion"
+    if ids[:begin] != alone and tokenizer.is_fast:
+        spans = both["offset_mapping"][: len(ids)]
+        begin = next((i for i, (start, _) in enumerate(spans) if not added[i] and start >= len(prompt)), len(ids))
+        if begin and spans[begin - 1][1] > len(prompt):
+            covered += " but for its first token, which begins in the prompt (move a space at the prompt's end)"
+    elif ids[:begin] != alone:
+        begin = next((i for i, (one, other) in enumerate(zip(ids, alone)) if one != other), min(len(ids), begin) - 1) + 1
+    ids = _with_end(ids, tokenizer)
+    return ids, [IGNORED] * begin + ids[begin:], covered
 
 
-def _encode_messages(record: Record, tokenizer: Any, marked: bool) -> tuple[list[int], list[int]]:
+def _encode_messages(record: Record, tokenizer: Any) -> Encoded:
     if not tokenizer.chat_template:
         raise UserError(
             f"{record.place}: messages need a chat template, and this model's tokenizer has none; "
             "use an instruct model or prompt/completion"
         )
     try:
+        marked = MARK.search(_template(record, tokenizer)) is not None
         encoded = tokenizer.apply_chat_template(
             record.fields["messages"],
             tools=record.fields.get("tools"),
@@ -239,7 +286,23 @@ def _encode_messages(record: Record, tokenizer: Any, marked: bool) -> tuple[list
         raise UserError(f"{record.place}: the chat template refuses these messages: {error}") from error
     ids = encoded["input_ids"]
     learn = encoded["assistant_masks"] if marked else [1] * len(ids)
-    return ids, [token if keep else IGNORED for token, keep in zip(ids, learn)]
+    weights = [message.get("weight") for message in record.fields["messages"] if message["role"] == "assistant"]
+    if 0 in weights:
+        learn = _weighted(learn if marked else [], weights, record.place)
+    labels = [token if keep else IGNORED for token, keep in zip(ids, learn)]
+    return ids, labels, "assistant turns" if marked else "the whole conversation (the chat template marks no turns)"
+
+
+def _weighted(learn: list[int], weights: list[Any], place: str) -> list[int]:
+    """The mask without the turns of weight 0. Raises UserError if its runs are not the turns."""
+    begins = [keep and not before for keep, before in zip(learn, [0, *learn])]
+    if sum(begins) != len(weights):
+        raise UserError(
+            f"{place}: a weight of 0 needs a chat template that marks each assistant turn ({{% generation %}}), and this "
+            "model's does not; leave such lines out, or add the marks to the template in the model's folder"
+        )
+    turns = itertools.accumulate(begins)
+    return [keep and weights[turn - 1] != 0 for keep, turn in zip(learn, turns)]
 
 
 def _with_end(ids: list[int], tokenizer: Any) -> list[int]:

@@ -32,6 +32,68 @@ def test_completion_learns_the_completion(write_jsonl, tokenizer):
     assert learned(row, tokenizer) == " 4<|endoftext|>"
 
 
+def byte_level(**options):
+    """The demo's tokenizer with other options, or with what it adds to a text."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    added = options.pop("adds", None)
+    other = AutoTokenizer.from_pretrained(TOKENIZER, **options)
+    if added:
+        special = [(other.eos_token, other.eos_token_id)]
+        other.backend_tokenizer.post_processor = TemplateProcessing(
+            single=added.replace("E", other.eos_token), special_tokens=special
+        )
+    return other
+
+
+def spaced(merges=()):
+    """One like SentencePiece's: a text begins with a space, and each character is a token but for what is merged."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["</s>", "\u2581", *"xabc:", *map("".join, merges)]
+    core = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, list(merges)))
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+
+
+def completion(write_jsonl, tokenizer, prompt, text):
+    """(tokens, those of them that are learned, notes) of one example."""
+    found = tokenize(read_jsonl(write_jsonl({"prompt": prompt, "completion": text})), tokenizer, 64)
+    (row,) = found.rows
+    learned = [token for token in row["labels"] if token != IGNORED]
+    assert row["labels"][len(row["labels"]) - len(learned) :] == learned
+    return *(tokenizer.convert_ids_to_tokens(ids) for ids in (row["input_ids"], learned)), found.notes
+
+
+def test_a_completion_is_tokenized_as_it_follows_its_prompt(write_jsonl):
+    ids, learned, notes = completion(write_jsonl, spaced(), "a:", "bc")
+    assert ids == ["\u2581", "a", ":", "b", "c", "</s>"] and learned == ["b", "c", "</s>"]
+    assert notes == ["1 prompt/completion examples, loss on the completion"]
+    ids, learned, notes = completion(write_jsonl, spaced([("a", "b")]), "xa", "bc")
+    assert ids == ["\u2581", "x", "ab", "c", "</s>"] and learned == ["c", "</s>"]
+    assert notes[0].endswith(
+        "loss on the completion but for its first token, which begins in the prompt (move a space at the prompt's end)"
+    )
+    ids, learned, notes = completion(write_jsonl, spaced([("a", "b"), (":", "a")]), "x:a", "bc")  # the first merge wins
+    assert ids == ["\u2581", "x", ":", "ab", "c", "</s>"] and learned == ["c", "</s>"]
+
+
+@pytest.mark.parametrize("adds", [None, "$A E", "E $A"])
+def test_only_what_the_tokenizer_closes_a_prompt_with_is_taken_off(adds, write_jsonl):
+    tokenizer = byte_level(adds=adds)
+    end = tokenizer.eos_token
+    begins = [end] if adds == "E $A" else []
+    ids, learned, _ = completion(write_jsonl, tokenizer, f"Hi{end}", "Yes")
+    assert ids[: len(begins)] == begins and "".join(ids[len(begins) :]) == f"Hi{end}Yes{end}"
+    assert "".join(learned) == f"Yes{end}"
+    ids, learned, _ = completion(write_jsonl, tokenizer, "", f"Yes{end}")
+    assert ids[: len(begins)] == begins and "".join(ids) == "".join(begins) + f"Yes{end}"
+    ids, learned, _ = completion(write_jsonl, tokenizer, "Hi", " there")
+    assert "".join(learned) == f"\u0120there{end}"
+
+
 CHAT = {
     "messages": [
         {"role": "system", "content": "Be brief."},
@@ -56,6 +118,47 @@ def test_tools_are_the_templates(write_jsonl, tokenizer):
     tokenized = tokenize(records, other, 64)
     assert other.decode(tokenized.rows[0]["input_ids"]) == "clock: Hello" and len(tokenized.notes) == 1
     assert "keys that are not read: tools" in tokenize(records, tokenizer, 64).notes
+
+
+def test_several_chat_templates(write_jsonl, tokenizer):
+    both = byte_level()
+    both.chat_template = {
+        "default": tokenizer.chat_template,
+        "tool_use": "{{ tools[0]['name'] }}: {{ messages[2]['content'] }}",
+    }
+    tokenized = tokenize(read_jsonl(write_jsonl(CHAT, {**CHAT, "tools": [{"name": "clock"}]})), both, 64)
+    assert learned(tokenized.rows[0], both) == "Hello<|endoftext|>See you<|endoftext|>"
+    assert both.decode(tokenized.rows[1]["input_ids"]) == "clock: Hello"
+    assert tokenized.notes == [
+        "1 messages examples, loss on assistant turns",
+        "1 messages examples, loss on the whole conversation (the chat template marks no turns)",
+    ]
+
+
+def weighted(*weights):
+    turns = iter(weights)
+    return {"messages": [m | {"weight": next(turns)} if m["role"] == "assistant" else m for m in CHAT["messages"]]}
+
+
+def test_turns_of_weight_0_have_no_loss(write_jsonl, tokenizer):
+    lines = [weighted(0, 1), weighted(1, 0), weighted(0, None), weighted(0, 0)]
+    tokenized = tokenize(read_jsonl(write_jsonl(*lines)), tokenizer, 64)
+    first, last = "Hello<|endoftext|>", "See you<|endoftext|>"
+    assert [learned(row, tokenizer) for row in tokenized.rows] == [last, first, last]
+    assert tokenized.notes[1:] == ["1 examples dropped: no token to learn in the first 64"]
+    plain = byte_level()
+    plain.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    with pytest.raises(UserError, match=r"data.jsonl:1: a weight of 0 needs a chat template that marks each"):
+        tokenize(read_jsonl(write_jsonl(weighted(0, 1))), plain, 64)
+    assert tokenize(read_jsonl(write_jsonl(weighted(1, 1))), plain, 64).rows
+
+
+def test_keys_of_messages_that_the_template_does_not_read(write_jsonl, tokenizer):
+    line = {"messages": [{"role": "user", "content": "a", "name": "Eve"}, {"role": "assistant", "content": "b"}]}
+    assert "keys that are not read: messages[].name" in tokenize(read_jsonl(write_jsonl(line)), tokenizer, 64).notes
+    named = byte_level()
+    named.chat_template = "{% for m in messages %}{{ m.get('name', '') + ': ' + m['content'] }}{% endfor %}"
+    assert len(tokenize(read_jsonl(write_jsonl(line)), named, 64).notes) == 1
 
 
 def test_messages_without_marks_learn_everything_and_say_so(write_jsonl, tokenizer):
@@ -92,6 +195,11 @@ def test_messages_without_template_or_refused(write_jsonl, tokenizer):
         ({"prompt": "a", "completion": ""}, "data.jsonl:3: completion is empty"),
         ({"messages": []}, "data.jsonl:3: messages must be a list"),
         ({"messages": [{"role": "user"}]}, r"data.jsonl:3: messages\[0\] must be"),
+        (weighted(0.5, 1), r"data.jsonl:3: messages\[2\].weight must be 0 or 1, and of an assistant turn"),
+        (
+            {"messages": [{"role": "user", "content": "a", "weight": 0}]},
+            r"data.jsonl:3: messages\[0\].weight must be 0 or 1",
+        ),
         ({"messages": [{"role": "user", "content": "a"}]}, "data.jsonl:3: messages has no assistant turn"),
         (b'{"text": "a\\ud800b"}', r"data.jsonl:3: text has \\ud800 alone"),
         (b'{"prompt": "a", "completion": "\\udc00"}', r"data.jsonl:3: completion has \\udc00 alone"),
