@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import hashlib
 import json
 import os
 import pickle
@@ -21,7 +20,8 @@ from . import launch
 from .config import TrainConfig, make_config
 from .errors import UserError
 
-DIGESTS = "data.sha256"
+DIGESTS = "data.sha256"  # of the data files, as sha256sum writes them; of the rows made of them, as comments to it
+ROWS = ("training rows", "held-out rows")
 WRITTEN = ("summary.json", "loss.png", "selection.png", DIGESTS, "config.yaml")  # besides adapter/ and checkpoint-N/
 UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError)  # of torch and safetensors
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -52,19 +52,22 @@ def resume_options(config: str | None, options: dict[str, Any]) -> tuple[str | N
     return config, options
 
 
-def digests(config: TrainConfig) -> str:
-    """Of the data files, as sha256sum writes them."""
-    files = [path for path in (config.data, config.eval_data) if path is not None]
-    return "".join(f"{hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()}  {path}\n" for path in files)
-
-
-def check_data(config: TrainConfig, out: Path) -> None:
-    """Raises UserError if a data file of the run in `out` has other contents by now: its rows would be others."""
+def check_data(now: list[str], out: Path) -> None:
+    """Raises UserError if data or rows of the run in `out` are others by now. `now`: some of the lines that `DIGESTS` would
+    have."""
     if not (out / DIGESTS).is_file():  # a run of an earlier version
         return
     before = (out / DIGESTS).read_text(encoding="utf-8").splitlines()
-    if changed := [line.partition("  ")[2] for line in digests(config).splitlines() if line not in before]:
-        raise UserError(f"--resume: {' and '.join(changed)} changed since the run in {out} began; start a new run")
+    known = [line.partition("  ")[2] for line in before]  # an earlier version kept none of rows
+    names = [name for line in now if line not in before and (name := line.partition("  ")[2]) in known]
+    if rows := [name for name in names if name in ROWS]:
+        raise UserError(
+            f"--resume: the {' and the '.join(rows)} have other tokens than when the run in {out} began, though the data is "
+            "the same: the model's tokenizer or chat template was changed, or the template prints the date; start a new run "
+            "(for the date, with a template that prints none)"
+        )
+    if names:
+        raise UserError(f"--resume: {' and '.join(names)} changed since the run in {out} began; start a new run")
 
 
 def check_out(out: Path, resume: bool, overwrite: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -13,6 +14,7 @@ from .data import Record, Tokenized, check_fit, read_jsonl, split, tokenize
 from .errors import UserError
 from .folder import (
     DIGESTS,
+    ROWS,
     UNREADABLE,
     after_stop,
     check_data,
@@ -21,7 +23,6 @@ from .folder import (
     checkpoint_step,
     clear,
     damaged,
-    digests,
     finished,
     owned,
     write,
@@ -55,9 +56,9 @@ def run(
         check_bitsandbytes(config.bits())
         if config.adapter is not None and not resume:
             check_adapter(config.adapter)
-    records, held_out = _records(config)
+    records, held_out, digests = _records(config)
     if resume:
-        check_data(config, out)
+        check_data(digests, out)
     tokenizer = load("AutoTokenizer", config.model)
     train_rows = tokenize(records, tokenizer, config.max_length, config.packing)
     for note in train_rows.notes:
@@ -67,6 +68,10 @@ def run(
         eval_rows = tokenize(held_out, tokenizer, config.max_length, what="held out: ")
         for note in eval_rows.notes:
             print(f"held out: {note}")
+    del records, held_out  # else they are in memory as long as it trains
+    rows = [f"# {one.digest()}  {name}" for name, one in zip(ROWS, (train_rows, eval_rows))]
+    if resume:
+        check_data(rows, out)
     print(
         f"data: {len(train_rows.rows)} rows with {train_rows.tokens:,} tokens; held out: {len(eval_rows.rows)} rows "
         f"with {eval_rows.tokens:,} tokens"
@@ -86,14 +91,19 @@ def run(
     trainer = _prepare(config, out, checkpoint, steps, tokenizer, train_rows, eval_rows)
     launch.wait()  # from here on the folder changes, which all have looked at
     with writing(out), owned(out, resume, overwrite):
-        return _train(config, out, checkpoint, steps, trainer, train_rows, eval_rows)
+        return _train(config, out, checkpoint, steps, trainer, train_rows, eval_rows, [*digests, *rows])
 
 
-def _records(config: TrainConfig) -> tuple[list[Record], list[Record]]:
-    records = read_jsonl(config.data)
-    if config.eval_data is not None:
-        return records, read_jsonl(config.eval_data)
-    return split(records, config.eval_fraction, config.seed)
+def _records(config: TrainConfig) -> tuple[list[Record], list[Record], list[str]]:
+    """What trains, what is held out, and a line of each file for `DIGESTS`."""
+    found, digests = [], []
+    for path in (config.data, config.eval_data):
+        if path is not None:
+            digest = hashlib.sha256()
+            found.append(read_jsonl(path, digest))
+            digests.append(f"{digest.hexdigest()}  {path}")
+    records, held_out = found if len(found) == 2 else split(*found, config.eval_fraction, config.seed)
+    return records, held_out, digests
 
 
 def choose_device_and_dtype(config: TrainConfig) -> tuple[Any, Any]:
@@ -317,6 +327,7 @@ def _train(
     trainer: Any,
     train_rows: Tokenized,
     eval_rows: Tokenized,
+    digests: list[str],
 ) -> dict[str, Any] | None:
     from ..integrations.transformers import check_finite, progress
     from .report import plot, plot_selection, print_summary, summarize
@@ -327,7 +338,7 @@ def _train(
             clear(out)
         write(out / "config.yaml", config.yaml())
         if not (out / DIGESTS).is_file():  # else they were compared
-            write(out / DIGESTS, digests(config))
+            write(out / DIGESTS, "".join(f"{line}\n" for line in digests))
     launch.wait()
 
     speed = progress(trainer)

@@ -1,12 +1,15 @@
 """`fastft train` as a user runs it, on a tiny random Llama."""
 
+import hashlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -174,6 +177,43 @@ def test_data_that_changed_is_not_resumed(straight, text_data, tmp_path, fastft_
     (out / "data.sha256").unlink()
     (out / "checkpoint-25" / "optimizer.pt").write_bytes(b"")
     assert "is damaged" in fastft_command("train", "--resume", "--out", out).stderr  # of an earlier version: not compared
+
+
+def test_rows_that_changed_are_not_resumed(straight, tiny_model, tmp_path, fastft_command, monkeypatch):
+    """A template that prints the date makes others of the same file each day."""
+    lines = [
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": f"say {i}"}]} for i in range(8)
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(tiny_model, model)
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").write_text("Day 1. " + template)
+    files = ["--model", model, "--data", tmp_path / "data.jsonl"]
+    trained(out, [*files, *SMALL, "--max-steps", "2", "--eval-fraction", "0.3"])
+    assert len((out / "data.sha256").read_text().splitlines()) == 3
+    more = ["train", "--resume", "--out", out, "--max-steps", "4"]
+    (model / "chat_template.jinja").write_text("Day 2. " + template)
+    result = fastft_command(*more)
+    assert result.exit_code == 2 and "--resume: the training rows and the held-out rows have other tokens" in result.stderr
+    assert "the template prints the date" in result.stderr
+    (model / "chat_template.jinja").write_text("Day 1. " + template)
+    assert fastft_command(*more).exit_code == 0
+    if not shutil.which("sha256sum"):
+        pytest.skip("no sha256sum here")
+    check = subprocess.run(["sha256sum", "-c", out / "data.sha256"], capture_output=True, text=True)
+    assert check.returncode == 0 and check.stdout.count("\n") == 1 and not check.stderr, check.stderr
+
+
+def test_the_digest_is_of_what_was_read(tiny_model, tmp_path, text_data):
+    pipe, data = tmp_path / "pipe", Path(text_data).read_bytes()
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(data,))
+    writer.start()
+    trained(tmp_path / "out", ["--model", tiny_model, "--data", pipe, *SMALL, "--max-steps", "1"])
+    writer.join()
+    first = (tmp_path / "out" / "data.sha256").read_text().splitlines()[0]
+    assert first == f"{hashlib.sha256(data).hexdigest()}  {pipe}"
 
 
 def test_one_run_at_a_time_writes_into_a_folder(straight, tmp_path, monkeypatch, fastft_command):
