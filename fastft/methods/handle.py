@@ -24,7 +24,7 @@ from ..modules.adapted_linear import Adapted
 from ..modules.adapter import Adapter
 from ..modules.adapter_group import GroupState
 from ..modules.merging import PART
-from ..modules.sharding import is_sharded
+from ..modules.sharding import is_sharded, reshard
 from ..modules.sparse import BUFFERS
 from .dequantizing import check_target, fold_dequantized
 from .grouping import make_groups
@@ -141,7 +141,9 @@ class Handle(AdapterFiles):
 
     @property
     def sharded(self) -> bool:
-        """Are the adapter's parameters divided among processes now (fully_shard)?"""
+        """Are the adapter's parameters divided among processes (fully_shard)? Every process must ask, or none, as what an
+        evaluation has left gathered is given back for the answer."""
+        reshard(self.model)
         return any(is_sharded(parameter) for parameter in self.parameters())
 
     @property
@@ -165,6 +167,7 @@ class Handle(AdapterFiles):
         """AdamW over the adapter: PyTorch's, fused where it can be; of methods that train slices of the weights in place
         `fastft.optim.slice_adamw.SliceAdamW`. `lr` is 1e-4 by default, for SpIEL by momentum 1e-3. `options` go to it."""
         self._attached()
+        reshard(self.model)
         return self.method.optimizer(self, self.method.learning_rate if lr is None else lr, weight_decay, **options)
 
     def step(self) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.files import AdapterFileError, read_adapter, write_adapter
-from ..modules.sharding import is_sharded, shares
+from ..modules.sharding import is_sharded, reshard, shares
 
 
 class AdapterFiles:
@@ -96,6 +96,7 @@ class AdapterFiles:
     def _file_tensors(self, absolute: bool = False) -> dict[str, torch.Tensor]:
         """By key; parameters as they are, so that it shows what is one."""
         tensors = {}
+        reshard(self.model)  # else what an evaluation gathered would be saved, or restored into
         for path, module in self._attached().items():
             for own, tensor in module.copies_of(self._adapter):
                 tensors[self._matched.copy_key(path, own)] = tensor

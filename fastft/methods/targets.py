@@ -16,7 +16,7 @@ from torch import nn
 
 from ..modules.adapted_linear import LINEAR_CLASSES, Adapted, is_linear
 from ..modules.quantized import held_like, quantization, sizes
-from ..modules.sharding import is_sharded
+from ..modules.sharding import is_sharded, reshard
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CLASSIFIER_HEADS = ("score", "classifier")
@@ -132,6 +132,7 @@ def match(model: nn.Module, options: TargetOptions, *, lenient: bool = False) ->
         ValueError: an entry or everything matches nothing, shared weights, overlapping options, unsupported modules.
         TypeError: weights that are not plain floating-point parameters.
     """
+    reshard(model)
     modules = base_modules(model)
     targets = _resolve_targets(model, modules, options)
     names = [name for name in modules if _is_target(name, targets, options)]

@@ -1,7 +1,7 @@
 """Parameters that torch's fully_shard divides among processes.
 
 In a forward they are whole: the wrapped layer's pre-forward hook gathers plain Parameters, and adapters work as always.
-Between forwards each is a DTensor, of which this process has a part.
+Between forwards each is a DTensor, of which this process has a part; `reshard` sees to it.
 """
 
 import sys
@@ -23,6 +23,21 @@ def shares(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
     value = value.to(like.device, like.dtype)
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Let the model's modules hold their DTensors again, as its ``state_dict`` does; nothing is communicated.
+
+    After a forward without a backward a root (or whatever is wrapped with ``reshard_after_forward=False``) still holds what
+    it gathered: in the dtype of the forward, and thrown away by the next backward with all that was written into it.
+    """
+    if not weights_come_and_go():
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def weights_come_and_go() -> bool:

@@ -175,6 +175,36 @@ def test_what_needs_whole_weights_is_refused(rank):
         fastft.LoRALinear.from_linear(fully_shard(nn.Linear(4, 4)))
 
 
+@pytest.mark.parametrize("layers", [False, True], ids=["the root alone", "layers"])
+def test_after_an_evaluation(rank, folder, layers, request):
+    """Until the next backward the root holds what it gathered: bfloat16, and nothing that is written there stays."""
+    at = f"{folder}/{request.node.name}"
+    made = attached(modules_to_save=["norm"])
+    for module in [*(made.layers if layers else ()), made.model]:
+        fully_shard(module, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    handle, before = made.handle, [whole(p).detach().clone() for p in made.handle.parameters()]
+    for call in ("merge", "unmerge", "merge_and_unload", "detach"):
+        made.logits()
+        assert not all(isinstance(p, DTensor) for p in handle.parameters())
+        with pytest.raises(RuntimeError, match=f"can't {call} .* while its model is sharded"):
+            getattr(handle, call)()
+    made.logits()
+    with pytest.raises(ValueError, match="is divided among processes already"):
+        fastft.attach(made.model, fastft.LoRA(target_modules=["q_proj"]), "second")
+    made.logits()
+    handle.save(at)
+    assert {t.dtype for t in load_file(f"{at}/adapter_model.safetensors").values()} == {torch.float32}
+    made.logits()
+    optimizer = handle.optimizer(lr=1.0)
+    train(made, ROWS.chunk(2)[rank], optimizer, steps=1)
+    assert not any(torch.equal(whole(p), old) for p, old in zip(handle.parameters(), before, strict=True))
+    made.logits()
+    handle.restore(at)
+    made.logits()
+    assert handle.sharded
+    assert all(torch.equal(whole(p), old) for p, old in zip(handle.parameters(), before, strict=True))
+
+
 def test_a_peft_model_is_saved_whole(rank, folder):
     """By the state dict that transformers' Trainer hands to save_pretrained under FSDP."""
     made = shard(accelerated())
