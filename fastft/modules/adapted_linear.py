@@ -114,8 +114,9 @@ class Adapted(Mergeable):
     holders = ("modules_to_save",)
 
     def __reduce_ex__(self, protocol):
-        # Pickle finds classes by name, and these are made at run time.
-        return _empty, (self.plain, self.quantized), self.__dict__
+        # Pickle finds classes by name, and these are made at run time. A plain class may have a say in its state (nn.LSTM).
+        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__  # objects have one since Python 3.11
+        return _empty, (self.plain, self.quantized), state
 
     def add_copies(self, adapter: Adapter, tensors: dict[str, torch.Tensor]) -> None:
         """Own tensors by name (parameters, persistent buffers) that `adapter` replaces by trained copies."""

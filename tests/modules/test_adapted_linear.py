@@ -1,5 +1,7 @@
 """Adapted linears under what else PyTorch does to modules: casts, inference mode, parametrizations, functional_call."""
 
+import copy
+import pickle
 import warnings
 
 import pytest
@@ -103,6 +105,22 @@ def test_replicas_of_data_parallel_use_and_train_the_copies():
         assert torch.equal(one, two), name
     with handle.disabled():
         assert torch.equal(copied(x), base)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_and_pickles_of_recurrent_layers(copied):
+    """Their class leaves weak references out of the state."""
+    model, handle, x = tagger()
+    want = model(x)
+    other = copied(model)
+    assert torch.equal(other(x), want)
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.zero_()
+    assert torch.equal(other(x), want) and not torch.equal(model(x), want)
+    fastft.methods.handles(other)["default"].detach()
+    handle.detach()
+    assert torch.equal(other(x), model(x)) and type(other.rnn) is nn.LSTM
 
 
 @pytest.mark.parametrize("change", [parametrizations.weight_norm, parametrizations.spectral_norm])
