@@ -221,7 +221,8 @@ class Handle(AdapterFiles):
     # ---- switching
 
     def set_active(self, active: bool = True) -> None:
-        """Let forwards use this adapter or not. All active adapters add up."""
+        """Let forwards use this adapter or not. All active adapters add up. Under gradient checkpointing call it only when
+        every forward has had its backward, see `switch`."""
         self._attached()
         if active and not self._adapter.active:
             self.check_copies()
@@ -234,6 +235,9 @@ class Handle(AdapterFiles):
         """Make this adapter the only active one of the model. What other adapters trained stays attached.
 
         Slices are exchanged in place, in one walk over the weights that hold any: in time proportional to the slices.
+
+        Under gradient checkpointing every forward must have had its backward before: what is recomputed in it uses the
+        adapters that are active then, which would get the gradients of others, and nothing tells.
         """
         self._attached()
         others = [handle for handle in handles(self.model).values() if handle is not self and handle._adapter.active]
