@@ -7,7 +7,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 
-from ..checkpoint.files import AdapterFileError
 from .requests import QueueFull, Request
 
 
@@ -26,7 +25,7 @@ class Admission:
     slot and are never in the way of one. The q-th request in the queue waits for at most q times that.
 
     Args:
-        memory: AdapterMemory: acquire, release, error, state, waits_for_room. What it loads for an acquire it keeps until
+        memory: AdapterMemory: acquire, release, failure, state, waits_for_room. What it loads for an acquire it keeps until
             then, and it loads in the order of acquires. slots: its adapters at a time.
         max_running, max_waiting: requests that run, and that wait, at a time.
     """
@@ -109,12 +108,12 @@ class Admission:
         waited = self.clock() - request.submitted
         try:
             lease = self.memory.acquire(name, waited)
-            reason = None if lease is not None else self.memory.error(name, waited)
-        except (KeyError, RuntimeError) as error:  # its folder was removed while the request waited, or the memory closed
+            reason = None if lease is not None else self.memory.failure(name, waited)
+        except RuntimeError as error:  # the memory was closed
             lease, reason = None, error
         if reason is not None:
             self._waiting.pop(request.id, None)
-            request._finish("error", reason if isinstance(reason, Exception) else AdapterFileError(reason))
+            request._finish("error", reason)
             self.idle.notify_all()
         return lease
 

@@ -206,6 +206,7 @@ class Engine:
         seed: int | None = None,
         stop_token_ids: Sequence[int] = (),
         logprobs: bool = False,
+        looked: bool = False,
     ) -> Request:
         """Queue a request; returns at once.
 
@@ -213,15 +214,14 @@ class Engine:
             max_tokens: of the answer, at least 1. stop_token_ids: beside the model's own end-of-text tokens.
             temperature: 0 takes the likeliest token. top_p: the share of probability, from the likeliest on, to draw from.
             seed: with the same seed the same tokens are drawn, whatever else the engine does. None: another each time.
+            looked: `look` was called for the adapter just now, so that the folder isn't looked at again.
 
         Raises: ValueError (a request that could never run), UnknownAdapter, QueueFull, EngineStopped.
         """
         prompt = limits.check_prompt(prompt_ids, self.model, max_tokens, self.max_length)
         limits.check_sampling(temperature, top_p)
         if adapter is not None:
-            if self.adapters is None or not isinstance(adapter, str):
-                raise UnknownAdapter(f"no adapter {adapter!r}")
-            self.adapters.prefetch(adapter)
+            self._adapters_for(adapter).prefetch(adapter, looked)
         sampling = Sampling(
             max_tokens=max_tokens,
             temperature=float(temperature),
@@ -239,6 +239,10 @@ class Engine:
         elif self._stopping and self._admission.withdraw(request):  # it is ending, and may never see it
             raise EngineStopped("the engine is being stopped")
         return request
+
+    def look(self, adapter: str) -> None:
+        """Raises UnknownAdapter. Takes as long as the adapter folder's file system: not for an event loop's thread."""
+        self._adapters_for(adapter).look(adapter)
 
     def generate(self, prompts, adapters=None, **sampling) -> list[Completion]:
         """Complete all prompts (token ids, or texts if there is a tokenizer), in order; see `submit` for the rest. Waits
@@ -303,6 +307,11 @@ class Engine:
         if since > _STALLED_SECONDS:
             return f"the engine's thread has been in one step for {since:.0f} s"
         return None
+
+    def _adapters_for(self, adapter) -> AdapterMemory:
+        if self.adapters is None or not isinstance(adapter, str):
+            raise UnknownAdapter(f"no adapter {adapter!r}")
+        return self.adapters
 
     def _running_manager(self):
         manager = self._manager

@@ -25,6 +25,7 @@ class Loader:
         self._table, self._folder, self._packer, self._pool, self._changed = table, folder, packer, pool, changed
         self._kinds, self._failures = runtime.TaskKind, runtime.Failure
         self.copies: dict[int, HostCopy] = {}
+        self.absent: dict[str, UnknownAdapter] = {}  # what the last load of these found: they were in the folder before
         self.closed: str | None = None  # why there are no more loads
         self._collecting = threading.Lock()
 
@@ -62,7 +63,13 @@ class Loader:
         return True
 
     def _read(self, task) -> None:
-        copy = self._pool.host_copy(self._packer.pack(self._folder.path(task.name), task.name))
+        self.absent.pop(task.name, None)
+        try:
+            folder = self._folder.path(task.name)
+        except UnknownAdapter as error:
+            self.absent[task.name] = error
+            raise
+        copy = self._pool.host_copy(self._packer.pack(folder, task.name))
         self.copies[task.copy] = copy
         size = copy.blob.numel()
         if not self._table.read_done(task, size, size // self._pool.page_bytes, copy.digest):

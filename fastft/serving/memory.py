@@ -126,6 +126,14 @@ class AdapterMemory:
         """Why its last load failed, for `retry_seconds`, or for as long as one who asks has `waited` for it."""
         return self._table.error(name, waited)
 
+    def failure(self, name: str, waited: float = 0.0) -> Exception | None:
+        """The same as an exception: UnknownAdapter, AdaptersUnavailable, or else AdapterFileError."""
+        error = self.error(name, waited)
+        if error is None:
+            return None
+        absent = self._loader.absent.get(name)
+        return absent if absent is not None and str(absent) == error else AdapterFileError(error)
+
     def waits_for_room(self, name: str) -> bool:
         """Whether its load waits for nothing but that users of other adapters leave."""
         return self._table.waits_for_room(name)
@@ -153,8 +161,7 @@ class AdapterMemory:
             waited: for how many seconds already: a failure since then is told, however seldom one looks.
         Returns:
             Lease(slot, generation, digest, name), or None; after a failure None and no new try while `error` tells it.
-        Raises:
-            UnknownAdapter: no such adapter in the folder, and none on the device.
+            One that isn't in the folder (any more) is such a failure: the folder, which may be slow, isn't looked at here.
         """
         found = self._table.acquire(name, waited)
         if isinstance(found, self._runtime.Lease):
@@ -162,7 +169,7 @@ class AdapterMemory:
             return found
         self._open()
         if found is self._runtime.Miss.absent:
-            self._check(name)
+            # Whoever waits holds the engine's lock: the thread that loads looks whether it is still in the folder.
             self._table.want(name, self._runtime.Urgency.demand)
         return None
 
@@ -174,12 +181,13 @@ class AdapterMemory:
         """Whether a lease was not given back."""
         return self._table.holds(lease)
 
-    def prefetch(self, name: str) -> None:
+    def prefetch(self, name: str, looked: bool = False) -> None:
         """It will be needed: load it when nothing urgent is to be loaded, for nothing that is in use or was asked for.
 
-        Raises UnknownAdapter.
+        looked: `look` was called just now. Raises UnknownAdapter.
         """
-        self._check(name)
+        if not looked:
+            self.look(name)
         self._table.want(name, self._runtime.Urgency.prefetch)
 
     def on_change(self, callback: Callable[[], None]) -> None:
@@ -195,7 +203,7 @@ class AdapterMemory:
             UnknownAdapter. AdapterFileError: its files are wrong. AdapterMemoryFull: there will be no room. TimeoutError.
             RuntimeError: it was unloaded or the memory closed meanwhile, or what else went wrong in loading.
         """
-        self._check(name)
+        self.look(name)
         return self._wait(self._table.want(name, self._runtime.Urgency.load), name, timeout)
 
     def update(self, name: str, timeout: float | None = None) -> str:
@@ -247,8 +255,8 @@ class AdapterMemory:
     def pin(self, name: str, timeout: float | None = None) -> str:
         """Load an adapter and keep it on the device; its digest. Raises what `load` does, and pins nothing then: what was
         pinned before stays so, with the content that it has."""
-        self._check(name)
-        before = any(one.pinned for one in self.residents() if one.name == name)
+        self.look(name)
+        before = self._pinned(name)
         self._table.pin(name, True)
         try:
             return self.load(name, timeout)
@@ -276,10 +284,16 @@ class AdapterMemory:
         """Where there is no thread: do one thing that is to be done. Whether there was one."""
         return self._loader.step(seconds)
 
-    def _check(self, name: str) -> None:
+    def _pinned(self, name: str) -> bool:
+        return any(one.pinned for one in self.residents() if one.name == name)
+
+    def look(self, name: str) -> None:
         """Raises UnknownAdapter. What was read needs no folder any more: it may be unmounted for a while.
 
         But what is gone from the folder is forgotten, or another adapter of its name would be answered for by this one.
+        A pin stays: whoever puts a new version in its place may take the old one away first.
+
+        It takes as long as the folder's file system, which may be a network's.
         """
         now = time.monotonic()
         if now - self._seen.get(name, -_SEEN) < _SEEN:
@@ -291,7 +305,11 @@ class AdapterMemory:
                 raise
         except UnknownAdapter:
             if self.state(name) != "on_disk":
+                pinned = self._pinned(name)
                 self.forget(name)
+                if pinned:
+                    self._table.pin(name, True)
+                    _log.warning("the pinned adapter %r is gone from its folder: the next one of this name is pinned", name)
             raise
         else:
             self._seen[name] = now

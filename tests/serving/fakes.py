@@ -103,6 +103,10 @@ class FakeEngine:
     def adapter_names(self):
         return [] if self.adapters is None else self.adapters.names()
 
+    def look(self, adapter):
+        if adapter not in self.adapter_names():
+            raise UnknownAdapter(f"no adapter {adapter!r}")
+
     def hold(self):
         self._free.clear()
 
@@ -120,13 +124,14 @@ class FakeEngine:
         seed=None,
         stop_token_ids=(),
         logprobs=False,
+        looked=False,
     ):
         assert prompt_ids and 0 <= min(prompt_ids) <= max(prompt_ids) < len(self.tokenizer)
         assert len(prompt_ids) + max_tokens <= self.max_length
         if self._stopped:
             raise EngineStopped("the engine was stopped")
-        if adapter is not None and adapter not in self.adapter_names():
-            raise UnknownAdapter(f"no adapter {adapter!r}")
+        if adapter is not None and not looked:
+            self.look(adapter)
         with self._lock:
             if len(self.running) >= self.max_waiting:
                 raise QueueFull(f"{self.max_waiting} requests wait: try again later")

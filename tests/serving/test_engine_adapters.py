@@ -90,6 +90,13 @@ def test_an_adapter_that_appears_on_disk_is_served(make, folder):
     assert completion.tokens == greedy(merged(llama(), folder / "new"), prompt(6, 1), 6)
 
 
+def test_an_adapter_that_is_gone_when_it_is_loaded_is_an_unknown_one(make):
+    """Whoever asks in the engine's name has looked before; the engine doesn't, as a folder may be slow."""
+    engine = make()
+    request = engine.submit([1], adapter="gone", max_tokens=1, looked=True)
+    assert request.result(20).finish_reason == "error" and isinstance(request.error, UnknownAdapter)
+
+
 def test_a_broken_adapter_ends_its_own_requests_alone(make, folder):
     (folder / "lora1" / "adapter_model.safetensors").write_bytes(b"not tensors")
     engine = make()

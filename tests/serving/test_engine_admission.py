@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastft.serving.admission import Admission
-from fastft.serving.requests import QueueFull, Request, Sampling
+from fastft.serving.requests import QueueFull, Request, Sampling, UnknownAdapter
 from tests.serving.tiny import waits_until
 
 Lease = namedtuple("Lease", "slot generation digest name")
@@ -27,7 +27,8 @@ class Memory:
 
     def acquire(self, name, waited=0.0):
         if name not in self.known:
-            raise KeyError(f"no adapter {name!r}")
+            self.failures[name] = UnknownAdapter(f"no adapter {name!r}")
+            return None
         if name not in self.here:
             self.queue.setdefault(name, self.ticks)
             return None
@@ -39,7 +40,7 @@ class Memory:
     def release(self, lease):
         self.here[lease.name] -= 1
 
-    def error(self, name, waited=0.0):
+    def failure(self, name, waited=0.0):
         return self.failures.get(name)
 
     def state(self, name):
@@ -193,7 +194,7 @@ def test_a_failed_load_and_a_forgotten_adapter_end_their_requests_alone():
     world.memory.known.discard("f")
     world.until(lambda: fine.finish_reason is not None)
     assert broken.finish_reason == gone.finish_reason == "error" and fine.finish_reason == "length"
-    assert broken.error is world.memory.failures["a"] and isinstance(gone.error, KeyError)
+    assert broken.error is world.memory.failures["a"] and isinstance(gone.error, UnknownAdapter)
     assert closed.finish_reason == "error" and "closed" in str(closed.error)
 
 

@@ -108,7 +108,7 @@ def test_what_was_read_needs_no_folder(root):
             memory.release(memory.acquire("a0"))
             assert memory.state("a1") == "in_host"
             assert memory.pin("a1", 20) == digest_of("a1", 0)
-            for refused in (memory.prefetch, memory.acquire, memory.load, memory.update):
+            for refused in (memory.prefetch, memory.load, memory.update):
                 with pytest.raises(AdaptersUnavailable, match="can't be read"):
                     refused("a2")
         finally:
@@ -138,7 +138,7 @@ def test_prefetch_brings_it_before_it_is_asked_for(memory):
 
 
 def test_unknown_names_leave_nothing_behind(memory):
-    calls = (memory.acquire, memory.prefetch, memory.load, memory.update, memory.unload, memory.pin)
+    calls = (memory.look, memory.prefetch, memory.load, memory.update, memory.unload, memory.pin)
     for name in ("nothing", "../a0", "", "x" * 1000, *(f"n{i}" for i in range(100))):
         for call in calls:
             with pytest.raises(UnknownAdapter):
@@ -159,8 +159,9 @@ def test_a_new_folder_is_found_and_a_removed_one_is_served_until_it_is_forgotten
     assert "b0" not in memory
     memory.release(memory.acquire("b0"))
     memory.forget("b0")
-    with pytest.raises(UnknownAdapter):
-        memory.acquire("b0")
+    assert memory.acquire("b0") is None
+    wait_for(lambda: memory.failure("b0") is not None)
+    assert type(memory.failure("b0")) is UnknownAdapter
 
 
 def test_a_removed_adapter_does_not_answer_for_the_next_one_of_its_name(memory, root, monkeypatch):
@@ -175,6 +176,48 @@ def test_a_removed_adapter_does_not_answer_for_the_next_one_of_its_name(memory, 
     assert memory.load("a1", 20) == digest_of("a1", 1)
     check_content(memory, lease.slot, "a1", 0, pages_of("a1"))  # whose request began before
     memory.release(lease)
+
+
+def test_a_pin_lasts_while_the_folder_is_exchanged(memory, root, monkeypatch):
+    monkeypatch.setattr("fastft.serving.memory._SEEN", 0)
+
+    def exchange(version, between=lambda: None):
+        (root / "a1").rename(root / f"old{version}")
+        for _ in range(2):
+            with pytest.raises(UnknownAdapter):
+                memory.prefetch("a1")
+        between()
+        write(root, "a1", version=version)
+        assert memory.load("a1", 20) == digest_of("a1", version)
+        return {one.name for one in memory.residents() if one.pinned}
+
+    memory.load("a1", 20)
+    assert exchange(1) == set()
+    memory.pin("a1", 20)
+    assert exchange(2) == {"a1"}
+    assert exchange(3, lambda: memory.unpin("a1")) == set()
+
+
+def test_whoever_waits_does_not_look_at_the_folder(memory, root, monkeypatch):
+    """Which may take seconds, and the engine waits with it."""
+    find = memory._folder.path
+
+    def path(name):
+        assert threading.current_thread() is not threading.main_thread()
+        return find(name)
+
+    monkeypatch.setattr(memory._folder, "path", path)
+    memory.prefetch("a0", looked=True)
+    assert memory.acquire("a1") is None and memory.acquire("nobody") is None
+    wait_for(lambda: memory.state("a0") == memory.state("a1") == "on_device" and memory.failure("nobody"))
+    assert type(memory.failure("nobody")) is UnknownAdapter
+    away = root.rename(root.with_name(f"{root.name}-away"))
+    try:
+        assert memory.acquire("a2") is None
+        wait_for(lambda: memory.failure("a2"))
+    finally:
+        away.rename(root)
+    assert type(memory.failure("a2")) is AdaptersUnavailable and memory.failure("a0") is None
 
 
 def test_many_requests_at_a_time_look_at_the_folder_once(memory, monkeypatch):

@@ -100,6 +100,29 @@ def test_openai_conversations_go_on(tokenizer):
         assert chat.create(model="math", messages=asked).choices[0].message.content == "yes"
 
 
+def test_others_are_answered_while_a_folder_is_slow(tokenizer):
+    engine, looking, go = FakeEngine(tokenizer), threading.Event(), threading.Event()
+    look = engine.look
+    engine.look = lambda adapter: (looking.set(), go.wait(20), look(adapter))
+    with serving(engine) as (url, _), openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=15) as sdk:
+        asked = []
+
+        def ask():
+            asked.append(sdk.completions.create(model="math", prompt="hello", max_tokens=4))
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        try:
+            assert looking.wait(15)
+            assert sdk.completions.create(model="base", prompt="hello", max_tokens=4).choices and not asked
+        finally:
+            go.set()
+            thread.join(20)
+        assert asked[0].model == "math"
+        with pytest.raises(openai.NotFoundError):
+            sdk.completions.create(model="nobody", prompt="hello")
+
+
 def test_openai_async(url):
     async def ask():
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:

@@ -36,6 +36,7 @@ def router(service: Service) -> APIRouter:
         """Continue a text, or several."""
         adapter = service.adapter(body.model)
         tokens, sampling = await prompts.of_completion(body)
+        await service.look(adapter)
         job = service.submit(tokens, body.n or 1, adapter, sampling)
         return await _answer(_Completion(body, job), request, service)
 
@@ -44,6 +45,7 @@ def router(service: Service) -> APIRouter:
         """Answer a conversation, written as the model's chat template says."""
         adapter = service.adapter(body.model)
         tokens, sampling = await prompts.of_chat(body)
+        await service.look(adapter)
         job = service.submit(tokens, body.n or 1, adapter, sampling)
         return await _answer(_Chat(body, job), request, service)
 

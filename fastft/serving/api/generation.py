@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import anyio
+
 from ...checkpoint.files import AdapterFileError
 from ..folder import NAME
 from ..requests import AdaptersUnavailable, EngineStopped, QueueFull, UnknownAdapter
@@ -43,6 +45,7 @@ class Service:
         self.jobs: set[Job] = set()
         self.stopping = False
         self._courier: Courier | None = None
+        self._looks = anyio.CapacityLimiter(8)  # of their own: what else is done in threads doesn't wait for a folder
 
     def courier(self) -> Courier:
         """That of the running event loop."""
@@ -72,8 +75,24 @@ class Service:
             "model",
         )
 
+    async def look(self, adapter: str | None) -> None:
+        """Whether there is such an adapter, before `submit`. In a thread: a folder on a network may take seconds, in which
+        others are answered.
+
+        Raises:
+            ApiError: 404, there is none; 503, it can't be told.
+        """
+        if adapter is None:
+            return
+        try:
+            await anyio.to_thread.run_sync(self.engine.look, adapter, limiter=self._looks)
+        except AdaptersUnavailable as error:
+            raise unavailable(error) from error
+        except UnknownAdapter as error:
+            raise self.unknown(adapter) from error
+
     def submit(self, prompts: Sequence[list[int]], choices: int, adapter: str | None, sampling: Sampling) -> Job:
-        """All sequences of one HTTP request, or none of them.
+        """All sequences of one HTTP request, or none of them, after `look`.
 
         Raises:
             ApiError: 404, there is no such adapter; 429 or 503, the engine takes no more requests now.
@@ -156,6 +175,7 @@ class Job:
             seed=seed,
             stop_token_ids=sampling.stop_token_ids,
             logprobs=sampling.logprobs,
+            looked=True,
         )
         self._metrics = self._metrics or self._service.metrics.of(self.adapter or self._service.config.model)
         self.requests.append(request)
