@@ -31,6 +31,16 @@ def events(answer):
     lines = [line for line in answer.text.split("\n\n") if line and not line.startswith(":")]
     assert lines[-1] == "data: [DONE]" and all(line.startswith("data: ") for line in lines)
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+def test_a_choice_whose_text_can_not_be_begun_asks_nothing_of_the_engine(engine, monkeypatch):
+    """Some tokenizers know fewer ids than the model; the engine's request would run on, and nobody would know of it."""
+
+    def fail(*_):
+        raise IndexError("piece id is out of range")
+
+    monkeypatch.setattr(generation, "Output", fail)
+    http = client(engine)
+    assert post(http, HELLO, status=500)["error"]["code"] == "internal_error"
+    assert not engine.submitted and not http.app.state.service.jobs
 
 
 def test_models(engine):

@@ -166,6 +166,7 @@ class Job:
         sampling, index = self.sampling, len(self.requests)
         seed = None if sampling.seed is None else (sampling.seed + choice) % 2**63
         submitted = time.monotonic()
+        output = Output(self._service.tokenizer, prompt, sampling.stops)  # may fail, when there is nothing to cancel yet
         request = self._service.engine.submit(
             prompt,
             adapter=self.adapter,
@@ -179,7 +180,7 @@ class Job:
         )
         self._metrics = self._metrics or self._service.metrics.of(self.adapter or self._service.config.model)
         self.requests.append(request)
-        self.outputs.append(Output(self._service.tokenizer, prompt, sampling.stops))
+        self.outputs.append(output)
         self._open.add(index)
         self._last.append(submitted)
         if choice == 0:
