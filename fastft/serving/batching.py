@@ -19,6 +19,7 @@ from .sampling import choose
 from .teams import disband
 
 _salt = threading.local()
+_NO_LIMIT = 1 << 62
 
 
 def salt_of(lease) -> int | None:
@@ -289,6 +290,11 @@ def _hook(processor, steps: Steps, config) -> None:
             scheduler.block_new_requests = False
         return states
 
+    if steps.own_attention:
+        schedule = scheduler.schedule_batch
+        # Its budget of what a step reads is the room of a list that isn't made then. Shared prefixes count in it as often as
+        # they are shared: requests that fit well would wait until others end.
+        scheduler.schedule_batch = lambda token_budget, cache_budget: schedule(token_budget, _NO_LIMIT)
     cache.search_prefix_match, cache.mark_complete_blocks = search_prefix_match, mark_complete_blocks
     scheduler.clear_cancelled_requests = clear_cancelled_requests
     runner = processor.model_runner

@@ -35,6 +35,7 @@ CALLED = {
     "input_outputs.ContinuousBatchingIOs.get_graph": "prefix",
     "utils.CudaGraphBuffer.__init__": "",
     "scheduler.Scheduler.clear_cancelled_requests": "",
+    "scheduler.FIFOScheduler.schedule_batch": "token_budget cache_budget",
     "cache.PagedAttentionCache.search_prefix_match": "request_id prompt_ids",
     "cache.PagedAttentionCache.mark_complete_blocks": "state complete_blocks",
     "cache.PagedAttentionCache.update": "key_states value_states layer_idx kwargs",
@@ -60,7 +61,9 @@ USES = {
     "continuous_api.ContinuousBatchProcessor._update_tp_group_state": (
         "input_queue add_waiting_request set_request_cancellation"
     ),
-    "continuous_api.ContinuousBatchProcessor.prepare_next_batch": "clear_cancelled_requests prepare_batch_tensors",
+    "continuous_api.ContinuousBatchProcessor.prepare_next_batch": (
+        "clear_cancelled_requests schedule_batch prepare_batch_tensors"
+    ),
     "continuous_api.ContinuousBatchProcessor.update_batch": (
         "prepare_batch_update update_and_check_completion mark_complete_blocks finish_request deliver_batch"
     ),

@@ -37,7 +37,8 @@ def test_everything_that_is_replaced_stands_in_the_contract():
     overridden -= {"__module__", "__doc__", "__qualname__", "start", "__static_attributes__", "__firstlineno__"}
     assert overridden <= named, f"not in CALLED: {overridden - named}"
     graphs = "get_graph", "_get_graph_key"
-    for hooked in ("search_prefix_match", "mark_complete_blocks", "clear_cancelled_requests", "_sample", *graphs):
+    scheduled = "schedule_batch", "clear_cancelled_requests"
+    for hooked in ("search_prefix_match", "mark_complete_blocks", *scheduled, "_sample", *graphs):
         assert hooked in source and hooked in named
 
 

@@ -199,6 +199,18 @@ def test_what_can_never_run_is_refused_at_once(make):
     first.cancel()
     assert all(r.result(5).finish_reason == "length" for r in others)
     assert len(engine.generate([[1]] * 6, max_tokens=2)) == 6  # generate waits for places
+def test_requests_that_share_a_prefix_run_together_where_the_cache_has_room():
+    """Eight times 128 tokens and their own are more than the cache's 640, in which they lie once."""
+    with Engine(llama(), num_blocks=40, page_size=16, max_running=8) as engine:
+        common, together, prepare = prompt(128, 1), [], engine._steps.prepare
+        engine.generate([[*common, 1]], max_tokens=1)
+        engine._steps.prepare = lambda buffers, requests, *rest: (
+            together.append(len(requests)),
+            prepare(buffers, requests, *rest),
+        )
+        requests = [engine.submit([*common, i], max_tokens=40) for i in range(8)]
+        assert [request.result(20).tokens for request in requests] == [greedy(MODEL, [*common, i], 40) for i in range(8)]
+    assert max(together) == 8
 
 
 def test_generate_waits_for_places_that_others_have_and_leaves_nothing_running(make):
