@@ -73,6 +73,9 @@ class Engine:
     ):
         check_library()
         limits.check_model(model)
+        if max_waiting < 1:
+            raise ValueError(f"max_waiting is {max_waiting}, must be at least 1: every request waits until a step begins")
+        limits.warn_of_generation_config(model)
         self.model, self.tokenizer = model, tokenizer
         self._config = limits.batching_config(
             model, max_batch_tokens, num_blocks, page_size, cache_bytes, max_running, prefix_sharing, flash
@@ -246,7 +249,11 @@ class Engine:
 
     def generate(self, prompts, adapters=None, **sampling) -> list[Completion]:
         """Complete all prompts (token ids, or texts if there is a tokenizer), in order; see `submit` for the rest. Waits
-        where the queue is full. If one is refused, none goes on."""
+        where the queue is full. If one is refused, none goes on.
+
+        Raises also: TypeError for one prompt instead of a list of them, ValueError for a text without a tokenizer.
+        """
+        prompts = limits.check_prompts(prompts, self.tokenizer)
         adapters = [None] * len(prompts) if adapters is None else adapters
         requests = []
         try:

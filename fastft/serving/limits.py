@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 
@@ -99,6 +100,20 @@ def stop_tokens(model, tokenizer) -> frozenset[int]:
     ):
         found.update(ids if isinstance(ids, list | tuple) else [ids])
     return frozenset(token for token in found if token is not None)
+
+
+def check_prompts(prompts, tokenizer) -> list:
+    """Several prompts as a list. Raises TypeError for what is one alone, ValueError for a text that nobody can read."""
+    if isinstance(prompts, str):
+        raise TypeError(f"prompts is a text, must be a list of prompts: give [{prompts[:40]!r}]")
+    prompts = prompts.tolist() if isinstance(prompts, torch.Tensor) else list(prompts)
+    if any(isinstance(prompt, numbers.Integral) for prompt in prompts):
+        raise TypeError("prompts is one prompt's token ids, must be a list of prompts: give [prompt]")
+    if tokenizer is None and any(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(
+            "a prompt is a text, and the engine has no tokenizer: give token ids, or Engine(..., tokenizer=...)"
+        )
+    return prompts
 
 
 def check_prompt(prompt_ids, model, max_tokens: int, max_length: int) -> list[int]:

@@ -199,6 +199,23 @@ def test_what_can_never_run_is_refused_at_once(make):
     first.cancel()
     assert all(r.result(5).finish_reason == "length" for r in others)
     assert len(engine.generate([[1]] * 6, max_tokens=2)) == 6  # generate waits for places
+
+
+def test_what_is_no_list_of_prompts_is_told_of(make):
+    engine = make()
+    with pytest.raises(TypeError, match=r"prompts is a text, must be a list of prompts: give \['Once upon a time'\]"):
+        engine.generate("Once upon a time", max_tokens=1)
+    for ids in ([1, 2, 3], torch.tensor([1, 2, 3]), torch.tensor([1, 2, 3]).numpy()):
+        with pytest.raises(TypeError, match=r"prompts is one prompt.*give \[prompt\]"):
+            engine.generate(ids, max_tokens=1)
+    with pytest.raises(ValueError, match="no tokenizer"):
+        engine.generate([[1], "Once"], max_tokens=1)
+    assert engine.stats()["tokens_total"] == 0
+    assert [len(one.tokens) for one in engine.generate(torch.tensor([[1, 2], [3, 4]]), max_tokens=2)] == [2, 2]
+    with pytest.raises(ValueError, match="max_waiting is 0, must be at least 1"):
+        make(max_waiting=0)
+
+
 def test_requests_that_share_a_prefix_run_together_where_the_cache_has_room():
     """Eight times 128 tokens and their own are more than the cache's 640, in which they lie once."""
     with Engine(llama(), num_blocks=40, page_size=16, max_running=8) as engine:
