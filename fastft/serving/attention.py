@@ -42,6 +42,7 @@ class Plan:
     mask: torch.Tensor | None  # bool [B, 1, 1, L]; None if all are equally long
     width: int
     chunks: list[Chunk]
+    read: bool = False  # whether a layer did
 
 
 class Planner:
@@ -160,11 +161,21 @@ def _forward(module, query, key, value, attention_mask, scaling=None, cache=None
         )
     if kwargs.get("softcap") is not None or getattr(module, "sinks", None) is not None:
         raise ValueError("softcap and attention sinks are not supported: use a flash attention implementation")
+    plan.read = True
     cache.update(key, value, module.layer_idx, kwargs)  # writes; what it reads back is empty
     keys, values = cache.layer_to_allocator[module.layer_idx].get_cache_for_block_table(module.layer_idx)
     flat = keys.shape[-1] * keys.shape[-2]
     query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
     return attend(query, keys.reshape(-1, flat), values.reshape(-1, flat), key, value, plan, scaling)[None], None
+
+
+def cannot_be_served(model) -> str:
+    """Why not, of a model that computes its attention itself: it would read nothing of the cache, and others' prompts."""
+    return (
+        f"{type(model).__name__} doesn't attend through transformers' AttentionInterface, so it can't read the paged cache, "
+        "and its answers would be wrong; supported are models that do, such as Llama, Qwen, Mistral and GPT-NeoX: serve "
+        "one of them"
+    )
 
 
 @functools.cache

@@ -47,7 +47,9 @@ class Steps:
         self.admission, self.memory, self.routed, self.slots, self.on_end = admission, memory, routed, slots, on_end
         self.few_heads = few_heads
         self.own_attention = self.stopping = False
+        self.model = None  # for messages
         self.planner, self.planner_tables = None, {}  # of attention.py, and the cache's blocks by request
+        self.plan: attention.Plan | None = None  # of the current step
         self.stream = None  # of the model, on a GPU
         self.count = self.tokens = self.errors = 0
         self.beat = None  # time.monotonic() of the last pass of the loop
@@ -74,7 +76,9 @@ class Steps:
                 buffers.heads.fill(head_slots, [1] * len(head_slots), heads)
         if self.planner is not None:
             tables = self.planner_tables
-            cache.fastft_plan = self.planner.plan(spans, [tables[future.state.request_id] for future in requests])
+            cache.fastft_plan = self.plan = self.planner.plan(
+                spans, [tables[future.state.request_id] for future in requests]
+            )
         self.current = buffers
         self.count += 1
 
@@ -86,6 +90,8 @@ class Steps:
 
     def sample(self, scores: torch.Tensor, output_ids: torch.Tensor) -> None:
         """In place of the library's: tokens to row 0 of output_ids, log-probabilities' bits to row 1."""
+        if self.plan is not None and not self.plan.read:  # the library took the class for another than it is
+            raise RuntimeError(attention.cannot_be_served(self.model))
         logits = scores[0]
         now = self.current
         tokens, logprobs = choose(logits, now.knobs(logits.shape[0]), now.nucleus, now.logprobs)
@@ -193,9 +199,14 @@ def library():
             if model.device.type != "cpu" and auto_switch_to_flash:
                 super().switch_to_cb_friendly_attn(model, auto_switch_to_flash)
             if "flash" not in model.config._attn_implementation:
-                self._original_attn_impl = self._original_attn_impl or model.config._attn_implementation
-                model.set_attn_implementation(attention.NAME)
-                self.steps.own_attention = True
+                before = self._original_attn_impl = self._original_attn_impl or model.config._attn_implementation
+                model.set_attn_implementation(attention.NAME)  # which only warns where it can't
+                if {model.config._attn_implementation, model.config.get_text_config()._attn_implementation} != {
+                    attention.NAME
+                }:
+                    model.set_attn_implementation(before)
+                    raise ValueError(attention.cannot_be_served(model))
+                self.steps.own_attention, self.steps.model = True, model
 
         def start(self):
             self.background_thread_status.clear()
@@ -264,7 +275,7 @@ def _hook(processor, steps: Steps, config) -> None:
     """Put ours around the methods of a new batch processor's parts."""
     cache, scheduler, ios = processor.cache, processor.scheduler, processor.inputs_and_outputs
     asynchronous = processor.use_async_batching
-    steps.stream, steps.planner = ios.compute_stream, None
+    steps.stream, steps.planner, steps.plan = ios.compute_stream, None, None
     if steps.own_attention:
         allocator = next(iter(cache.cache_allocators.values()))
         steps.planner_tables = allocator.block_table

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import numbers
 
 import torch
+
+from . import attention
+
+_log = logging.getLogger("fastft.serving")
 
 # On a CPU transformers would take 60 % of the memory: 4.5 GB here for a model of 2 layers.
 CPU_CACHE_BYTES = 512 << 20
@@ -29,6 +34,8 @@ def check_model(model) -> None:
             )
     if model.device.type == "meta":
         raise ValueError("the model has no weights yet (its device is meta)")
+    if not model._can_set_attn_implementation():  # transformers looks at the class's source
+        raise ValueError(attention.cannot_be_served(model))
     kinds = set(getattr(config, "layer_types", None) or [])
     sliding = kinds - {"full_attention"} or (not kinds and getattr(config, "sliding_window", None) is not None)
     special = sliding or getattr(config, "attn_logit_softcapping", None) or any(hasattr(m, "sinks") for m in model.modules())

@@ -6,7 +6,7 @@ import torch
 import fastft
 from fastft.cli.loading import load_base
 from fastft.serving import Engine
-from tests.serving.tiny import llama, prompt, save_adapter, worst_gap
+from tests.serving.tiny import llama, prompt, save_adapter, transformers, worst_gap
 
 
 def test_a_model_on_several_devices_is_refused():
@@ -42,3 +42,45 @@ def test_a_quantised_model_serves_what_the_same_model_gives_with_each_adapter(tm
             fastft.load(model, tmp_path / "adapters" / name)
         assert worst_gap(model.eval(), completion) < 1e-3, name
     assert len({tuple(completion.tokens) for completion in found}) == len(found)
+
+
+KINDS_OF_THEIR_OWN = {
+    "GPTJ": {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 256},
+    "Bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4},
+    "Falcon": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": False},
+}
+
+
+def of_its_own_kind(kind):
+    options = {"vocab_size": 128, "bos_token_id": None, "eos_token_id": None, **KINDS_OF_THEIR_OWN[kind]}
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")
+    return model(getattr(transformers, f"{kind}Config")(**options)).eval()
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_THEIR_OWN)
+def test_a_model_that_does_not_read_the_paged_cache_is_refused(kind):
+    """Its tokens would see no past, and some other requests' prompts."""
+    with pytest.raises(ValueError, match=rf"{kind}ForCausalLM doesn't attend through transformers' AttentionInterface"):
+        Engine(of_its_own_kind(kind))
+
+
+def test_a_model_whose_attention_is_not_set_is_refused_when_it_is_switched(monkeypatch):
+    """As the text model inside of another, of which transformers only warns."""
+    model = llama()
+    monkeypatch.setattr(model, "set_attn_implementation", lambda name: None)
+    with pytest.raises(ValueError, match="LlamaForCausalLM doesn't attend through"), Engine(model):
+        pass
+
+
+def test_a_step_that_read_no_cache_ends_the_engine(monkeypatch):
+    """Of a class whose source looks to transformers as if it did."""
+    model = of_its_own_kind("Bloom")
+    monkeypatch.setattr(type(model), "_can_set_attn_implementation", classmethod(lambda cls: True))
+    monkeypatch.setattr(model, "_check_and_adjust_attn_implementation", lambda name, **_: name)
+    with Engine(model) as engine:
+        [done] = engine.generate([prompt(5, 1)], max_tokens=3)
+        assert done.finish_reason == "error" and not done.tokens
+        assert "BloomForCausalLM doesn't attend through" in str(engine.failure) and "BloomForCausalLM" in str(done.error)
+
+
