@@ -94,7 +94,78 @@ def free_share(cache) -> float:
 
 
 def positions(model) -> int:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or _INT32
+    """Tokens that a request may have. With longrope those of the short factors: the library turns all of a step by the
+    factors of the longest request in it, also those whose keys in the cache were turned by the others."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _INT32
+    return min([most, *_short_ropes(model)])
+
+
+def why_short(model) -> str:
+    """What keeps `positions` below the model's own number, for messages; "" where nothing does."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _INT32
+    short = min(_short_ropes(model), default=most)
+    return "" if short >= most else f", as the model's longrope has other factors beyond {short:,}, which are not served"
+
+
+def _short_ropes(model) -> list[int]:
+    """The length up to which each longrope of the model has its short factors."""
+    parameters = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    nested = [each for each in parameters.values() if isinstance(each, dict)]  # by layer type
+    return [
+        each["original_max_position_embeddings"] for each in nested or [parameters] if each.get("rope_type") == "longrope"
+    ]
+
+
+# Fields of a GenerationConfig that change which tokens come, with the values that change nothing. None never does.
+_CHANGING = {
+    "repetition_penalty": (1,),
+    "encoder_repetition_penalty": (1,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "bad_words_ids": ([],),
+    "sequence_bias": ([], {}),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "exponential_decay_length_penalty": (),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "guidance_scale": (1,),
+    "watermarking_config": (),
+    "num_beams": (1,),
+}
+_CHANGING_DRAWS = {  # where do_sample is on
+    "top_k": (0, -1, 50),  # 50 is what transformers takes where nothing is said
+    "min_p": (0,),
+    "top_h": (),
+    "typical_p": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+}
+
+
+def warn_of_generation_config(model) -> None:
+    """Tell which of the model's own settings for generating are not applied, so that answers differ from generate()'s."""
+    config = getattr(model, "generation_config", None)
+    fields = {**_CHANGING, **(_CHANGING_DRAWS if getattr(config, "do_sample", None) else {})}
+    given = {name: getattr(config, name, None) for name in fields}
+    told = [f"{name} {given[name]!r:.40}" for name in fields if given[name] is not None and given[name] not in fields[name]]
+    if told:
+        _log.warning(
+            "the model's generation_config has %s, which fastft does not apply: answers differ from generate()'s. Give the "
+            "fields their neutral values to end this warning",
+            ", ".join(told),
+        )
+
+
+def drawing(model) -> tuple[float, float]:
+    """temperature and top_p for requests of the HTTP interface that give none: the model's own where it is meant to be
+    drawn from, or OpenAI's 1."""
+    config = getattr(model, "generation_config", None)
+    if not getattr(config, "do_sample", None):
+        return 1.0, 1.0
+    return tuple(1.0 if value is None else float(value) for value in (config.temperature, config.top_p))
 
 
 def stop_tokens(model, tokenizer) -> frozenset[int]:
@@ -137,7 +208,8 @@ def check_prompt(prompt_ids, model, max_tokens: int, max_length: int) -> list[in
     if type(max_tokens) is not int or max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens!r}, must be an int of at least 1")
     if len(prompt) + max_tokens > max_length:
-        raise ValueError(f"{len(prompt)} prompt tokens and max_tokens {max_tokens} are more than {max_length} together")
+        why = why_short(model) if max_length == positions(model) else ""
+        raise ValueError(f"{len(prompt)} prompt tokens and max_tokens {max_tokens} are more than {max_length} together{why}")
     return prompt
 
 

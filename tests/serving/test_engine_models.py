@@ -84,3 +84,35 @@ def test_a_step_that_read_no_cache_ends_the_engine(monkeypatch):
         assert "BloomForCausalLM doesn't attend through" in str(engine.failure) and "BloomForCausalLM" in str(done.error)
 
 
+def long_rope(nested):
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "rope_theta": 1e4, "factor": 4.0}
+    rope["original_max_position_embeddings"] = 64
+    model = llama(rope_parameters=rope)
+    if nested:  # by layer type, as models with several ropes have it
+        model.config.rope_parameters = {"full_attention": rope, "other": {"rope_type": "default", "rope_theta": 1e4}}
+    return model
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_longrope_is_served_with_its_short_factors(nested):
+    """The library turns all rows of a step by one set of factors, that of the longest: keys in the cache, by whichever was
+    the set when they came."""
+    engine = Engine(long_rope(nested), max_batch_tokens=64, max_running=4)
+    assert engine.max_length == 64
+    why = "65 prompt .* more than 64 together, as the model's longrope has other factors beyond 64, which are not served"
+    with engine, pytest.raises(ValueError, match=why):
+        engine.submit(prompt(65, 1), max_tokens=1)
+    engine = Engine(long_rope(nested), num_blocks=2, page_size=16)
+    with engine, pytest.raises(ValueError, match=r"more than 32 together$"):  # the cache is what is too small
+        engine.submit(prompt(65, 1), max_tokens=1)
+
+
+def test_phi3s_longrope():
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "rope_theta": 1e4}
+    options = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "pad_token_id": None}
+    lengths = {"original_max_position_embeddings": 32, "max_position_embeddings": 128}
+    config = transformers.Phi3Config(**options, num_attention_heads=4, rope_parameters=rope, **lengths)
+    with Engine(transformers.Phi3ForCausalLM(config)) as engine:
+        assert engine.max_length == 32
+
+

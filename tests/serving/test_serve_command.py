@@ -127,7 +127,7 @@ def test_keys_come_from_files_or_the_environment(tmp_path, monkeypatch):
 
 def welcome(tmp_path, engine, url="http://127.0.0.1:8000", adapters=True, **options):
     engine.model = torch.nn.Linear(10, 10)
-    engine.model.dtype, engine.model.device = torch.float32, torch.device("cpu")
+    engine.model.dtype, engine.model.device, engine.model.config = torch.float32, torch.device("cpu"), llama().config
     config = ServeConfig(str(TOKENIZER), adapters=str(tmp_path) if adapters else None, **options)
     return Welcome(config, make_server_config(config), engine, int(url.rpartition(":")[2]))
 
