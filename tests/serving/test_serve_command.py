@@ -1,6 +1,7 @@
 """`fastft serve` as a user meets it: what it refuses at once, what it says, and the whole of it with a small model."""
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -223,6 +224,28 @@ def test_memory_that_is_not_there_is_said_in_a_line(monkeypatch, error):
     monkeypatch.setattr(fastft.serving, "Engine", lambda *_, **__: engine)
     with pytest.raises(UserError, match="the engine can't be started: .*(too much|Cannot allocate)"):
         serve.start_engine(ServeConfig(str(TOKENIZER)), "base")
+
+
+@pytest.mark.parametrize("broken", ["logits", "first step", "second step"])
+def test_a_model_whose_first_tokens_fail_is_not_served(monkeypatch, broken):
+    model, steps = llama(), []
+    if broken == "logits":
+        model.lm_head.weight.data.fill_(float("nan"))
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def break_down(**inputs):
+        steps.append(None)
+        if len(steps) == {"first step": 1, "second step": 2}.get(broken):
+            raise ArithmeticError("the step broke")
+        return forward(**inputs)
+
+    model.forward = break_down
+    monkeypatch.setattr(serve, "load", lambda *_: None)
+    monkeypatch.setattr(serve, "load_base", lambda *_: model)
+    says = "is not finite" if broken == "logits" else "the step broke"
+    with pytest.raises(UserError, match=f"the model's first tokens failed, so it can't be served: .*{says}"):
+        serve.start_engine(ServeConfig(str(TOKENIZER), device="cpu"), "base")
 
 
 def test_a_failed_engine_ends_the_command_with_1(monkeypatch, capsys):
