@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+import types
 
 import pytest
 from starlette.requests import ClientDisconnect
@@ -31,6 +32,23 @@ def events(answer):
     lines = [line for line in answer.text.split("\n\n") if line and not line.startswith(":")]
     assert lines[-1] == "data: [DONE]" and all(line.startswith("data: ") for line in lines)
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def test_a_request_without_temperature_is_drawn_as_the_model_says(engine):
+    for config, defaults in (
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.8}, (0.6, 0.8)),
+        ({"do_sample": True, "temperature": None, "top_p": 0.8}, (1.0, 0.8)),
+        ({"do_sample": False, "temperature": 0.6, "top_p": 0.8}, (1.0, 1.0)),
+    ):
+        engine.model.generation_config = types.SimpleNamespace(**config)
+        http, given = client(engine), len(engine.submitted)
+        post(http, HELLO)
+        post(http, CHAT, "/v1/chat/completions")
+        post(http, {**HELLO, "temperature": 0, "top_p": 1})
+        found = [(one.sampling.temperature, one.sampling.top_p) for one in engine.submitted[given:]]
+        assert found == [defaults, defaults, (0, 1)]
+
+
 def test_a_choice_whose_text_can_not_be_begun_asks_nothing_of_the_engine(engine, monkeypatch):
     """Some tokenizers know fewer ids than the model; the engine's request would run on, and nobody would know of it."""
 

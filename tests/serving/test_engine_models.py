@@ -116,3 +116,18 @@ def test_phi3s_longrope():
         assert engine.max_length == 32
 
 
+def test_settings_of_the_model_that_are_not_applied_are_told_of(caplog):
+    model = llama()
+    model.generation_config.update(temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05, min_length=0)
+    Engine(model).close()
+    assert [record.message.split(", which")[0] for record in caplog.records] == [
+        "the model's generation_config has repetition_penalty 1.05"
+    ]
+    caplog.clear()
+    model.generation_config.update(do_sample=True, repetition_penalty=1.0, suppress_tokens=[3])
+    Engine(model).close()
+    assert "generation_config has suppress_tokens [3], top_k 20, which fastft does not apply" in caplog.text
+    caplog.clear()
+    model.generation_config.update(top_k=50, suppress_tokens=None)
+    Engine(model).close()
+    assert not caplog.records

@@ -7,6 +7,7 @@ from typing import Any
 
 import anyio
 
+from ..limits import drawing
 from .errors import ApiError, shown
 from .generation import Sampling, Service
 from .schemas import ChatRequest, CompletionRequest
@@ -20,6 +21,7 @@ class Prompts:
     def __init__(self, service: Service):
         self._service, self._tokenizer = service, service.tokenizer
         self._one = anyio.CapacityLimiter(1)
+        self._temperature, self._top_p = drawing(service.engine.model)
         self.vocabulary = service.engine.model.get_input_embeddings().weight.shape[0]
         # Characters that one token can stand for.
         self._widest = max(map(len, self._tokenizer.get_vocab()), default=1)
@@ -163,8 +165,8 @@ class Prompts:
         logprobs = request.logprobs is not None and request.logprobs is not False
         return Sampling(
             max_tokens=max_tokens,
-            temperature=1.0 if request.temperature is None else request.temperature,
-            top_p=1.0 if request.top_p is None else request.top_p,
+            temperature=self._temperature if request.temperature is None else request.temperature,
+            top_p=self._top_p if request.top_p is None else request.top_p,
             seed=request.seed,
             stops=request.stops,
             logprobs=logprobs,

@@ -71,8 +71,10 @@ class StreamOptions(Strict):
 class _Sampling(Strict):
     model: ModelName
     n: Count | None = Field(None, description="Answers to each prompt.")
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="0: the likeliest token. Default 1.")
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
+        None, description="0: the likeliest token. Default: the model's own, if it says how to draw, else 1."
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="Default as of temperature.")
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = Field(
         None, description="The same seed, request and adapter give the same answer; the i-th choice uses seed + i."
     )
