@@ -1,6 +1,6 @@
 """The handle's face towards transformers' Trainer; imported only when asked for."""
 
-import os
+from pathlib import Path
 
 from ..modules.merging import DATA_PARALLEL
 
@@ -28,7 +28,7 @@ def trainer_callback(handle):
         def on_save(self, args, state, control, **kwargs):
             # A subfolder: with adapter_config.json in it, transformers would take the checkpoint itself for an adapter.
             if state.is_world_process_zero or handle.sharded:  # then all processes gather what one writes
-                handle.save(os.path.join(args.output_dir, f"checkpoint-{state.global_step}", "adapter"))
+                handle.save(_checkpoint(args, state) / "adapter")
 
     return FastftCallback()
 
@@ -49,6 +49,16 @@ def _check_run(handle, args, model):
     quantized = getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)
     if getattr(args, "n_gpu", 1) > 1 and not quantized:  # those Trainer leaves on one GPU
         raise RuntimeError(DATA_PARALLEL)
+
+
+def _checkpoint(args, state):
+    """The folder that Trainer has just written. A hyperparameter search has one for each trial, whose names it keeps to
+    itself."""
+    name = f"checkpoint-{state.global_step}"
+    if not state.is_hyper_param_search:
+        return Path(args.output_dir, name)
+    written = Path(args.output_dir).rglob(f"{name}/trainer_state.json")  # its last file
+    return max(written, key=lambda path: path.stat().st_mtime_ns).parent
 
 
 def _check_optimizer(handle, optimizer):
