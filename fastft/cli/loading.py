@@ -61,11 +61,14 @@ def load(auto_class: str, model: str, **options: Any) -> Any:
     weights = auto_class.startswith("AutoModel")
     if weights:  # sizes are looked at below, too: transformers' error is that its report names them, which is silenced
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    known = (OSError, ValueError, KeyError, ImportError, RuntimeError)
+    if auto_class == "AutoTokenizer":  # the tokenizers library has no kinds of errors
+        known = Exception
     try:
         loaded = from_pretrained(path, **options)
     except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
         raise UserError(f"model {model}: its weights are damaged or cut short: {error}") from error
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except known as error:
         raise UserError(f"model {model}: {auto_class} cannot load it: {str(error).strip() or repr(error)}") from error
     if not weights:
         return loaded

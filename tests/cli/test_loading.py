@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,6 +53,14 @@ def test_weights_of_another_size(changed):
 def test_damaged_weights(changed):
     with pytest.raises(UserError, match="its weights are damaged or cut short: "):
         load("AutoModelForCausalLM", changed(keep=0.5))
+
+
+def test_a_tokenizer_of_another_version(changed):
+    folder = changed()
+    file = Path(folder, "tokenizer.json")
+    file.write_text(file.read_text().replace('"BPE"', '"BPE of tomorrow"'))
+    with pytest.raises(UserError, match="AutoTokenizer cannot load it: "):
+        load("AutoTokenizer", folder)
 
 
 def test_weights_too_many_are_named(changed, capsys):
