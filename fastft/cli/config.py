@@ -177,6 +177,9 @@ class TrainConfig:
         for name in ("lr", "warmup", "weight_decay", "max_grad_norm"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} must not be negative, not {getattr(self, name)}")
+        if self.warmup >= 1 and not self.warmup.is_integer():
+            raise UserError(f"warmup must be a whole number of steps or less than 1, a fraction of them; not {self.warmup}")
+        self._refuse_without_effect()
 
     def _check_entries(self) -> None:
         if self.density is not None and not 0 < self.density <= 1:
@@ -199,12 +202,24 @@ class TrainConfig:
                 of = f"method{'s' if len(methods) > 1 else ''} {' and '.join(methods)}"
                 raise UserError(f"{field.name}={value!r} is an option of {of}; this run's method is {self.method}")
 
+    def _refuse_without_effect(self) -> None:
+        """Nor what another option leaves nothing to do."""
+        measured = self.select in ("activation", "product", "gradient")
+        for name, used, why in (
+            ("largest", self.select != "random", "select=random has no scores"),
+            ("calibration_rows", measured, f"select={self.select} measures nothing on the data"),
+            ("eval_steps", self.eval_fraction or self.eval_data is not None, "eval_fraction=0 holds nothing out"),
+            ("eval_fraction", self.eval_data is None or not self.eval_fraction, f"eval_data {self.eval_data} is held out"),
+        ):
+            value = getattr(self, name)
+            if not used and value != getattr(type(self), name):
+                raise UserError(f"{name}={value!r} has no effect: {why}; leave one of them out")
+
     def _refuse_the_adapters(self) -> None:
         """What an adapter to train on from has in its file."""
         for field in dataclasses.fields(self):
-            value, of_the_base = getattr(self, field.name), field.name.startswith("load_in_")
-            its_own = field.name == "target_modules" or (field.metadata["of"] and not of_the_base)
-            if its_own and value != field.default:
+            value = getattr(self, field.name)
+            if _is_an_adapters(field) and value != field.default:
                 raise UserError(f"{field.name}={value!r}: adapter {self.adapter} has its own; leave it out")
 
     def ratios(self) -> dict[str, float]:
@@ -245,7 +260,17 @@ class TrainConfig:
     def yaml(self) -> str:
         import yaml
 
-        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+        return yaml.safe_dump(self.values(), sort_keys=False)
+
+    def values(self) -> dict[str, Any]:
+        """Of all options but those that an adapter to train on from has in its file: the defaults are not what it has."""
+        fields = [field for field in dataclasses.fields(self) if self.adapter is None or not _is_an_adapters(field)]
+        return {field.name: getattr(self, field.name) for field in fields}
+
+
+def _is_an_adapters(field: dataclasses.Field) -> bool:
+    of_the_base = field.name.startswith("load_in_")
+    return field.name == "target_modules" or (field.metadata["of"] is not None and not of_the_base)
 
 
 def _coerce(name: str, value: Any, kind: Any) -> Any:

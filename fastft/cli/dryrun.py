@@ -21,11 +21,13 @@ from .train import attach, choose_device_and_dtype, make_method
 
 def report(config: TrainConfig, rows: Tokenized, held_out: Tokenized) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     handle, sizes = estimate(config, rows, held_out)
     console = Console()
-    table = Table("modules with an adapter", "how many", "in -> out", title=config.title(), title_justify="left")
+    # A name is whole also where there is no terminal to say how wide it is.
+    names = Column("modules with an adapter", overflow="fold")
+    table = Table(names, "how many", "in -> out", title=config.title(), title_justify="left")
     for (name, shape), count in _matched(handle).items():
         table.add_row(name, str(count), shape)
     console.print(table)
@@ -89,8 +91,9 @@ def _attach(config: TrainConfig, model: Any, fake: Any) -> Any:
 
     if config.method == "lora":
         return attach(config, model, [], 0)
+    unscored = {name: getattr(TrainConfig, name) for name in ("select", "largest", "calibration_rows")}
     try:
-        method = make_method(dataclasses.replace(config, select="random")).bind(model)
+        method = make_method(dataclasses.replace(config, **unscored)).bind(model)
         if isinstance(method, SparseMethod):
             method = unchosen(method)
         with fake:

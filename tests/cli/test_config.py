@@ -62,6 +62,7 @@ def test_targets(value, expected):
         ("warmup", float("inf"), "warmup must be a finite number, not inf"),
         ("max_grad_norm", float("inf"), "max_grad_norm must be a finite number, not inf"),
         ("weight_decay", 10**400, "weight_decay must be float"),
+        ("warmup", 2.7, "warmup must be a whole number of steps or less than 1, a fraction of them; not 2.7"),
         ("seed", -1, "seed must be in [0, 2**32), not -1"),
         ("seed", 2**32, "seed must be in [0, 2**32), not 4294967296"),
     ],
@@ -71,6 +72,42 @@ def test_refused(tmp_path, key, value, message):
     with pytest.raises(UserError) as error:
         make_config({}, str(tmp_path / "run.yaml"))
     assert message in str(error.value) and "run.yaml" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"method": "s2ft", "largest": True}, "largest=True has no effect: select=random has no scores"),
+        ({"method": "s2ft", "calibration_rows": 9}, "calibration_rows=9 has no effect: select=random measures nothing"),
+        ({"method": "s2ft", "select": "weight", "calibration_rows": 9}, "has no effect: select=weight measures nothing"),
+        ({"eval_fraction": 0, "eval_steps": 9}, "eval_steps=9 has no effect: eval_fraction=0 holds nothing out"),
+        ({"eval_fraction": 0.2, "eval_data": "e"}, "eval_fraction=0.2 has no effect: eval_data e is held out; leave one of"),
+    ],
+)
+def test_options_that_others_leave_nothing_to_do(options, message):
+    with pytest.raises(UserError) as error:
+        TrainConfig(**REQUIRED, **options)
+    assert message in str(error.value)
+
+
+def test_options_that_have_an_effect_together():
+    for options in (
+        {"method": "s2ft", "select": "weight", "largest": True},
+        {"method": "s2ft", "select": "product", "largest": True, "calibration_rows": 9},
+        {"eval_fraction": 0, "eval_data": "e", "eval_steps": 9},
+        {"eval_data": "e"},
+        {"warmup": 3},
+    ):
+        TrainConfig(**REQUIRED, **options)
+
+
+def test_what_an_adapter_brings_is_not_in_the_file(tmp_path):
+    config = TrainConfig(**REQUIRED, adapter="a", load_in_4bit=True)
+    values = yaml.safe_load(config.yaml())
+    assert not {"r", "alpha", "dropout", "target_modules", "density"} & values.keys()
+    assert values["load_in_4bit"] is True and values == config.values()
+    (tmp_path / "run.yaml").write_text(config.yaml())
+    assert make_config({}, str(tmp_path / "run.yaml")) == config
 
 
 def test_missing_and_malformed_files(tmp_path):

@@ -85,7 +85,8 @@ def test_merge_gives_a_plain_checkpoint_with_the_same_logits(straight, tiny_mode
 @pytest.mark.parametrize("select", ["random", "gradient"])
 def test_dry_run(tiny_model, text_data, tmp_path, fastft_command, select):
     command = ["train", "--model", tiny_model, "--data", text_data, "--out", tmp_path / "out", *SMALL, "--dry-run"]
-    result = fastft_command(*command, "--select", select)
+    scored = ["--largest", "--calibration-rows", "6"] if select == "gradient" else []
+    result = fastft_command(*command, "--select", select, *scored)
     assert result.exit_code == 0, result.output
     assert not (tmp_path / "out").exists()
     said = " ".join(result.stdout.split())
