@@ -46,6 +46,9 @@ def resume_options(config: str | None, options: dict[str, Any]) -> tuple[str | N
         config = str(saved)
     old = dataclasses.asdict(make_config({}, str(saved)))
     new = dataclasses.asdict(make_config(options, config))
+    if new["dtype"] == "auto":  # here it might be another than where the run began
+        new["dtype"] = old["dtype"]
+        options = {**options, "dtype": old["dtype"]}
     changed = [f"{k} was {old[k]!r}, is {new[k]!r}" for k in old if old[k] != new[k] and k not in RESUMABLE | {"out"}]
     if changed:
         raise UserError(f"--resume: the run in {out} had other options: {'; '.join(changed)}")
@@ -151,9 +154,21 @@ def damaged(checkpoint: Path, error: Exception) -> UserError:
 
 def _of_a_run(out: Path) -> Iterator[Path]:
     """What a run writes, as far as it is there. Last is what shows that it is a run's."""
-    yield from (path for path in out.glob("checkpoint-*") if path.name[11:].isdigit() and path.is_dir())
+    yield from _checkpoints(out)
     files = [out / "adapter" / name for name in ("adapter_config.json", WEIGHTS)] + [out / name for name in WRITTEN]
     yield from (path for path in files if path.is_file())
+
+
+def _checkpoints(out: Path) -> Iterator[Path]:
+    yield from (path for path in out.glob("checkpoint-*") if path.name[11:].isdigit() and path.is_dir())
+
+
+def rotate(out: Path, step: int, keep: int) -> None:
+    """Remove all but the last checkpoints up to that of `step`, which is complete. Trainer would go by their times, and take
+    a user's checkpoint-100-good for one."""
+    until = sorted((path for path in _checkpoints(out) if checkpoint_step(path) <= step), key=checkpoint_step)
+    for path in until[:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_run(out: Path) -> bool:

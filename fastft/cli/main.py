@@ -15,6 +15,8 @@ NEEDS = {
 
 def main() -> None:
     """Entry point. Ctrl-C ends every command without a traceback, also while it still imports."""
+    if hasattr(sys.stdout, "reconfigure"):  # into a file or a pipe, lines would come when the run is over, if at all
+        sys.stdout.reconfigure(line_buffering=True)
     try:
         _run()
     except KeyboardInterrupt:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import platform
 import statistics
@@ -54,7 +53,7 @@ def summarize(config, trainer, speed, handle, model, train_rows, eval_rows) -> d
             **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate")},
         },
         "title": config.title(),
-        "config": dataclasses.asdict(config),
+        "config": config.values(),
         "train_curve": losses,
         "held_out_curve": held_out,
     }
@@ -157,9 +156,12 @@ def _plot_densities(axes, layers) -> None:
 
 def print_summary(summary: dict[str, Any], out: Path) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(show_header=False, title="run summary", title_justify="left")
+    table.add_column()
+    table.add_column(overflow="fold")  # a path is whole also where there is no terminal to say how wide it is
     held_out = summary["held_out_loss"]
     if held_out:
         table.add_row("held-out loss", f"{held_out['before']:.4f} -> {held_out['after']:.4f}")
@@ -172,7 +174,7 @@ def print_summary(summary: dict[str, Any], out: Path) -> None:
     table.add_row("trainable", f"{summary['trainable_parameters']:,} {relation} {summary['base_parameters']:,} {frozen}")
     ran = "\n".join(f"{b['op']}: {b['backend']} ({b['calls']} calls)" for b in summary["backends"])
     table.add_row("ops ran on", ran or "none recorded")
-    table.add_row("adapter", str(out / "adapter"))
+    table.add_row("adapter", escape(str(out / "adapter")))
     plots = [out / "loss.png", *([out / "selection.png"] if summary["selection"] else [])]
-    table.add_row("more", ", ".join(map(str, [out / "summary.json", *plots])))
+    table.add_row("more", escape(", ".join(map(str, [out / "summary.json", *plots]))))
     Console().print(table)

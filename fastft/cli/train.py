@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -25,6 +26,7 @@ from .folder import (
     damaged,
     finished,
     owned,
+    rotate,
     write,
     writing,
 )
@@ -88,6 +90,8 @@ def run(
         print(f"{checkpoint} is the run's end; more --max-steps or --epochs would continue it")
         if (summary := finished(out, steps)) is not None:
             return summary
+    _, dtype = choose_device_and_dtype(config)
+    config = dataclasses.replace(config, dtype=str(dtype).removeprefix("torch."))  # where it is resumed, auto may be another
     trainer = _prepare(config, out, checkpoint, steps, tokenizer, train_rows, eval_rows)
     launch.wait()  # from here on the folder changes, which all have looked at
     with writing(out), owned(out, resume, overwrite):
@@ -126,7 +130,8 @@ def choose_device_and_dtype(config: TrainConfig) -> tuple[Any, Any]:
     except registry.BackendError as error:
         raise UserError(str(error)) from None
     if config.dtype == "auto":
-        return device, torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return device, torch.bfloat16 if bfloat16 else torch.float32
     return device, getattr(torch, config.dtype)
 
 
@@ -248,7 +253,6 @@ def _arguments(config: TrainConfig, out: Path, device: Any, steps: int, evaluate
         eval_on_start=evaluate and start,
         save_strategy="steps" if config.save_steps else "epoch",
         save_steps=config.save_steps or 500,
-        save_total_limit=config.keep_checkpoints,
         dataloader_pin_memory=device.type == "cuda",
     )
     if arguments.n_gpu > 1:
@@ -300,7 +304,19 @@ def _prepare(
     # First, as processes know each other from here on, and methods agree on what trains while they are attached.
     arguments = _arguments(config, out, device, steps, bool(eval_rows.rows), start=checkpoint is None)
     handle = attach(config, model, train_rows.rows, pad, checkpoint)
-    return make_trainer(model, handle, arguments, train_rows.rows, eval_rows.rows, pad_token_id=pad)
+    rows, callbacks = (train_rows.rows, eval_rows.rows), [_rotation(config, out)]
+    return make_trainer(model, handle, arguments, *rows, pad_token_id=pad, callbacks=callbacks)
+
+
+def _rotation(config: TrainConfig, out: Path) -> Any:
+    from transformers import TrainerCallback
+
+    class Rotation(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.is_world_process_zero:
+                rotate(out, state.global_step, config.keep_checkpoints)
+
+    return Rotation()
 
 
 def _go_on(trainer: Any, speed: Any, checkpoint: Path | None, steps: int) -> None:

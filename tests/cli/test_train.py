@@ -1,6 +1,7 @@
 """`fastft train` as a user runs it, on a tiny random Llama."""
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -18,8 +19,8 @@ import yaml
 import fastft
 from fastft.cli.config import make_config
 from fastft.cli.errors import UserError
-from fastft.cli.folder import check_out, owned
-from fastft.cli.train import _warmup
+from fastft.cli.folder import check_out, owned, resume_options
+from fastft.cli.train import _warmup, choose_device_and_dtype
 from fastft.integrations.transformers import last_checkpoint
 
 from .conftest import adapter, assert_same_run, same, stopped, trained
@@ -152,6 +153,47 @@ def test_a_resumed_run_logs_evaluates_and_saves_as_it_is_told_now(straight, tmp_
     assert [p["step"] for p in found["held_out_curve"]] == [0, 27, 30, 31]
     assert [p["step"] for p in found["train_curve"]][24:] == [25, 26, 28, 30]
     assert {p.name for p in out.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (25, 28, 31)}
+
+
+def test_folders_that_are_the_users_own_are_not_rotated_away(straight, tmp_path, fastft_command):
+    out = stopped(straight[0], tmp_path / "out", 30)
+    (out / "checkpoint-25").rename(out / "checkpoint-9")  # not by the names as text
+    shutil.copytree(out / "checkpoint-9", out / "checkpoint-25")
+    shutil.copytree(out / "checkpoint-25", out / "checkpoint-25-good")
+    assert fastft_command("train", "--resume", "--out", out, "--save-steps", "1", "--max-steps", "27").exit_code == 0
+    assert {p.name for p in out.glob("checkpoint-*")} == {"checkpoint-25-good", "checkpoint-26", "checkpoint-27"}
+
+
+def test_a_run_keeps_the_dtype_that_was_chosen_for_it(straight, tmp_path, monkeypatch):
+    out, _, _ = straight
+    assert yaml.safe_load((out / "config.yaml").read_text())["dtype"] == "float32"
+    (tmp_path / "mine.yaml").write_text((out / "config.yaml").read_text().replace("dtype: float32", "dtype: auto"))
+    config, kept = resume_options(str(tmp_path / "mine.yaml"), {"out": str(out)})
+    assert make_config(kept, config).dtype == "float32"
+    with pytest.raises(UserError, match="dtype was 'float32', is 'bfloat16'"):
+        resume_options(None, {"out": str(out), "dtype": "bfloat16"})
+    # A GPU that computes in bfloat16 only by emulating it.
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation)
+    device, dtype = choose_device_and_dtype(make_config({"model": "m", "data": "d", "out": "o"}))
+    assert device.type == "cuda" and dtype == torch.float32
+
+
+def test_lines_come_at_once_where_no_terminal_is(monkeypatch, straight):
+    """And whole: the folder's name has no room in one line, and brackets mean nothing."""
+    from fastft.cli import main
+    from fastft.cli.report import print_summary
+
+    stdout = io.TextIOWrapper(io.BytesIO())
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(sys, "argv", ["fastft", "--version"])
+    monkeypatch.setenv("COLUMNS", "80")
+    main.main()
+    assert stdout.buffer.getvalue().startswith(b"fastft ")
+    out = Path("/runs") / "[lr=1e-4]" / ("long" * 30)
+    print_summary(json.loads((straight[0] / "summary.json").read_text()), out)
+    said = "".join(part for part in stdout.buffer.getvalue().decode() if part.isalnum() or part in "/[]=-.,")
+    assert f"{out}/adapter" in said and f"{out}/loss.png" in said
 
 
 @pytest.mark.parametrize(
