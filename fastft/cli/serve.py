@@ -96,7 +96,7 @@ def make_server_config(config: ServeConfig) -> Any:
 
 
 def start_engine(config: ServeConfig, name: str) -> tuple[Any, Any]:
-    """A started engine that has produced its first token, and its tokenizer. Raises UserError."""
+    """A started engine, whose first answers are what the model gives, and its tokenizer. Raises UserError."""
     from ..serving import Engine
     from .train import choose_device_and_dtype
 
@@ -115,6 +115,7 @@ def start_engine(config: ServeConfig, name: str) -> tuple[Any, Any]:
             max_batch_tokens=config.max_batch_tokens,
             max_running=config.max_running,
             max_waiting=config.max_waiting,
+            trial=not config.no_trial,
         )
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         raise UserError(f"the engine can't be made: {error}") from error
@@ -122,9 +123,6 @@ def start_engine(config: ServeConfig, name: str) -> tuple[Any, Any]:
         if name in engine.adapter_names():
             raise UserError(f"the base model and an adapter are both called {name!r}: give the base another --name")
         engine.start()
-        [first] = engine.generate([[0]], max_tokens=2)  # the second reads the cache
-        if first.error is not None:
-            raise UserError(f"the model's first tokens failed, so it can't be served: {first.error}") from first.error
     except BaseException as error:
         engine.close()
         if isinstance(error, ValueError | OSError | RuntimeError | MemoryError):

@@ -57,6 +57,7 @@ class ServeConfig:
     max_choices: int = _option("Answers in one request (prompts times n); no more than --max-waiting.", 32)
     max_body: str = _option("Bytes of a request's body.", "4MiB")
     drain: float = _option("Seconds that running requests get to finish when the server is stopped.", 30.0)
+    no_trial: bool = _option("Don't compare the first answers with those of the model without a cache.", False)
     access_log: bool = _option("Print a line for each request.", False)
 
     def __post_init__(self) -> None:

@@ -156,8 +156,8 @@ def _forward(module, query, key, value, attention_mask, scaling=None, cache=None
     plan = getattr(cache, "fastft_plan", None)
     if plan is None:
         raise ValueError(
-            f"attn_implementation {NAME!r} works inside a running fastft.serving.Engine alone: stop the engine to use its "
-            "model otherwise"
+            f"attn_implementation {NAME!r} got no cache: it works inside a running fastft.serving.Engine alone (stop the "
+            "engine to use its model otherwise), and with layers that pass on to it what the model is called with"
         )
     if kwargs.get("softcap") is not None or getattr(module, "sinks", None) is not None:
         raise ValueError("softcap and attention sinks are not supported: use a flash attention implementation")

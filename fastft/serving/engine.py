@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import limits
+from . import trial as trials
 from .admission import Admission
 from .batching import Steps, library
 from .contract import check_library
@@ -44,6 +45,8 @@ class Engine:
             how long a request may wait for its adapter.
         prefix_sharing: keep and share the cache of equal prefixes, within one content of one adapter.
         flash: None or True: flash attention on GPUs if it is there; False: never.
+        trial: before the first start, answer two short prompts without the cache and then from it, and raise ValueError if
+            the answers differ: some models' code makes them wrong without a word.
 
     Raises: UnsupportedLibrary, for a version of transformers whose insides are others than those used here.
 
@@ -70,6 +73,7 @@ class Engine:
         patience: float = 2.0,
         prefix_sharing: bool = True,
         flash: bool | None = None,
+        trial: bool = True,
     ):
         check_library()
         limits.check_model(model)
@@ -83,6 +87,7 @@ class Engine:
         self._stops = limits.stop_tokens(model, tokenizer)
         self._manager = self._failure = None
         self._closed = self._stopping = False
+        self._trial = trial
         self._switching = threading.RLock()  # one thread at a time starts the engine's thread, or ends it
         self._ids = itertools.count()
         self.adapters = self._routed = None
@@ -131,14 +136,22 @@ class Engine:
             self._steps.stopping = self._stopping = False
             # Drawing and stopping are ours: the library is to take every token as it comes.
             generation = GenerationConfig(do_sample=False, eos_token_id=-1)
+            answers = trials.expected(self.model, self.max_length) if self._trial else []
             manager = library()(self._steps, self.model, generation, self._config)
             try:
                 manager.batch_processor = manager._create_batch_processor()
                 manager.start()
-            except BaseException:  # a cache too large: the model gets its own attention back
+                trials.run(self.model, answers, lambda request: self._enqueue(request, manager, waits=True))
+            except BaseException:  # a cache too large, say: the model gets its own attention back
+                if manager._generation_thread is not None:
+                    self._steps.stopping = True
+                    manager.stop(block=True, hard_stop=True)
                 if manager._original_attn_impl is not None:
                     self.model.set_attn_implementation(manager._original_attn_impl)
                 raise
+            if self._trial:
+                self._trial = False
+                self._steps.count = self._steps.tokens = self._admission.longest_wait = 0
             self._manager = manager
         stop = weakref.WeakMethod(self.stop)
         atexit.register(lambda: stop() and stop()(drain=False, timeout=5))
@@ -235,13 +248,23 @@ class Engine:
         )
         request = Request(f"r{next(self._ids)}", prompt, adapter, sampling, self._cancel)
         manager = self._running_manager()
-        self._admission.add(request)
+        self._enqueue(request, manager)
+        if self._stopping and self._admission.withdraw(request):  # it is ending, and may never see it
+            raise EngineStopped("the engine is being stopped")
+        return request
+
+    def _enqueue(self, request: Request, manager, waits: bool = False) -> None:
+        while True:
+            try:
+                self._admission.add(request)
+                break
+            except QueueFull:
+                if not waits:
+                    raise
+                self._admission.wait_for_room()
         manager.wake()
         if self._failure is not None or not manager.is_running():  # it ended in between, and may not have seen the request
             self._steps.stopped(self._failure)
-        elif self._stopping and self._admission.withdraw(request):  # it is ending, and may never see it
-            raise EngineStopped("the engine is being stopped")
-        return request
 
     def look(self, adapter: str) -> None:
         """Raises UnknownAdapter. Takes as long as the adapter folder's file system: not for an event loop's thread."""

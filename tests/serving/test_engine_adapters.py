@@ -194,7 +194,7 @@ def make_absurd(adapter):
 
 def _logits(folder, names):
     """Logits of every step of requests that start together."""
-    engine = Engine(llama(), adapter_dir=folder, **SIZES)
+    engine = Engine(llama(), adapter_dir=folder, trial=False, **SIZES)
     seen, sample = [], engine._steps.sample
 
     def keep(scores, output_ids):

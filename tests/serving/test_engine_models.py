@@ -78,7 +78,11 @@ def test_a_step_that_read_no_cache_ends_the_engine(monkeypatch):
     model = of_its_own_kind("Bloom")
     monkeypatch.setattr(type(model), "_can_set_attn_implementation", classmethod(lambda cls: True))
     monkeypatch.setattr(model, "_check_and_adjust_attn_implementation", lambda name, **_: name)
-    with Engine(model) as engine:
+    with pytest.raises(
+        ValueError, match="BloomForCausalLM can't be served, a trial request failed: .*doesn't attend through"
+    ):
+        Engine(model).start()
+    with Engine(model, trial=False) as engine:
         [done] = engine.generate([prompt(5, 1)], max_tokens=3)
         assert done.finish_reason == "error" and not done.tokens
         assert "BloomForCausalLM doesn't attend through" in str(engine.failure) and "BloomForCausalLM" in str(done.error)
@@ -88,7 +92,7 @@ def long_rope(nested):
     rope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "rope_theta": 1e4, "factor": 4.0}
     rope["original_max_position_embeddings"] = 64
     model = llama(rope_parameters=rope)
-    if nested:  # by layer type, as models with several ropes have it
+    if nested:  # by layer type, as models with several ropes have it (this one can't compute so)
         model.config.rope_parameters = {"full_attention": rope, "other": {"rope_type": "default", "rope_theta": 1e4}}
     return model
 
@@ -97,12 +101,12 @@ def long_rope(nested):
 def test_longrope_is_served_with_its_short_factors(nested):
     """The library turns all rows of a step by one set of factors, that of the longest: keys in the cache, by whichever was
     the set when they came."""
-    engine = Engine(long_rope(nested), max_batch_tokens=64, max_running=4)
+    engine = Engine(long_rope(nested), max_batch_tokens=64, max_running=4, trial=not nested)
     assert engine.max_length == 64
     why = "65 prompt .* more than 64 together, as the model's longrope has other factors beyond 64, which are not served"
     with engine, pytest.raises(ValueError, match=why):
         engine.submit(prompt(65, 1), max_tokens=1)
-    engine = Engine(long_rope(nested), num_blocks=2, page_size=16)
+    engine = Engine(long_rope(nested), num_blocks=2, page_size=16, trial=not nested)
     with engine, pytest.raises(ValueError, match=r"more than 32 together$"):  # the cache is what is too small
         engine.submit(prompt(65, 1), max_tokens=1)
 

@@ -1,0 +1,87 @@
+"""An engine that starts gives the model's own answers: the trial before its first request, on models of many kinds."""
+
+import pytest
+import torch
+
+from fastft.cli import serve
+from fastft.cli.loading import UserError
+from fastft.cli.serve_config import ServeConfig
+from fastft.serving import Engine, trial
+from tests.serving.tiny import llama, prompt, transformers
+
+SMALL = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def made(kind, **options):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind.removesuffix('LMHead')}Config")(pad_token_id=0, **{**SMALL, **options})
+    model = getattr(transformers, f"{kind}Model" if kind.endswith("LMHead") else f"{kind}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.15)
+    return model
+
+
+def test_models_whose_answers_would_be_wrong_are_refused():
+    bart = {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 96}
+    for model in (made("Bart", **bart), made("BertLMHead"), made("DiffLlama", num_key_value_heads=2)):
+        attention = model.config._attn_implementation
+        engine = Engine(model)
+        with pytest.raises(ValueError, match=f"{type(model).__name__} can't be served: log-probabilities .* off by up to"):
+            engine.start()
+        assert model.config._attn_implementation == attention
+        engine.close()
+
+
+def test_a_model_that_fails_is_refused():
+    model = llama()
+    model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="can't be served, a trial request failed: .*finite"), Engine(model):
+        pass
+    heads = {"num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16}
+    sizes = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+    for model in (made("MiniCPM3", **heads, **sizes), made("StableLm", num_key_value_heads=2)):
+        with pytest.raises(ValueError, match="a trial request failed"), Engine(model):
+            pass
+
+
+def test_nothing_of_it_is_counted_and_it_is_made_once(monkeypatch):
+    runs = []
+    monkeypatch.setattr(trial, "run", lambda *args, run=trial.run: runs.append(args) or run(*args))
+    engine = Engine(llama())
+    with engine:
+        stats = engine.stats()
+        assert stats["steps_total"] == stats["tokens_total"] == stats["longest_wait_seconds"] == 0
+        engine.stop()
+        engine.start()
+        assert engine.generate([prompt(5, 1)], max_tokens=1)[0].tokens and [len(answers) for _, answers, _ in runs] == [2, 0]
+
+
+def test_it_can_be_left_out():
+    model = made("BertLMHead")
+    with Engine(model, trial=False) as engine:
+        assert len(engine.generate([prompt(5, 1)], max_tokens=2)[0].tokens) == 2
+
+
+def test_16_bit_models_may_round_otherwise():
+    """One answer may be off by chance (an expert chosen otherwise), both are not."""
+    model = llama(dtype=torch.bfloat16)
+    answers = trial.expected(model, 256)
+    with Engine(model, trial=False) as engine:
+        start = lambda request: engine._enqueue(request, engine._manager)  # noqa: E731
+        answers[0].logprobs = [value - 1 for value in answers[0].logprobs]
+        trial.run(model, answers, start)
+        answers[1].logprobs = [value - 1 for value in answers[1].logprobs]
+        with pytest.raises(ValueError, match="off by up to 1"):
+            trial.run(model, answers, start)
+
+
+def test_the_command_says_it_in_a_line(monkeypatch):
+    model = made("BertLMHead")
+    monkeypatch.setattr(serve, "load", lambda *_, **__: None)
+    monkeypatch.setattr(serve, "load_base", lambda *_, **__: model)
+    with pytest.raises(UserError, match=r"(?s)can't be started: BertLMHeadModel.*--no-trial"):
+        serve.start_engine(ServeConfig("/tmp", device="cpu"), "base")
+    engine, _ = serve.start_engine(ServeConfig("/tmp", device="cpu", no_trial=True), "base")
+    engine.close()
