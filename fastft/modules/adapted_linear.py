@@ -35,6 +35,7 @@ from .sparse import Sparse
 LINEAR_CLASSES = {
     ("torch.nn.modules.linear", "Linear"): False,
     ("transformers.pytorch_utils", "Conv1D"): True,
+    ("transformers.models.falcon.modeling_falcon", "FalconLinear"): False,  # rounds before it adds the bias, no more
 }
 
 

@@ -1,17 +1,26 @@
-"""Every causal language model of transformers, small: an engine gives generate()'s tokens, or refuses it at the start."""
+"""Every language model of transformers, small: an engine gives generate()'s tokens or refuses it at the start, and LoRA
+trains it as PEFT's does."""
 
 import copy
 
 import pytest
 import torch
 
+import fastft
 from fastft.serving import Engine
 from tests.serving.tiny import greedy, prompt, worst_gap
 
 transformers = pytest.importorskip("transformers")
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES  # noqa: E402
+from transformers.models.auto import modeling_auto  # noqa: E402
 
 pytestmark = [pytest.mark.fuzz, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(120)]
+
+CAUSAL = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+TASKS = {
+    "causal": CAUSAL,
+    "seq2seq": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+}
 
 # By what their authors call it.
 SIZES = {
@@ -39,8 +48,8 @@ def has(config, name) -> bool:
         return False
 
 
-def small(kind):
-    """A model of few and small layers, or why there is none."""
+def small(kind, name):
+    """A model of few and small layers, or why there is none. name: of its class."""
     try:
         cls = transformers.CONFIG_MAPPING[kind]
         known = cls()
@@ -49,7 +58,7 @@ def small(kind):
         for name, value in OPTIONS.items() if text is not config else ():
             if has(text, name):
                 setattr(text, name, value)
-        made = getattr(transformers, NAMES[kind])
+        made = getattr(transformers, name)
         with torch.device("meta"):
             size = sum(parameter.numel() for parameter in made(copy.deepcopy(config)).parameters())
         if size > 50e6:
@@ -62,13 +71,14 @@ def small(kind):
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.15)
-    model.generation_config = transformers.GenerationConfig(pad_token_id=0)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config = transformers.GenerationConfig(pad_token_id=0)
     return model
 
 
-@pytest.mark.parametrize("kind", sorted(NAMES))
+@pytest.mark.parametrize("kind", sorted(CAUSAL))
 def test_it_is_served_as_it_generates(kind):
-    model = small(kind)
+    model = small(kind, CAUSAL[kind])
     if isinstance(model, str):
         pytest.skip(model)
     prompts = [prompt(length, length) for length in (9, 23, 5)]
@@ -85,3 +95,60 @@ def test_it_is_served_as_it_generates(kind):
     for completion, tokens in zip(found, want):
         assert completion.error is None
         assert completion.tokens == tokens or worst_gap(model, completion) < 1e-3
+
+
+@pytest.mark.parametrize("task, kind", [(task, kind) for task, names in TASKS.items() for kind in sorted(names)])
+def test_lora_trains_it_as_pefts_does(task, kind):
+    """In float64, where rounding hides nothing: the loss, and every factor's gradient, of fastft.attach and accelerate."""
+    peft = pytest.importorskip("peft")
+    name = TASKS[task][kind]
+    model = small(kind, name if isinstance(name, str) else name[0])
+    if isinstance(model, str):
+        pytest.skip(model)
+    model, ids = model.double(), torch.randint(3, 120, (2, 12), generator=torch.Generator().manual_seed(1))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if task == "seq2seq":
+        inputs["decoder_input_ids"] = ids[:, :7]
+
+    def trained(model):
+        """The loss, and gradients by what is trained."""
+        loss = model(**inputs).logits.square().mean()
+        loss.backward()
+        factors = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
+        return {"loss": loss} | {name.removeprefix("base_model.model."): p.grad for name, p in factors.items()}
+
+    try:
+        model(**inputs).logits.square().mean().backward()
+        model.requires_grad_(False)
+    except Exception as error:
+        pytest.skip(f"it does not train: {error!r:.200}")
+    with fastft.testing.use("reference"):  # kernels take no float64
+        own = copy.deepcopy(model)
+        try:
+            fastft.attach(own, fastft.LoRA(r=4, lora_alpha=8, target_modules="all-linear"))
+        except ValueError as refusal:  # of a router that is a linear layer's subclass
+            assert "exclude_modules" in str(refusal) or "shared" in str(refusal)
+            return
+        factors = {name: p for name, p in own.named_parameters() if "lora_" in name}
+        targets = sorted({name.rpartition(".lora_")[0] for name in factors})
+        config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets)
+        try:
+            theirs = peft.get_peft_model(copy.deepcopy(model), config).double()
+        except ValueError as refusal:
+            pytest.skip(f"PEFT refuses it: {refusal!r:.200}")  # Mamba's out_proj, whose weight a fused kernel reads
+        if len(targets) != sum(isinstance(module, peft.tuners.lora.LoraLayer) for module in theirs.modules()):
+            pytest.skip("PEFT leaves some of them out")
+        own.eval(), theirs.eval()
+        for i, (name, parameter) in enumerate(factors.items()):
+            drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64) * 0.2
+            parameter.data = drawn
+            theirs.get_parameter("base_model.model." + name.replace(".default", ".default.weight")).data = drawn.clone()
+        accelerated = fastft.accelerate(copy.deepcopy(theirs))
+        want, through = trained(theirs), trained(accelerated)
+        found = {name.replace(".default", ".default.weight"): value for name, value in trained(own).items()}
+    for each in (found, through):
+        assert each.keys() == want.keys()
+        for name, value in want.items():
+            assert (value is None) == (each[name] is None), name
+            if value is not None:
+                torch.testing.assert_close(each[name], value, rtol=1e-7, atol=1e-9, equal_nan=True)
