@@ -13,7 +13,7 @@ from .peft_eligible import linear_classes
 from .peft_layers import REPLACED, FallbackError, FastLinear, accelerate_layers
 from .peft_report import report
 from .peft_sparse import FastSparse, accelerate_sparse_layers, sparse_kinds
-from .peft_tuner import FastTuner, TunerRecord, follow_hotswapping, forget_banks, tuner_kinds
+from .peft_tuner import FastTuner, TunerRecord, follow_unseen_writes, forget_banks, tuner_kinds
 from .swapping import Swapped, replaced, swap, unswap
 
 __all__ = ["FallbackError", "accelerate", "report", "restore"]
@@ -79,7 +79,7 @@ def accelerate(peft_model: nn.Module, *, strict: bool = False, group_projections
 def _accelerate(model, strict, share):
     if strict:
         _refuse_replaced(model)
-    follow_hotswapping()
+    follow_unseen_writes()
     accelerate_layers(model, strict, share)
     accelerate_sparse_layers(model, strict)
     kinds = tuner_kinds()

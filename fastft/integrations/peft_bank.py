@@ -3,8 +3,8 @@
 B lies transposed there, so an adapter that was named takes its memory twice until `fastft.restore`. Before each batch every
 adapter in it is compared with the parameters it was made of (`peft_watch`) and made again where one changed. Not seen are
 writes through ``.data`` that keep the memory and those of another process to shared memory, which no version counts (after
-an optimizer's step and PEFT's hot-swapping all is made again), and what only later makes an adapter unfit, as a hook on its
-lora_A.
+an optimizer's step and PEFT's own such writes all is made again), and what only later makes an adapter unfit, as a hook on
+its lora_A.
 """
 
 import threading

@@ -90,7 +90,7 @@ class FastLoraModel(FastTuner):
         for module in adapted:
             if not isinstance(module, Swapped):
                 swap(module, Routed, None)
-        follow_hotswapping()  # again: this may be a copy that another process accelerated
+        follow_unseen_writes()  # again: this may be a copy that another process accelerated
         bank = _banks.setdefault(self, Bank())
         fast = [module for module in adapted if isinstance(module, FastLinear)]
 
@@ -161,12 +161,15 @@ def forget_banks(tuner) -> None:
 
 
 @functools.cache
-def follow_hotswapping() -> None:
-    """PEFT's hot-swapping writes through ``.data``, which no version counts: tell those who have to know.
+def follow_unseen_writes() -> None:
+    """PEFT writes to factors through ``.data``, which no version counts: tell those who have to know.
 
-    Of each write before it is made, by the function that sets a module's scale then, so that it makes no difference who
-    imported the hot-swapping itself, and when; and once more when all are made, for what another thread did in between.
+    Hot-swapping: of each write before it is made, by the function that sets a module's scale then, so that it makes no
+    difference who imported the hot-swapping itself, and when; and once more when all are made, for what another thread did
+    in between. Arrow: its first forward subtracts the general knowledge from the adapters that it routes to, and so does the
+    next one after others were added; it asks at every forward whether there is something to do.
     """
+    from peft.tuners.lora.arrow import ArrowLoraLinearLayer
     from peft.utils import hotswap
 
     def telling(original):
@@ -181,3 +184,13 @@ def follow_hotswapping() -> None:
 
     for name in ("_update_scaling", "hotswap_adapter_from_state_dict"):
         setattr(hotswap, name, telling(getattr(hotswap, name)))
+
+    plain = ArrowLoraLinearLayer.gen_know_sub
+    subtracting = telling(plain)
+
+    @functools.wraps(plain)
+    def gen_know_sub(self, *args, **kwargs):
+        idle = not self.use_gks or (self.gks_done and not self.gks_added_adapter_names)
+        return (plain if idle else subtracting)(self, *args, **kwargs)
+
+    ArrowLoraLinearLayer.gen_know_sub = gen_know_sub

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import fastft
-from fastft.integrations import peft_bank, peft_tuner
+from fastft.integrations import peft_bank, peft_tuner, peft_watch
 from tests.integrations.peft_models import accelerated, peft, peft_llama, randomize
-from tests.methods.models import tokens
+from tests.methods.models import llama, tokens
 
 NAMES = ["default", "b", "__base__", "b"]
 
@@ -276,7 +276,7 @@ def test_hot_swapping(again, tmp_path):
 def test_hot_swapping_by_a_function_that_was_imported_before():
     from peft.utils import hotswap
 
-    peft_tuner.follow_hotswapping()
+    peft_tuner.follow_unseen_writes()
     before = inspect.unwrap(hotswap.hotswap_adapter_from_state_dict)
     plain = peft_llama(("default",)).eval()
     fast = accelerated(plain)
@@ -290,9 +290,32 @@ def test_hot_swapping_by_a_function_that_was_imported_before():
 def test_hot_swapping_is_followed_where_nobody_called_accelerate(monkeypatch):
     """As in a process that an accelerated model was sent to."""
     fast, followed = pickle.loads(pickle.dumps(accelerated(model()))), []
-    monkeypatch.setattr(peft_tuner, "follow_hotswapping", lambda: followed.append(True))
+    monkeypatch.setattr(peft_tuner, "follow_unseen_writes", lambda: followed.append(True))
     logits(fast)
     assert followed
+
+
+def test_what_arrow_subtracts_from_the_adapters_it_routes_to(tmp_path):
+    """In its first forward, and in the first one after another adapter came."""
+    for i in range(3):
+        randomize(peft_llama(("default",)), seed=i).save_pretrained(tmp_path / str(i))
+    paths = [str(tmp_path / str(i)) for i in range(3)]
+    config = peft.ArrowConfig(top_k=1, use_gks=True)
+    plain = peft.create_arrow_model(llama(), paths[:1], config, general_adapter_paths=paths[1:2]).eval()
+    fast = accelerated(plain)
+    for name in ("task_0", "late"):
+        if name == "late":
+            for m in (plain, fast):
+                m.load_adapter(paths[2], "late")
+        before = logits(fast, [name] * 2)
+        for m in (plain, fast):
+            m(input_ids=tokens())
+        after, sites = grouped(fast, [name] * 2)
+        assert sites and not torch.allclose(before, after)
+        torch.testing.assert_close(after, logits(plain, [name] * 2))
+        done = peft_watch._unseen_writes
+        fast(input_ids=tokens())
+        assert peft_watch._unseen_writes == done  # or all would be made again after each forward of the router
 
 
 def test_a_deleted_adapter_is_freed_at_once():
