@@ -186,6 +186,10 @@ class FastLinear(Swapped):
             y[own] = _update(y[own], x[own], one)
         return y
 
+    def _apply(self, fn, *args, **kwargs):
+        self._fastft.norms.forget()
+        return super()._apply(fn, *args, **kwargs)
+
     # ---- what PEFT changes base weights with: through weight.data, which no version counts
 
     def update_layer(self, *args, **kwargs):

@@ -5,7 +5,7 @@ layers, which no cache holds any more. So builtins compare whole lists of them, 
 takes. Most of it is waiting for memory: the same comparison in C++, which asked for it ahead, took as long.
 
 Versions tell of most writes. Of those that no version counts we hear of optimizers' steps (the fused ones of PyTorch, which
-transformers takes by default, and bitsandbytes'), of PEFT's hot-swapping, and of what Arrow's routers subtract from adapters:
+transformers takes by default, and bitsandbytes'), of PEFT's hot-swapping and of what Arrow's routers subtract from adapters:
 after each, everything counts as changed.
 """
 

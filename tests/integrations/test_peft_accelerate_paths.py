@@ -504,14 +504,17 @@ def test_dora_follows_a_base_weight_that_an_initialisation_changed(init):
     compare(plain, fast)
 
 
-def test_dora_moves_where_modules_swap_their_parameters():
+@pytest.mark.parametrize("swap", ["before the first forward", "after it"])
+def test_dora_moves_where_modules_swap_their_parameters(swap):
     plain = layer(use_dora=True)
     fast = accelerated(plain)
     before = torch.__future__.get_swap_module_params_on_conversion()
-    torch.__future__.set_swap_module_params_on_conversion(True)
+    torch.__future__.set_swap_module_params_on_conversion(swap != "after it")
     try:
         for m in (plain, fast):
             m(X)
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        for m in (plain, fast):
             m.to(torch.bfloat16)
     finally:
         torch.__future__.set_swap_module_params_on_conversion(before)
