@@ -17,6 +17,7 @@ dropout mask. Without dropout a group is nothing but a larger rank.
 
 Shapes: T tokens, K in-features, N out-features, R rank; every size may be 0. x, y, dy, dx have one dtype (float32,
 bfloat16, float16), A and B that dtype or float32; S and dS are float32. Sums are formed in float32 and rounded once.
+Where A and B are bfloat16, S and dS may be rounded to it as factors of the second products, as PyTorch's composition does.
 Rows of y and s may lie apart (columns of a wider matrix). The reference also takes float64 (then everything is float64),
 for gradcheck. The autograd and public functions on top are in `lora_linear`.
 """

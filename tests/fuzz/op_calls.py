@@ -7,6 +7,7 @@ import torch
 from hypothesis import strategies as st
 
 import fastft
+from fastft import _native
 from fastft.ops import registry
 from tests.golden import poisoned
 from tests.ops import test_partial, test_sparse
@@ -68,8 +69,18 @@ def widened(one, change=lambda t: t):
     return one
 
 
-def sums(name, longest, *arguments, magnitudes=None, fixed=()):
-    """Results that add up to `longest` terms. fixed: positions of floats that are no factor of the terms (dropout's p)."""
+def sums(name, longest, *arguments, fixed=(), beside=None):
+    """Results that add up to `longest` terms. fixed: positions of floats that are no factor of the terms (dropout's p).
+
+    beside: (position of a float32 matrix, that of the adapter which it multiplies). CPUs that multiply pairs of bfloat16
+    round it to the adapter's dtype, as a composition in those dtypes does.
+    """
+
+    def rounded(own):
+        at, adapter = beside or (None, None)
+        if at is None or own[adapter].dtype is not torch.bfloat16 or _native.chosen_isa not in ("avx512_bf16", "amx"):
+            return own
+        return [one.bfloat16().float() if i == at else one for i, one in enumerate(own)]
 
     def terms(one, at):
         if isinstance(one, float) and at not in fixed:
@@ -79,7 +90,7 @@ def sums(name, longest, *arguments, magnitudes=None, fixed=()):
     def draws(generator):
         own = filled(arguments, generator)
         wide = called(name, [widened(one) for one in own], "reference")
-        same = called(name, own, "reference")
+        same = called(name, rounded(own), "reference")
         most = called(name, [terms(one, at) for at, one in enumerate(own)], "reference")
         got = called(name, own)
         for one, other in zip(got, same, strict=True):

@@ -60,14 +60,14 @@ def lora_shrink(data, act, wide):
 def lora_expand_(data, act, wide):
     t, n, r = data.draw(SIZES, "T"), data.draw(SIZES, "N"), data.draw(RANKS, "R")
     y, s = matrix(data, t, n, act), matrix(data, t, r, F32)
-    sums("lora_expand_", r + 1, y, s, plain(n, r, dtype=wide), data.draw(SCALES, "scale"))
+    sums("lora_expand_", r + 1, y, s, plain(n, r, dtype=wide), data.draw(SCALES, "scale"), beside=(1, 2))
 
 
 @problem
 def lora_grad_sb(data, act, wide):
     t, n, r = data.draw(SIZES, "T"), data.draw(SIZES, "N"), data.draw(RANKS, "R")
     s, scale = matrix(data, t, r, F32), data.draw(SCALES, "scale")
-    sums("lora_grad_sb", max(t, n), plain(t, n, dtype=act), s, plain(n, r, dtype=wide), scale)
+    sums("lora_grad_sb", max(t, n), plain(t, n, dtype=act), s, plain(n, r, dtype=wide), scale, beside=(1, 2))
 
 
 @problem
@@ -75,7 +75,18 @@ def lora_grad_a(data, act, wide):
     t, k = data.draw(SIZES, "T"), data.draw(SIZES, "K")
     ranks, p, seed = groups(data)
     mask, r = masked(data, ranks, p, seed, t, k), sum(ranks)
-    sums("lora_grad_a", t, plain(t, r), plain(t, k, dtype=act), plain(r, k, dtype=wide), ranks, mask, p, fixed=(5,))
+    sums(
+        "lora_grad_a",
+        t,
+        plain(t, r),
+        plain(t, k, dtype=act),
+        plain(r, k, dtype=wide),
+        ranks,
+        mask,
+        p,
+        fixed=(5,),
+        beside=(0, 2),
+    )
 
 
 @problem
@@ -84,7 +95,7 @@ def lora_grad_x_(data, act, wide):
     ranks, p, seed = groups(data)
     mask, r = masked(data, ranks, p, seed, t, k), sum(ranks)
     dx, a = plain(t, k, dtype=act), plain(r, k, dtype=wide)
-    sums("lora_grad_x_", r + 1, dx, plain(t, r), a, ranks, mask, p, fixed=(5,))
+    sums("lora_grad_x_", r + 1, dx, plain(t, r), a, ranks, mask, p, fixed=(5,), beside=(1, 2))
 
 
 @problem
@@ -92,7 +103,8 @@ def dora_expand_(data, act, wide):
     t, n, r = data.draw(SIZES, "T"), data.draw(SIZES, "N"), data.draw(RANKS, "R")
     u, s = matrix(data, t, n, act), matrix(data, t, r, F32)
     bias = plain(n, dtype=act) if data.draw(st.booleans(), "bias") else None
-    sums("dora_expand_", r + 2, u, s, plain(n, r, dtype=wide), plain(n), bias, data.draw(SCALES, "scale"))
+    b = plain(n, r, dtype=wide)
+    sums("dora_expand_", r + 2, u, s, b, plain(n), bias, data.draw(SCALES, "scale"), beside=(1, 2))
 
 
 @problem

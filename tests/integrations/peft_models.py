@@ -71,9 +71,11 @@ def step(model, ids=None):
 
 
 def assert_same_gradients(got, want, tolerance=2e-5):
+    """Rounding of large gradients is left in small ones that come of their differences, as those of q and k do."""
     assert got.keys() == want.keys()
+    largest = max(gradient.norm() for gradient in want.values())
     for name, gradient in want.items():
-        assert (got[name] - gradient).norm() <= tolerance * gradient.norm(), name
+        assert (got[name] - gradient).norm() <= tolerance * (gradient.norm() + 0.01 * largest), name
 
 
 def assert_same_step(got, want, tolerance=2e-5):
