@@ -4,7 +4,7 @@ B lies transposed there, so an adapter that was named takes its memory twice unt
 adapter in it is compared with the parameters it was made of (`peft_watch`) and made again where one changed. Not seen are
 writes through ``.data`` that keep the memory and those of another process to shared memory, which no version counts (after
 an optimizer's step and PEFT's own such writes all is made again), and what only later makes an adapter unfit, as a hook on
-its lora_A.
+its lora_A or another module as its dropout (switching dropout on or off is seen).
 """
 
 import threading
@@ -132,6 +132,9 @@ def _factors(layer, name):
         return "a variant of LoRA"
     if not (bare(a, nn.Linear) and bare(b, nn.Linear)) or a.bias is not None or b.bias is not None:
         return "lora_A or lora_B is hooked, has a bias, or is no plain Linear"
+    drop = layer.lora_dropout[name]
+    if not (bare(drop, nn.Identity) or (bare(drop, nn.Dropout) and not (drop.training and drop.p))):
+        return "its dropout is on, hooked, or no plain Dropout"
     a, b = a.weight, b.weight
     if type(a) not in PLAIN or type(b) not in PLAIN or a.dtype not in DTYPES or a.dtype != b.dtype or a.device != b.device:
         return "lora_A and lora_B are no plain tensors of one dtype and device"

@@ -10,12 +10,14 @@ after each, everything counts as changed.
 """
 
 from itertools import repeat
-from operator import attrgetter, is_
+from operator import attrgetter, is_, itemgetter
 
 import torch
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _version, _place, _get, _modules = attrgetter("_version"), torch.Tensor.data_ptr, dict.get, attrgetter("_modules")
+_dropping = itemgetter("training", "p")  # of a dropout's dictionary
 
 _unseen_writes = 0  # as often as tensors may have been written to behind their versions
 
@@ -37,6 +39,7 @@ class Layers:
         self._a, self._b = [m["lora_A"] for m in self._modules], [m["lora_B"] for m in self._modules]
         self.a, self.b = [m._modules for m in self._a], [m._modules for m in self._b]
         self.scaling = [layer.scaling for layer in self.layers]
+        self.dropout = [m["lora_dropout"]._modules for m in self._modules]
 
     def are(self, layers) -> bool:
         """Are these the same, their adapters in the same place?"""
@@ -57,15 +60,20 @@ class Factors:
         self._name, self._in, self._unseen_writes = name, layers, _unseen_writes  # first: writes may come meanwhile
         self._a, self._b = _Side(layers.a, name), _Side(layers.b, name)
         self._scales = list(map(_get, layers.scaling, repeat(name)))
+        dropouts = enumerate(map(_get, layers.dropout, repeat(name)))
+        # Each has a switch of its own: what `add_adapter` makes is on in a model that was put to evaluation before.
+        self._dropouts = {i: module.__dict__ for i, module in dropouts if type(module) is nn.Dropout}
+        self._dropping = list(map(_dropping, self._dropouts.values()))
 
     def unchanged(self) -> bool:
-        """Are modules, parameters (identity, version, address) and scales still the same?"""
+        """Are modules, parameters (identity, version, address), scales and the switches of dropout still the same?"""
         layers, name = self._in, self._name
         return (
             self._unseen_writes == _unseen_writes
             and self._a.unchanged(layers.a, name)
             and self._b.unchanged(layers.b, name)
             and list(map(_get, layers.scaling, repeat(name))) == self._scales
+            and list(map(_dropping, self._dropouts.values())) == self._dropping
         )
 
     def changed_in(self, before: "Factors") -> set[int]:
@@ -74,7 +82,9 @@ class Factors:
             return set(range(len(self._scales)))
         scales = zip(self._scales, before._scales, strict=True)
         rescaled = {i for i, (now, then) in enumerate(scales) if now is not then and now != then}
-        return rescaled | self._a.changed_in(before._a) | self._b.changed_in(before._b)
+        now, then = (dict(zip(own._dropouts, own._dropping, strict=True)) for own in (self, before))
+        switched = {i for i in now | then if now.get(i) != then.get(i)}
+        return rescaled | switched | self._a.changed_in(before._a) | self._b.changed_in(before._b)
 
 
 class _Side:

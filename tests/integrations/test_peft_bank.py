@@ -166,6 +166,28 @@ def test_what_does_not_fit_goes_the_other_way():
     assert 0 < count < everything, "only the layers that the odd adapter is in"
 
 
+def test_dropout_that_is_on_goes_the_other_way():
+    """As it is in what `add_adapter` makes, in a model that evaluates too."""
+    fast = accelerated(model())
+    fast.add_adapter("late", peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj"], lora_dropout=0.5))
+    names = ["late", "b", "default", "late"]
+    dropouts = [m.lora_dropout["late"] for m in randomize(fast).modules() if hasattr(m, "lora_A") and "late" in m.lora_A]
+    (first, count), (second, _) = grouped(fast, names), grouped(fast, names)
+    everything = grouped(fast)[1]
+    assert count == everything - len(dropouts) > 0
+    assert not torch.allclose(first[0], second[0]) and torch.equal(first[2], second[2])
+    fast.eval()
+    got, count = grouped(fast, names)
+    assert count == everything
+    torch.testing.assert_close(got, logits(fastft.restore(copy.deepcopy(fast)), names))
+    dropouts[1].train()
+    assert grouped(fast, names)[1] == everything - 1
+    assert not torch.equal(logits(fast, names), got)
+    dropouts[1].p = 0.0
+    again, count = grouped(fast, names)
+    assert count == everything and torch.equal(again, got)
+
+
 def test_variants_are_not_laid_out_as_plain_ones():
     for m in (model(use_dora=True), accelerated(model(use_dora=True))):
         with pytest.raises(ValueError, match="DoRA"):
