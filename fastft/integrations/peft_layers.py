@@ -228,8 +228,19 @@ class FastLinear(Swapped):
                 return one
             if one.magnitude is not None and any(other.lora_bias is not None for other in out):
                 return "DoRA after an adapter with lora_bias, which PEFT multiplies too"
+            if one.magnitude is not None and self._corrects_a_part(name, out):
+                return "DoRA with a dropout module in training, where PEFT leaves out of its correction what others add"
             out.append(one)
         return out
+
+    def _corrects_a_part(self, name, before) -> bool:
+        """Does PEFT take x Wᵀ alone into DoRA's correction, where the output holds more, of adapters `before` or of hooks?
+
+        It does in training, wherever there is a dropout module, whatever its p: trainers switch dropout off by p = 0.
+        """
+        if not self.training or type(self.lora_dropout[name]) is nn.Identity:
+            return False
+        return bool(before) or not bare(self.base_layer, type(self.base_layer))
 
     def _projection(self, name, given) -> Projection | str:
         kinds, kind, variant = kinds_of_peft(), given.dtype, self.lora_variant.get(name)

@@ -243,6 +243,24 @@ def test_dora_with_dropout():
     assert torch.equal(one(fast)(X), want)
     assert "DoRA with dropout" in fastft.report(fast).rows[0].reason
     assert compare(model.eval(), fast.eval()).path == "fused"
+
+
+@pytest.mark.parametrize("site", ["second", "first", "alone", "hooked"])
+def test_dora_with_a_dropout_module_that_drops_nothing(site):
+    """PEFT then leaves what other adapters and hooks add out of its correction, in training alone."""
+    adapters = {"second": ("b", "default"), "first": ("default", "b")}.get(site, ("default",))
+    model = layer(adapters=adapters, configs={"default": {"use_dora": True, "lora_dropout": 0.5}})
+    one(model).lora_dropout["default"].p = 0.0  # as TRL does
+    if site == "hooked":
+        hooked(one(model))
+    fast = accelerated(model)
+    left = site in ("second", "hooked")
+    assert (compare(model.train(), fast.train()).path == "peft") == left
+    assert not left or "DoRA with a dropout module in training" in fastft.report(fast).rows[0].reason
+    assert compare(model.eval(), fast.eval()).path != "peft"
+
+
+def test_dora_after_an_adapter_with_a_bias():
     mixed = {"adapters": ("default", "b"), "configs": {"default": {"lora_bias": True}, "b": {"use_dora": True}}}
     model = layer(**mixed)
     assert "DoRA after an adapter with lora_bias" in compare(model, accelerated(model)).reason
@@ -472,7 +490,7 @@ def test_selective_checkpointing(config):
     for m in (plain, fast):
         m.train().gradient_checkpointing_enable(options)
         m.enable_input_require_grads()
-        assert_same_step(step(m), wanted)
+        assert_same_step(step(m), wanted, tolerance=2e-4)  # of q's and k's small gradients by DoRA, PEFT rounds 2e-5 away
     assert all(row.path == "fused" for row in fastft.report(fast))
 
 
