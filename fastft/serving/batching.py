@@ -201,9 +201,8 @@ def library():
             if "flash" not in model.config._attn_implementation:
                 before = self._original_attn_impl = self._original_attn_impl or model.config._attn_implementation
                 model.set_attn_implementation(attention.NAME)  # which only warns where it can't
-                if {model.config._attn_implementation, model.config.get_text_config()._attn_implementation} != {
-                    attention.NAME
-                }:
+                configs = model.config, model.config.get_text_config()
+                if any(config._attn_implementation != attention.NAME for config in configs):
                     model.set_attn_implementation(before)
                     raise ValueError(attention.cannot_be_served(model))
                 self.steps.own_attention, self.steps.model = True, model

@@ -141,7 +141,7 @@ class Engine:
             try:
                 manager.batch_processor = manager._create_batch_processor()
                 manager.start()
-                trials.run(self.model, answers, lambda request: self._enqueue(request, manager, waits=True))
+                trials.run(self.model, answers, lambda request: self._when_room(self._enqueue, request, manager))
             except BaseException:  # a cache too large, say: the model gets its own attention back
                 if manager._generation_thread is not None:
                     self._steps.stopping = True
@@ -253,18 +253,19 @@ class Engine:
             raise EngineStopped("the engine is being stopped")
         return request
 
-    def _enqueue(self, request: Request, manager, waits: bool = False) -> None:
-        while True:
-            try:
-                self._admission.add(request)
-                break
-            except QueueFull:
-                if not waits:
-                    raise
-                self._admission.wait_for_room()
+    def _enqueue(self, request: Request, manager) -> None:
+        self._admission.add(request)
         manager.wake()
         if self._failure is not None or not manager.is_running():  # it ended in between, and may not have seen the request
             self._steps.stopped(self._failure)
+
+    def _when_room(self, call, *arguments, **options):
+        """The call, again until the queue isn't full."""
+        while True:
+            try:
+                return call(*arguments, **options)
+            except QueueFull:
+                self._admission.wait_for_room()
 
     def look(self, adapter: str) -> None:
         """Raises UnknownAdapter. Takes as long as the adapter folder's file system: not for an event loop's thread."""
@@ -282,12 +283,7 @@ class Engine:
         try:
             for prompt, adapter in zip(prompts, adapters, strict=True):
                 ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
-                while True:
-                    try:
-                        requests.append(self.submit(ids, adapter=adapter, **sampling))
-                        break
-                    except QueueFull:
-                        self._admission.wait_for_room()
+                requests.append(self._when_room(self.submit, ids, adapter=adapter, **sampling))
             return [request.result() for request in requests]
         except BaseException:  # Ctrl-C too: nobody will read the others
             for request in requests:

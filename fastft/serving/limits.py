@@ -96,15 +96,19 @@ def free_share(cache) -> float:
 def positions(model) -> int:
     """Tokens that a request may have. With longrope those of the short factors: the library turns all of a step by the
     factors of the longest request in it, also those whose keys in the cache were turned by the others."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _INT32
-    return min([most, *_short_ropes(model)])
+    return min([_own_positions(model), *_short_ropes(model)])
 
 
 def why_short(model) -> str:
     """What keeps `positions` below the model's own number, for messages; "" where nothing does."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _INT32
-    short = min(_short_ropes(model), default=most)
-    return "" if short >= most else f", as the model's longrope has other factors beyond {short:,}, which are not served"
+    short = positions(model)
+    if short >= _own_positions(model):
+        return ""
+    return f", as the model's longrope has other factors beyond {short:,}, which are not served"
+
+
+def _own_positions(model) -> int:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or _INT32
 
 
 def _short_ropes(model) -> list[int]:

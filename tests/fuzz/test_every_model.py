@@ -8,7 +8,7 @@ import torch
 
 import fastft
 from fastft.serving import Engine
-from tests.serving.tiny import greedy, prompt, worst_gap
+from tests.serving.tiny import greedy, prompt, redraw, worst_gap
 
 transformers = pytest.importorskip("transformers")
 from transformers.models.auto import modeling_auto  # noqa: E402
@@ -64,13 +64,9 @@ def small(kind, name):
         if size > 50e6:
             return f"{size} parameters are many"
         torch.manual_seed(0)
-        model = made(config).eval()
+        model = redraw(made(config).eval())
     except Exception as error:
         return f"no small {kind} by these options: {error!r:.200}"
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.15)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config = transformers.GenerationConfig(pad_token_id=0)
     return model

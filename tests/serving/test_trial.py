@@ -7,7 +7,7 @@ from fastft.cli import serve
 from fastft.cli.loading import UserError
 from fastft.cli.serve_config import ServeConfig
 from fastft.serving import Engine, trial
-from tests.serving.tiny import llama, prompt, transformers
+from tests.serving.tiny import llama, prompt, redraw, transformers
 
 SMALL = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -15,12 +15,7 @@ SMALL = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hid
 def made(kind, **options):
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind.removesuffix('LMHead')}Config")(pad_token_id=0, **{**SMALL, **options})
-    model = getattr(transformers, f"{kind}Model" if kind.endswith("LMHead") else f"{kind}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.15)
-    return model
+    return redraw(getattr(transformers, f"{kind}Model" if kind.endswith("LMHead") else f"{kind}ForCausalLM")(config).eval())
 
 
 def test_models_whose_answers_would_be_wrong_are_refused():

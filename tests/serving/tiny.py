@@ -28,6 +28,15 @@ def llama(seed=0, dtype=torch.float32, **options):
     return model.to(dtype)
 
 
+def redraw(model):
+    """The model, its matrices drawn so that attention and positions show in its tokens."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.15)
+    return model
+
+
 KINDS = {
     "lora1": lambda: fastft.LoRA(r=1, lora_alpha=2, target_modules="all-linear"),
     "lora4": lambda: fastft.LoRA(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"]),
