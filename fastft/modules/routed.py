@@ -3,8 +3,8 @@
 A *site* is one linear, or several that read one input (q, k and v; gate and up) whose weights then lie in one buffer: one
 GEMM, one shrink and one expand (`ops.grouped`) compute all of them. The member that is called first computes, the others
 take their columns if they are called with the same tensor, unchanged, in the same batch; else the whole site is computed
-again. So a wrong guess of which linears belong together costs time, never a wrong result. (On a CPU the GEMM alone is no
-faster so, and a batch without adapters 2 % slower; one with adapters is 2 % faster than with GEMMs apart.)
+again. So a wrong guess of which linears belong together costs time, never a wrong result. Where one wide GEMM is slower than
+several (see `APART_WEIGHTS`), each member's writes its columns of the site's output.
 
 What tokens have which adapters stands in a `BatchRoute`, which the engine sets before each forward; where adapters lie, in
 what `RoutedModel.bind` was given. A batch without adapters runs the same GEMM and nothing else, and rows without an adapter
@@ -23,6 +23,11 @@ from .adapted_linear import Adapted
 from .packed import into_one, packing_obstacle, shares_memory
 from .route import BatchRoute, Site
 
+# From so many weights of a site on, a CPU computes a site's float32 members one by one: its library takes longer the wider a
+# product of few rows is (AMD EPYC, 8 tokens from 2048 features to 2 x 5632: 1.29 of the time). Narrower, and in 16 bits at
+# any size, one product is as quick or quicker.
+APART_WEIGHTS = 1 << 21
+
 # Up to so many tokens the shrink of a GPU's batch runs on a stream beside the base GEMM, which leaves units idle there.
 OVERLAP_ROWS = 256
 
@@ -33,14 +38,14 @@ class RoutedSite:
     __slots__ = (
         *("site", "modules", "route", "weight", "bias", "sizes", "waiting", "warned", "in_features", "out_features", "name"),
         *("store", "offsets", "columns", "pieces", "widths", "side", "fork", "join", "overlap_rows"),
-        *("conditions", "dtype", "ops"),
+        *("conditions", "dtype", "ops", "members"),
     )
 
     def __init__(self, site: Site, modules: list[nn.Module], route: BatchRoute):
         self.site, self.modules, self.route, self.name = site, modules, route, site.name
         self.in_features, self.out_features = site.in_features, site.out_features
         self.sizes = [width for _, _, width in site.outputs]
-        self.weight = self.bias = self.waiting = self.side = None
+        self.weight = self.bias = self.members = self.waiting = self.side = None
         self.store = self.offsets = self.columns = self.pieces = None
         self.widths: dict[str, int | None] = {}
         self.conditions = self.dtype = self.ops = None
@@ -54,6 +59,11 @@ class RoutedSite:
         """The members' weights become slices of one buffer, their biases too."""
         self.weight = into_one([module.weight for module in self.modules])
         self.bias = None if self.modules[0].bias is None else into_one([module.bias for module in self.modules])
+        self.members = None
+        weight, few = self.weight, self.weight.numel() < APART_WEIGHTS
+        if not few and weight.device.type == "cpu" and weight.dtype is torch.float32:
+            biases = [None] * len(self.sizes) if self.bias is None else self.bias.split(self.sizes)
+            self.members = [(own.t(), bias) for own, bias in zip(weight.split(self.sizes), biases)]
 
     def unpack(self) -> None:
         """Each Parameter gets memory of its own again."""
@@ -62,7 +72,11 @@ class RoutedSite:
                 for parameter in (module.weight, module.bias):
                     if parameter is not None and shares_memory(parameter):
                         parameter.data = parameter.data.clone()
-        self.weight = self.bias = self.waiting = None
+        self.forget()
+
+    def forget(self) -> None:
+        """The buffer, which the next forward makes anew."""
+        self.weight = self.bias = self.members = self.waiting = None
 
     def intact(self) -> bool:
         """Are the members' Parameters the slices of the buffer, as they were packed?"""
@@ -86,7 +100,7 @@ class RoutedSite:
         route, waiting = self.route, self.waiting
         if waiting is not None and waiting[2] == route.step and waiting[0] is not x and not self.warned:
             self._warn(f"got another input while {waiting[4]} of its members had not been called with the last one")
-        y = self.adapted(None, x) if route.active else F.linear(x, self.weight, self.bias)
+        y = self.adapted(None, x) if route.active else self._base(None, x)
         columns = list(y.unsafe_split_with_sizes(self.sizes, -1))
         own, columns[at] = columns[at], None
         if x.is_inference():  # which don't count their changes
@@ -167,11 +181,24 @@ class RoutedSite:
 
     def _base(self, member, x):
         if member is None:
+            if self.members is not None and x.dtype is torch.float32 and not torch.is_autocast_enabled("cpu"):
+                return self._each_member(x)
             return F.linear(x, self.weight, self.bias)
         own = member._parameters
         if member.plain is nn.Linear and "weight" in own and "bias" in own:  # past its look-up of parameters
             return F.linear(x, own["weight"], own["bias"])
         return member.plain.forward(member, x)
+
+    def _each_member(self, x):
+        """The packed weights' product, one GEMM a member."""
+        y = x.new_empty((*x.shape[:-1], self.out_features))
+        rows, columns = x.reshape(-1, self.in_features), y.view(-1, self.out_features).split(self.sizes, 1)
+        for (weight, bias), out in zip(self.members, columns):
+            if bias is None:
+                torch.mm(rows, weight, out=out)
+            else:
+                torch.addmm(bias, rows, weight, out=out)
+        return y
 
     def _beside(self, member, x, plan):
         """The shrink on a stream of its own while the base GEMM runs; both have ended for what follows. A CUDA graph takes
@@ -207,13 +234,13 @@ class Routed:
 
     def _apply(self, *args, **kwargs):
         super()._apply(*args, **kwargs)
-        self._site.weight = None  # memory of another place or dtype: packed again by the next forward
+        self._site.forget()  # memory of another place or dtype
         return self
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
         if not self._site.intact():  # load_state_dict(assign=True)
-            self._site.weight = None
+            self._site.forget()
 
 
 class RoutedMember(Routed):

@@ -216,6 +216,48 @@ def test_one_gemm_for_all_members_in_any_order(block, order, shape):
     assert reference() is None  # nobody keeps the input, nor the columns
 
 
+@pytest.mark.parametrize("active", [False, True])
+def test_members_of_large_float32_weights_are_multiplied_apart(monkeypatch, tmp_path, active):
+    """Into the columns of one output, with the bits of the layers alone; not in 16 bits, nor under autocast."""
+    monkeypatch.setattr("fastft.modules.routed.APART_WEIGHTS", 0)
+    model, twin, wide = Block(), Block(), []
+    routed = one_adapter(model, tmp_path, fastft.LoRA(r=2, target_modules=["q_proj", "k_proj"]))
+    route(routed.tokens, [-1, 0, -1] if active else [-1] * 3)
+    adapted = twin.q_proj(X)
+    if active:
+        handle = fastft.load(twin, tmp_path)
+        adapted = twin.q_proj(X)
+        handle.detach()
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr("fastft.modules.routed.F.linear", lambda x, w, b=None: wide.append(len(w)) or linear(x, w, b))
+    for shape in ((3, 8), (1, 3, 8)):
+        x = X.view(shape).clone()
+        got = [layer(x).view(3, -1) for layer in members(model)]
+        for mine, other in zip(got, members(twin)):
+            for row in (0, 2):
+                assert torch.equal(mine[row], other(X)[row])
+        same(got[0][1], adapted[1])
+    assert 14 not in wide
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.q_proj(X).dtype == torch.bfloat16
+    assert wide.count(14) == 1
+    routed.uninstall()
+    install(model.bfloat16())
+    model.q_proj(X.bfloat16())
+    assert wide.count(14) == 2
+
+
+def test_moving_a_model_frees_the_packed_weights(monkeypatch):
+    monkeypatch.setattr("fastft.modules.routed.APART_WEIGHTS", 0)
+    model = Block()
+    install(model)
+    buffer = weakref.ref(model.q_proj._site.weight)
+    views = [weakref.ref(weight) for weight, _ in model.q_proj._site.members]
+    model.double()
+    gc.collect()
+    assert buffer() is None and not any(view() for view in views)
+
+
 def test_members_that_are_called_otherwise_compute_again(block):
     model, routed, twin, calls = block
     x = X.clone()
