@@ -63,9 +63,9 @@ MODELS = {
     "llama-6l": Model(768, 2048, 12, 4, 64, 6, 4096, batch=4, length=256),
     # Small enough to be served on a CPU: a decode step of 32 rows.
     "llama-8l": Model(512, 1408, 8, 4, 64, 8, 4096, batch=32, length=1),
-    # One layer around a square down_proj, for what is done to weights alone.
     # The same at layers of the size that models have.
     "llama3.2-1b-4l": Model(2048, 8192, 32, 8, 64, 4, 4096, batch=32, length=1),
+    # One layer around a square down_proj, for what is done to weights alone.
     "square2048-1l": Model(2048, 2048, 4, 4, 64, 1, 64, batch=1, length=16),
     "square4096-1l": Model(4096, 4096, 4, 4, 64, 1, 64, batch=1, length=16),
     "tiny-llama": Model(32, 48, 4, 2, 8, 2, 64, batch=2, length=8),  # as "tiny" below

@@ -38,14 +38,14 @@ class RoutedSite:
     __slots__ = (
         *("site", "modules", "route", "weight", "bias", "sizes", "waiting", "warned", "in_features", "out_features", "name"),
         *("store", "offsets", "columns", "pieces", "widths", "side", "fork", "join", "overlap_rows"),
-        *("conditions", "dtype", "ops", "members"),
+        *("conditions", "dtype", "ops"),
     )
 
     def __init__(self, site: Site, modules: list[nn.Module], route: BatchRoute):
         self.site, self.modules, self.route, self.name = site, modules, route, site.name
         self.in_features, self.out_features = site.in_features, site.out_features
         self.sizes = [width for _, _, width in site.outputs]
-        self.weight = self.bias = self.members = self.waiting = self.side = None
+        self.weight = self.bias = self.waiting = self.side = None
         self.store = self.offsets = self.columns = self.pieces = None
         self.widths: dict[str, int | None] = {}
         self.conditions = self.dtype = self.ops = None
@@ -59,11 +59,6 @@ class RoutedSite:
         """The members' weights become slices of one buffer, their biases too."""
         self.weight = into_one([module.weight for module in self.modules])
         self.bias = None if self.modules[0].bias is None else into_one([module.bias for module in self.modules])
-        self.members = None
-        weight, few = self.weight, self.weight.numel() < APART_WEIGHTS
-        if not few and weight.device.type == "cpu" and weight.dtype is torch.float32:
-            biases = [None] * len(self.sizes) if self.bias is None else self.bias.split(self.sizes)
-            self.members = [(own.t(), bias) for own, bias in zip(weight.split(self.sizes), biases)]
 
     def unpack(self) -> None:
         """Each Parameter gets memory of its own again."""
@@ -72,11 +67,7 @@ class RoutedSite:
                 for parameter in (module.weight, module.bias):
                     if parameter is not None and shares_memory(parameter):
                         parameter.data = parameter.data.clone()
-        self.forget()
-
-    def forget(self) -> None:
-        """The buffer, which the next forward makes anew."""
-        self.weight = self.bias = self.members = self.waiting = None
+        self.weight = self.bias = self.waiting = None
 
     def intact(self) -> bool:
         """Are the members' Parameters the slices of the buffer, as they were packed?"""
@@ -181,7 +172,7 @@ class RoutedSite:
 
     def _base(self, member, x):
         if member is None:
-            if self.members is not None and x.dtype is torch.float32 and not torch.is_autocast_enabled("cpu"):
+            if x.dtype is torch.float32 and self._apart():
                 return self._each_member(x)
             return F.linear(x, self.weight, self.bias)
         own = member._parameters
@@ -189,15 +180,21 @@ class RoutedSite:
             return F.linear(x, own["weight"], own["bias"])
         return member.plain.forward(member, x)
 
+    def _apart(self) -> bool:
+        weight = self.weight
+        if weight.numel() < APART_WEIGHTS or weight.device.type != "cpu" or weight.dtype is not torch.float32:
+            return False
+        return not torch.is_autocast_enabled("cpu")
+
     def _each_member(self, x):
         """The packed weights' product, one GEMM a member."""
         y = x.new_empty((*x.shape[:-1], self.out_features))
         rows, columns = x.reshape(-1, self.in_features), y.view(-1, self.out_features).split(self.sizes, 1)
-        for (weight, bias), out in zip(self.members, columns):
-            if bias is None:
-                torch.mm(rows, weight, out=out)
+        for module, out in zip(self.modules, columns):
+            if module.bias is None:
+                torch.mm(rows, module.weight.t(), out=out)
             else:
-                torch.addmm(bias, rows, weight, out=out)
+                torch.addmm(module.bias, rows, module.weight.t(), out=out)
         return y
 
     def _beside(self, member, x, plan):
@@ -234,13 +231,13 @@ class Routed:
 
     def _apply(self, *args, **kwargs):
         super()._apply(*args, **kwargs)
-        self._site.forget()  # memory of another place or dtype
+        self._site.weight = None  # memory of another place or dtype: packed again by the next forward
         return self
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
         if not self._site.intact():  # load_state_dict(assign=True)
-            self._site.forget()
+            self._site.weight = None
 
 
 class RoutedMember(Routed):
