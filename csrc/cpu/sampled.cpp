@@ -266,7 +266,7 @@ void add_one(T* y, const T* x, int64_t cols, const Entries& s, const float* valu
   });
 }
 
-// out = Σ_e values[e] x[columns[e]] of n entries, V vectors of tokens each. V < 8: several sums, or each waits for the one
+// out = Σ_e values[e] x[columns[e]] of n entries, V vectors of tokens each, in several sums, or each would wait for the one
 // before.
 template <int V>
 inline void add_columns(const float* x, int64_t row, const int32_t* columns, const float* values, int64_t n, float* out) {
@@ -311,12 +311,16 @@ void add_rows(T* y, int64_t ld, int64_t tokens, const float* x, int64_t row, con
   }
 }
 
+// Vectors that fill a cache line: more tokens in a pass would read the entries less often, but their columns lie in L2 no
+// more (1 % of 2048 x 2048 on 1,024 tokens of float32, two threads: 2.2 ms; 4.0 with four lines).
+constexpr int line = unit_step / VL;
+
 template <int V, class T>
 void add_product(T* y, int64_t ld, const Tensor& x, const Entries& s, const float* values) {
-  constexpr int64_t part = V * VL;  // tokens that one pass over the entries takes: all of their columns lie together in L2
-  const int64_t tokens = x.size(0), count = blocks(tokens, part), ranges = row_ranges(), row = std::max(part, unit_step);
-  const int64_t wave = wave_of(count, ranges, x.size(1) * spread_row(row) * sizeof(float));
-  const TransposedBlocks<float, T> held(x, row, wave);
+  constexpr int64_t part = V * VL;  // tokens that one pass over the entries takes
+  const int64_t tokens = x.size(0), count = blocks(tokens, part), ranges = row_ranges();
+  const int64_t wave = wave_of(count, ranges, x.size(1) * unit_step * sizeof(float));
+  const TransposedBlocks<float, T> held(x, unit_step, wave);
   const auto load = [&](int64_t task, int64_t block, int64_t slot) {
     held.load(task, block * part, std::min(part, tokens - block * part), slot);
   };
@@ -342,9 +346,8 @@ void add_sparse_product_(Tensor y, const Tensor& x, const Tensor& starts, const 
     auto* to = mutable_data(y, type);
     if (tokens == 1) return add_one(to, data(x, type), x.size(1), s, v);
     if (tokens <= VL) return add_product<1>(to, ld, x, s, v);
-    if (tokens <= 2 * VL) return add_product<2>(to, ld, x, s, v);
-    if (tokens <= 4 * VL || VL == 16) return add_product<4>(to, ld, x, s, v);
-    add_product<8>(to, ld, x, s, v);
+    if (tokens <= 2 * VL) return add_product<std::min(2, line)>(to, ld, x, s, v);
+    add_product<line>(to, ld, x, s, v);
   });
 }
 
