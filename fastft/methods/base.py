@@ -23,7 +23,7 @@ from ..modules.slices import Buffers
 from .grouping import check_packable
 from .handle import Handle, handles
 from .processes import check_unwrapped
-from .targets import Matched, TargetOptions, match, with_heads
+from .targets import Matched, TargetOptions, match, warn_of_experts, with_heads
 
 __all__ = ["AdapterFileError", "Handle", "Method", "attach", "handles", "load"]
 
@@ -228,6 +228,7 @@ def attach(model: nn.Module, method: Method, adapter_name: str = "default") -> H
     check_name(model, adapter_name)
     method = with_heads(method, model).bind(model)
     matched = match(model, method)
+    warn_of_experts(model, method)
     _check_quantized(method, matched.targets)
     method.check(matched.targets, model)
     if method.pack_weights:

@@ -24,7 +24,7 @@ _OTHER = (
     {"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"},
     {"in_proj_qkvz", "in_proj_ba"},
 )
-# In these the keys and values come from another sequence than the queries.
+# In these, or modules of these, the keys and values come from another sequence than the queries.
 _CROSS = re.compile(r"cross|encoder_attn|EncDec", re.IGNORECASE)
 
 
@@ -34,7 +34,7 @@ def siblings(modules, in_features=lambda module: features(module)[1]) -> list[li
     for name, module in modules.items():
         parent, _, own = name.rpartition(".")
         for family, (query, rest) in enumerate(_ATTENTION):
-            if own in rest or (own in query and not _CROSS.search(parent.rpartition(".")[2])):
+            if own in rest or (own in query and not _CROSS.search(".".join(parent.split(".")[-2:]))):
                 found.setdefault((parent, "attention", family, in_features(module)), []).append(name)
         for family, names in enumerate(_OTHER):
             if own in names:

@@ -30,7 +30,8 @@ class TargetOptions:
 
     Args:
         target_modules: list of names (a module matches if its name is, or ends with a dot and, an entry), a regular
-            expression that must match the whole name, or "all-linear" (every linear layer but the output head).
+            expression that must match the whole name, or "all-linear" (every linear layer but the output head; not the
+            weights of experts that are parameters of three dimensions, which a warning names).
             None takes PEFT's table for the model's architecture, if peft is installed.
         exclude_modules: list or regular expression, matched the same way; never adapted.
         layers_to_transform: only layers with this index or these indices; the index is the first numbered segment of
@@ -184,6 +185,27 @@ def _resolve_targets(model, modules, options) -> str | set[str]:
     }
 
 
+def warn_of_experts(model, options) -> None:
+    """PEFT's "all-linear" adapts them too: whoever comes from there would train less without a word."""
+    left = {}  # one of each last name
+    every = isinstance(options.target_modules, str) and options.target_modules.lower() == "all-linear"
+    for name, module in base_modules(model).items() if every else ():
+        if isinstance(module, nn.modules.conv._ConvNd) or (
+            options.exclude_modules and _excluded(name, options.exclude_modules)
+        ):
+            continue
+        for own, weight in module._parameters.items():
+            if weight is not None and weight.dim() == 3 and min(weight.shape) > 1:
+                left.setdefault(own, f"{name}.{own}")
+    if left:
+        warnings.warn(
+            f'"all-linear" leaves out {", ".join(left.values())} and their like: experts, whose weights are parameters of three '
+            "dimensions and no linear layers. fastft adapts linear layers; exclude_modules that name the experts' modules "
+            "silence this",
+            stacklevel=4,
+        )
+
+
 def any_linear(module) -> bool:
     return isinstance(module, nn.Linear) or is_linear(module) or quantization(module) is not None
 
@@ -263,7 +285,8 @@ def _check_entries(modules, targets, names, saved, options, lenient):
     known = [name for name in modules if name]
     if not lenient:
         ends = {suffix for name in known for suffix in _suffixes(name)}
-        for entry in sorted(targets - ends)[:1] if isinstance(targets, set) else ():
+        chosen = options.target_modules is not None  # PEFT's table lists what any model of an architecture has
+        for entry in sorted(targets - ends)[:1] if chosen and isinstance(targets, set) else ():
             raise ValueError(f"target_modules: no module is named {_quoted(entry)}{_near(entry, known)}")
         for entry in options.modules_to_save or []:
             if not _saved_modules(known, [entry]):

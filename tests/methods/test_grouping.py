@@ -31,6 +31,8 @@ def test_other_names_and_cross_attention():
         ["EncDecAttention.k", "EncDecAttention.v"]
     ]
     assert siblings(linears("b.encoder_attn.q_proj", "b.encoder_attn.k_proj", "c.k_proj")) == []
+    former = linears("crossattention.attention.query", "crossattention.attention.key", "crossattention.attention.value")
+    assert siblings(former) == [["crossattention.attention.key", "crossattention.attention.value"]]
     assert siblings({**linears("q_proj"), **linears("k_proj", "v_proj", k=6)}) == [["k_proj", "v_proj"]]
     assert siblings(linears("ff.w1", "ff.w3", "ff.w2")) == [["ff.w1", "ff.w3"]]
     assert siblings(linears("m.q_a_proj", "m.kv_a_proj_with_mqa", "m.q_b_proj")) == [["m.q_a_proj", "m.kv_a_proj_with_mqa"]]

@@ -224,6 +224,27 @@ def test_default_targets_without_a_known_architecture():
         fastft.attach(torch.nn.Sequential(torch.nn.Linear(3, 3)), fastft.LoRA())
 
 
+def test_of_default_targets_those_that_are_there(monkeypatch):
+    """PEFT's table lists what any model of an architecture has: of BLIP-2 the layers of both its language models."""
+    constants = pytest.importorskip("peft.utils.constants")
+    model, table = llama(), constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    monkeypatch.setitem(table, model.config.model_type, ["q", "q_proj"])
+    assert all(name.endswith("q_proj") for name in fastft.attach(model, fastft.LoRA()).targets)
+
+
+def test_all_linear_says_that_it_leaves_out_experts():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+                                        num_attention_heads=2, num_key_value_heads=1, num_local_experts=2)  # fmt: skip
+    model = transformers.MixtralForCausalLM(config)
+    with pytest.warns(UserWarning, match=r"leaves out model\.layers\.0\.mlp\.experts\.gate_up_proj, .*down_proj"):
+        fastft.attach(model, fastft.LoRA(target_modules="all-linear")).detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastft.attach(model, fastft.LoRA(target_modules="all-linear", exclude_modules=r".*\.experts")).detach()
+        fastft.attach(model, fastft.LoRA(target_modules=["q_proj"])).detach()
+
+
 def test_sequence_classification_head_is_left_out_of_all_linear():
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
