@@ -50,10 +50,7 @@ class PackedWeights:
 
     def intact(self) -> bool:
         """Are all Parameters slices of the buffer?"""
-        if self.weight is None or not _are_slices([m.weight for m in self.members], self.weight):
-            return False
-        biases = [member.bias for member in self.members]
-        return all(b is None for b in biases) if self.bias is None else _are_slices(biases, self.bias)
+        return self.weight is not None and are_packed(self.members, self.weight, self.bias)
 
     def holds(self, i, weight, bias) -> bool:
         """Are these tensors the i-th slices of the buffer?"""
@@ -105,10 +102,20 @@ def into_one(parameters):
     return packed
 
 
-def _are_slices(parameters, packed) -> bool:
+def are_packed(members, weight, bias, trainable: bool = False) -> bool:
+    """Are the members' weights and biases the slices of these buffers? trainable: may they require gradients?"""
+    biases = [member.bias for member in members]
+    return _are_slices([member.weight for member in members], weight, trainable) and (
+        all(b is None for b in biases) if bias is None else _are_slices(biases, bias, trainable)
+    )
+
+
+def _are_slices(parameters, packed, trainable) -> bool:
     place = packed.data_ptr()
     for p in parameters:
-        if type(p) is not nn.Parameter or p.requires_grad or p.data_ptr() != place or p.shape[1:] != packed.shape[1:]:
+        if type(p) is not nn.Parameter or p.data_ptr() != place or p.shape[1:] != packed.shape[1:]:
+            return False
+        if p.requires_grad and not trainable:
             return False
         if p.dtype != packed.dtype or p.device != packed.device or not p.is_contiguous():
             return False

@@ -20,7 +20,7 @@ from torch import nn
 
 from ..ops.grouped import grouped_add_, grouped_expand_, grouped_shrink, in_one_call
 from .adapted_linear import Adapted
-from .packed import into_one, packing_obstacle, shares_memory
+from .packed import are_packed, into_one, packing_obstacle, shares_memory
 from .route import BatchRoute, Site
 
 # From so many weights of a site on, a CPU computes a site's float32 members one by one: its library takes longer the wider a
@@ -73,12 +73,7 @@ class RoutedSite:
         """Are the members' Parameters the slices of the buffer, as they were packed?"""
         if self.weight is None:
             return len(self.modules) == 1
-        place = self.weight.data_ptr()
-        for module in self.modules:
-            if module.weight.data_ptr() != place or module.weight.dtype != self.weight.dtype:
-                return False
-            place += module.weight.numel() * module.weight.element_size()
-        return True
+        return are_packed(self.modules, self.weight, self.bias, trainable=True)
 
     # ---- forward
 
@@ -325,7 +320,7 @@ class RoutedModel:
                 shared.fork, shared.join = torch.cuda.Event(), torch.cuda.Event()
 
     def intact(self) -> bool:
-        """Do all packed weights still lie in their buffers? Whoever gives a Parameter other memory (``p.data = ...``; moving
+        """Do all packed weights and biases still lie in their buffers? Whoever gives a Parameter other memory (``p.data = ...``; moving
         the model and loading a state dict are seen) must call `repack`."""
         return all(shared.intact() for shared in self._sites)
 

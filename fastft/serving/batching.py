@@ -88,6 +88,12 @@ class Steps:
             buffers.tokens.publish(self.routed.tokens)
             (buffers.heads if self.few_heads else buffers.tokens).publish(self.routed.heads)
 
+    def retire(self) -> None:
+        """No step comes any more: the model's layers add nothing, whatever the last one's rows asked for."""
+        if self.routed is not None:
+            for route in (self.routed.tokens, self.routed.heads):
+                route.set(None, None, False, 0)
+
     def sample(self, scores: torch.Tensor, output_ids: torch.Tensor) -> None:
         """In place of the library's: tokens to row 0 of output_ids, log-probabilities' bits to row 1."""
         if self.plan is not None and not self.plan.read:  # the library took the class for another than it is

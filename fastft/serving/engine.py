@@ -176,6 +176,7 @@ class Engine:
                 if self._manager is manager:
                     self._steps.stopping = True
                     manager.stop(block=True, hard_stop=not drained)
+                    self._steps.retire()
                     self._manager = None
 
     def close(self) -> None:

@@ -162,12 +162,18 @@ def test_moving_and_loading_packs_again(block):
         for mine, other in zip(members(model), members(twin)):
             same(mine(x), other(x))
         assert routed.intact()
-    for layer in (model.q_proj, twin.q_proj):
-        layer.weight.data = layer.weight.data * 2
-    assert not routed.intact()
-    routed.repack()
+    for own in ("weight", "bias"):
+        for layer in (model.q_proj, twin.q_proj):
+            parameter = getattr(layer, own)
+            parameter.data = parameter.data * 2 + 1
+        assert not routed.intact()
+        routed.repack()
+        same(model.q_proj(X), twin.q_proj(X))
+        assert routed.intact()
+    bias = {"q_proj.bias": twin.q_proj.bias.detach() + 3}
+    for changed in (model, twin):
+        changed.load_state_dict(bias, strict=False, assign=True)
     same(model.q_proj(X), twin.q_proj(X))
-    assert routed.intact()
 
 
 def test_sites_without_any_adapter_in_memory(block):

@@ -251,6 +251,18 @@ def test_an_idle_engines_cache_is_free(make):
     assert engine.stats()["cache_free"] == 1.0
 
 
+def test_a_stopped_engines_model_is_the_base(make):
+    """Whatever adapters the last batch had, and with other numbers of rows."""
+    engine, base = make(), llama()
+    engine.generate([prompt(9, 1)], ["lora16"], max_tokens=1)
+    engine.stop()
+    with torch.no_grad():
+        for length in (9, 10):
+            ids = torch.tensor([prompt(length, 1)])
+            got, want = (model(ids, use_cache=False).logits for model in (engine.model, base))
+            torch.testing.assert_close(got, want)
+
+
 def test_requests_need_a_running_engine(make):
     engine = make()
     engine.stop()
