@@ -18,13 +18,14 @@ from typing import Any, ClassVar
 import torch
 
 from ..modules.adapted_linear import is_transposed
+from ..modules.quantized import quantization
 from ..modules.slices import SliceSettings
 from ..ops.partial_linear import slice_dim
 from ..optim.slice_adamw import SliceAdamW
 from .base import Method
 from .selection import SELECTORS, choose, unit_scores, wanted_slices
 from .targets import check_rows, exactly, in_layers, match, tied_names
-from .units import coupled_units
+from .units import coupled_units, known_blocks, why_no_slice
 
 # Fractions of the paper's experiments, by model; o and d there are o_ratio and down_ratio here.
 PRESETS = {
@@ -131,14 +132,32 @@ class S2FT(Method):
             self._check_modules(model)
             return self
         ratios = self.ratios()
-        structures = coupled_units(model, by_group=self.v_ratio > 0)
-        possible = [s.module for c in structures for kind, s in c.slices.items() if kind in ratios]
-        allowed = match(model, self if self.target_modules is not None else self._anywhere(possible)).targets.keys()
+        blocks = known_blocks(model)
+        for role, ratio in ratios.items():
+            if not any(role in block.layers for block in blocks):
+                having = ", ".join(sorted({f"{role}_ratio" for block in blocks for role in block.layers}))
+                raise ValueError(
+                    f"{role}_ratio={ratio}, but no block of a known layout in this {type(model).__name__} has such a layer; "
+                    f"set it to 0. There are layers for {having}"
+                )
+        possible = list(dict.fromkeys(layer for b in blocks for role, layer in b.layers.items() if role in ratios))
+        targets = match(model, self if self.target_modules is not None else self._anywhere(possible)).targets
+        allowed = targets.keys()
         if strangers := sorted(allowed - set(possible)):
             raise ValueError(
                 f"target_modules matches {strangers[:3]}, of which no slice is asked for; with these ratios S²FT trains "
                 f"modules like {possible[:3]}"
             )
+        for name, module in targets.items():
+            if (kind := quantization(module)) is not None:
+                raise ValueError(
+                    f"the weight of {name!r} is quantised ({kind}), and channels and heads train where they stand in a "
+                    "weight; load the model without quantising it, leave it out with exclude_modules, or use LoRA"
+                )
+        # Only now anything of the blocks is checked, so that one which doesn't fit is in the way of its own layers alone.
+        blocks = [b for b in blocks if any(role in ratios and layer in allowed for role, layer in b.layers.items())]
+        structures = coupled_units(model, self.v_ratio > 0, blocks)
+        self._check_slices(blocks, structures, allowed)
         structures = [replace(c, slices={k: s for k, s in c.slices.items() if s.module in allowed}) for c in structures]
         structures = [c for c in structures if c.slices.keys() & ratios.keys()]
         scores = unit_scores(model, structures, ratios, self.select, self.calibration)
@@ -160,6 +179,15 @@ class S2FT(Method):
                 f"modules like {possible[:3]}"
             )
         return replace(self, target_modules=exactly(names), layers_to_transform=None, layers_pattern=None)
+
+    def _check_slices(self, blocks, structures, allowed):
+        """A layer that is named needs a slice; without target_modules some layer of each role does."""
+        for block, structure in zip(blocks, structures, strict=True):
+            for role in self.ratios().keys() & block.layers.keys() - structure.slices.keys():
+                layer = block.layers[role]
+                named = self.target_modules is not None
+                if layer in allowed and (named or not any(role in other.slices for other in structures)):
+                    raise ValueError(f"{role}_ratio={getattr(self, f'{role}_ratio')}: {why_no_slice(role, layer)}")
 
     def _check_modules(self, model):
         modules = dict(model.named_modules())

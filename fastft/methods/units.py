@@ -4,14 +4,16 @@ In a feed-forward block, a channel is a row of up (and gate) and the column of d
 is rows of v and the columns of o that read it; under grouped-query attention the rows of one KV head go with the columns of
 all query heads that share it. Exchanging two channels in all their slices leaves the block's function as it is, and so does
 exchanging two KV groups if q and k follow: Structured Sparse Fine-Tuning (S²FT, arXiv:2412.06289) trains such units.
+A linear attention has such heads too; where it stands beside softmax attentions, its sizes are its own, not the config's.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from ..modules.adapted_linear import LINEAR_CLASSES, features, is_linear, is_transposed
+from ..modules.adapted_linear import features, is_linear, is_transposed
 from ..modules.quantized import quantization
 from .grouping import _CROSS
 from .targets import any_linear, base_modules
@@ -31,10 +33,15 @@ _FEED_FORWARD = (
     ("lin2", "lin1", None),
     ("output.dense", "intermediate.dense", None),
 )
+# A layout without a gate may be gated all the same: its up has twice the rows then. Which half goes through the activation
+# differs, so only in these classes the halves are known.
+_GATE_FIRST = ("MoshiGatingMLP", "KyutaiSpeechToTextGatingMLP")
+_GATE_LAST = ("MoonshineDecoderMLP", "MoonshineStreamingDecoderMLP")
 # (o, v). A v that is no layer of its own is named by the fused one.
 _ATTENTION = (
     ("o_proj", "v_proj"),
     ("o_proj", "qkv_proj"),
+    ("o_proj.linear", "v_proj.linear"),
     ("out_proj", "v_proj"),
     ("dense", "v_proj"),
     ("c_proj", "c_attn"),
@@ -45,10 +52,12 @@ _ATTENTION = (
 )
 _FUSED = ("qkv_proj", "c_attn")  # rows [all of q, all of k, all of v]
 _INTERLEAVED = ("query_key_value",)  # q, k and v within every head
-# Where an attention and then the configs around it say its sizes.
-_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
+_DIFFERENTIAL = "lambda_q1"  # a parameter of every differential attention (arXiv:2410.05258)
+# Where an attention and then the configs around it say its sizes. Those of v come first: a linear attention may have others.
+_HEADS = ("num_v_heads", "num_attention_heads", "num_heads", "n_heads", "n_head")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads")
-_HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
+_HEAD_DIM = ("head_v_dim", "head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
+_WAY_OUT = "; leave its layers out with exclude_modules, or the family with ratios of 0"
 
 
 @dataclass(frozen=True)
@@ -90,30 +99,41 @@ class Coupled:
         return f"{self.name}:{self.family}"
 
 
-def coupled_units(model: nn.Module, by_group: bool) -> list[Coupled]:
-    """All feed-forward blocks and self-attentions of known layouts, in the model's order.
+@dataclass(frozen=True)
+class Block:
+    """A feed-forward block ("ffn") or attention ("attention") by its layers' names alone; nothing of it is checked yet.
 
-    With `by_group` an attention's units are its KV groups (rows of one KV head of v, columns of all its query heads of o).
-    Otherwise they are its query heads, and "v" is there only if each has a KV head of its own. "v" is left out as well
-    where q, k and v are interleaved in one layer, and in models whose layers lend each other keys and values.
-    Experts that are modules are a block each; experts in one 3-D parameter hold no linear layer, and aren't found.
+    `layers`: role -> module's name. Up and gate are one module where they are fused, and v is the fused one of q, k and v.
+    """
+
+    name: str
+    family: str
+    layers: dict[str, str]
+
+
+def known_blocks(model: nn.Module) -> list[Block]:
+    """All feed-forward blocks and self-attentions whose layers have the names of a known layout, in the model's order.
 
     Raises:
-        ValueError: nothing is found; weights whose shapes fit neither each other nor the heads that the attention or the
-            config tells; a layer that only resembles a linear one.
+        ValueError: there are none.
     """
     modules = base_modules(model)
     found = []
     for name in modules:
         for down, up, gate in _FEED_FORWARD:
-            if _all_linear(modules, name, down, up):
-                found.append(_feed_forward(modules, name, down, up, gate))
+            if _any_linear(modules, name, down, up):
+                layers = {"down": _join(name, down), "up": _join(name, up)}
+                if gate is not None and _any_linear(modules, name, gate):
+                    layers["gate"] = _join(name, gate)
+                elif gate is None and _twice(modules, layers):
+                    layers["gate"] = layers["up"]
+                found.append(Block(name, "ffn", layers))
                 break
         if _CROSS.search(name.rpartition(".")[2]):
             continue  # its keys and values are another sequence's
         for o, v in _ATTENTION:
-            if _all_linear(modules, name, o, v):
-                found.append(_attention(modules, name, o, v, by_group))
+            if _any_linear(modules, name, o, v):
+                found.append(Block(name, "attention", {"o": _join(name, o), "v": _join(name, v)}))
                 break
     if not found:
         layouts = [" + ".join(dict.fromkeys(filter(None, reversed(layout)))) for layout in (*_FEED_FORWARD, *_ATTENTION)]
@@ -124,79 +144,127 @@ def coupled_units(model: nn.Module, by_group: bool) -> list[Coupled]:
     return found
 
 
+def coupled_units(model: nn.Module, by_group: bool, blocks: list[Block] | None = None) -> list[Coupled]:
+    """The units of these blocks, by default of all `known_blocks`.
+
+    With `by_group` an attention's units are its KV groups (rows of one KV head of v, columns of all its query heads of o).
+    Otherwise they are its query heads, and "v" is there only if each has a KV head of its own. "v" is left out as well
+    where q, k and v are interleaved in one layer, in models whose layers lend each other keys and values, and in
+    differential attentions; "up" and "gate" where they are fused in an order that isn't known.
+    Experts that are modules are a block each; experts in one 3-D parameter hold no linear layer, and aren't found.
+
+    Raises:
+        ValueError: no blocks are given and there are none; weights whose shapes fit neither each other nor the heads that
+            the attention or the config tells.
+    """
+    modules = base_modules(model)
+    make = {"ffn": _feed_forward, "attention": partial(_attention, by_group=by_group)}
+    return [make[block.family](modules, block) for block in (known_blocks(model) if blocks is None else blocks)]
+
+
+def why_no_slice(role: str, layer: str) -> str:
+    """What an error says of a layer that `coupled_units` gives no slice of."""
+    if role == "v":
+        return (
+            f"which rows of {layer!r} are a head's values, and which columns of o read them, is not known; supported are "
+            "v layers of their own and layers with the rows [q, k, v], not q, k and v interleaved by head, differential "
+            "attention, or layers that use each other's keys and values. Set v_ratio=0 (o_ratio trains columns of o), or "
+            "leave the layer out with exclude_modules"
+        )
+    return (
+        f"{layer!r} is up and gate in one; which half is the gate is known of gate_up_proj and of the classes "
+        f"{', '.join(_GATE_FIRST + _GATE_LAST)}. Set up_ratio=0 and gate_ratio=0 (down_ratio trains columns of down), or "
+        "leave the layer out with exclude_modules"
+    )
+
+
 def _join(name: str, child: str) -> str:
     return f"{name}.{child}" if name else child
 
 
-def _all_linear(modules, name: str, *children: str) -> bool:
+def _any_linear(modules, name: str, *children: str) -> bool:
     inner = [modules.get(_join(name, child)) for child in children]
-    if not all(module is not None and any_linear(module) for module in inner):
-        return False
-    for child, module in zip(children, inner):
-        _check_plain(_join(name, child), module)
-    return True
+    return all(module is not None and any_linear(module) for module in inner)
 
 
-def _check_plain(name, module):
-    # Subclasses are refused: without them less would train than was asked for.
-    if (kind := quantization(module)) is not None:
-        raise ValueError(
-            f"the weight of {name!r} is quantised ({kind}), and channels and heads train where they stand in a weight; load "
-            "the model without quantising it, or use LoRA"
-        )
-    if not is_linear(module):
-        supported = " and ".join(".".join(cls) for cls in LINEAR_CLASSES)
-        raise ValueError(f"{name!r} is a {type(module).__module__}.{type(module).__qualname__}; only {supported} are known")
+def _twice(modules, layers) -> bool:
+    return _features(modules[layers["up"]])[0] == 2 * _features(modules[layers["down"]])[1]
 
 
-def _feed_forward(modules, name, down, up, gate) -> Coupled:
-    down, up = _join(name, down), _join(name, up)
-    count = features(modules[down])[1]
-    fused = gate is not None and _join(name, gate) == up
-    slices = {"down": UnitSlice(down, "columns", 1), "up": UnitSlice(up, "rows", 1, count if fused else 0)}
-    if fused:
-        slices["gate"] = UnitSlice(up, "rows", 1)
-    elif gate is not None and _all_linear(modules, name, gate):
-        slices["gate"] = UnitSlice(_join(name, gate), "rows", 1)
-        _check_rows(modules, slices["gate"].module, count, f"{down!r} reads {count}")
-    _check_rows(modules, up, 2 * count if fused else count, f"{down!r} reads {count}{', and it is up and gate' * fused}")
-    return Coupled(name, "ffn", count, slices, slices["down"])
+def _features(module) -> tuple[int, int]:
+    """(out, in) also of subclasses of nn.Linear, which may stand in a block whose other layers train."""
+    known = is_linear(module) or quantization(module) is not None
+    return features(module) if known else tuple(module.weight.shape)
 
 
-def _attention(modules, name, o, v, by_group) -> Coupled:
-    own, inner = v.rpartition(".")[2], _join(name, v.rpartition(".")[0]).rstrip(".")
-    o, v = _join(name, o), _join(name, v)
-    heads, kv_heads, head_dim, lends = _geometry(modules, name, inner, features(modules[o])[1])
+def _feed_forward(modules, block) -> Coupled:
+    down, up, gate = (block.layers.get(role) for role in ("down", "up", "gate"))
+    count = _features(modules[down])[1]
+    if up == gate:
+        _check_rows(modules, up, 2 * count, f"{down!r} reads {count}, and it is up and gate")
+        gate_first = _gate_comes_first(modules[block.name], up)
+        offsets = {} if gate_first is None else {"up": count * gate_first, "gate": count * (not gate_first)}
+    else:
+        offsets = {"up": 0} if gate is None else {"up": 0, "gate": 0}
+        for role in reversed(offsets):
+            _check_rows(modules, block.layers[role], count, f"{down!r} reads {count}")
+    slices = {"down": UnitSlice(down, "columns", 1)}
+    slices |= {role: UnitSlice(block.layers[role], "rows", 1, offset) for role, offset in offsets.items()}
+    return Coupled(block.name, "ffn", count, slices, slices["down"])
+
+
+def _gate_comes_first(module, up: str) -> bool | None:
+    """In a layer that is up and gate; None: not known."""
+    classes = {cls.__name__ for cls in type(module).__mro__}
+    if up.rpartition(".")[2] == "gate_up_proj" or classes & {*_GATE_FIRST}:
+        return True
+    return False if classes & {*_GATE_LAST} else None
+
+
+def _attention(modules, block, by_group) -> Coupled:
+    name, o, v = block.name, block.layers["o"], block.layers["v"]
+    inner, _, own = v.rpartition(".")
+    fused, interleaved = own in _FUSED, own in _INTERLEAVED
+    width, rows = _features(modules[o])[1], _features(modules[v])[0]
+    heads, kv_heads, head_dim, lends = _geometry(modules, name, inner, width, None if fused or interleaved else rows)
+    differential = hasattr(modules[name], _DIFFERENTIAL)
+    if differential:  # o reads pairs of heads, and each reads two KV heads that don't lie side by side
+        heads, kv_heads, head_dim = heads // 2, max(1, kv_heads // 2), 2 * head_dim
     told = f"the attention {name!r} has {heads} heads of {head_dim} features, {kv_heads} of them KV heads"
-    if features(modules[o])[1] != heads * head_dim:
-        raise ValueError(f"{o!r} reads {features(modules[o])[1]} features, not {heads * head_dim}: {told}")
+    if width != heads * head_dim:
+        raise ValueError(f"{o!r} reads {width} features, not {heads * head_dim}: {told}{_WAY_OUT}")
     count = kv_heads if by_group else heads
     slices = {"o": UnitSlice(o, "columns", heads // count * head_dim)}
-    fused, interleaved = own in _FUSED, own in _INTERLEAVED
-    if own == "c_attn" and not is_transposed(modules[v]):
+    if own == "c_attn" and not (is_linear(modules[v]) and is_transposed(modules[v])):
         interleaved = True  # GPT-BigCode's, unless it has one KV head
     else:
         _check_rows(modules, v, (heads + 2 * kv_heads if fused or interleaved else kv_heads) * head_dim, told)
-    if not interleaved and not lends and count == kv_heads:
+    if not interleaved and not lends and not differential and count == kv_heads:
         slices["v"] = UnitSlice(v, "rows", head_dim, (heads + kv_heads) * head_dim if fused else 0)
     return Coupled(name, "attention", count, slices, slices["o"])
 
 
-def _geometry(modules, name, inner, width) -> tuple[int, int, int, bool]:
-    """(query heads, KV heads, features of a head, whether layers use each other's keys and values)."""
-    holders = [modules[name], modules[inner]]  # first, because a layer's sizes may differ from its config's
+def _geometry(modules, name, inner, width, v_rows) -> tuple[int, int, int, bool]:
+    """(query heads, KV heads, features of a head, whether layers use each other's keys and values).
+
+    width: features that o reads; v_rows: those that v writes, None where it is fused with others.
+    """
+    itself = [modules[name], modules[inner]]  # first, because a layer's sizes may differ from its config's
     parts = name.split(".") if name else []
     outward = [inner, *(".".join(parts[:end]) for end in range(len(parts), -1, -1))]
-    holders += [config for at in outward if (config := getattr(modules.get(at), "config", None)) is not None]
-    heads = _number(holders, _HEADS)
+    configs = [config for at in outward if (config := getattr(modules.get(at), "config", None)) is not None]
+    heads = _number(itself + configs, _HEADS)
     if heads is None:
-        raise ValueError(f"neither the attention {name!r} nor a config around it tells the number of its heads")
-    shared = _number(holders[:2], ("num_key_value_groups",))  # query heads that share a KV head
-    kv_heads = heads // shared if shared else _number(holders, _KV_HEADS) or heads
-    head_dim = _number(holders, _HEAD_DIM) or (_number(holders, ("hidden_size",)) or width) // heads
+        raise ValueError(f"neither the attention {name!r} nor a config around it tells the number of its heads{_WAY_OUT}")
+    shared = _number(itself, ("num_key_value_groups",))  # query heads that share a KV head
+    kv_heads = heads // shared if shared else _number(itself, _KV_HEADS)
+    if kv_heads is None:
+        # The config's KV heads are those of softmax attentions. A v as wide as o's input has one for every head.
+        kv_heads = heads if v_rows == width else _number(configs, _KV_HEADS) or heads
+    head_dim = _number(itself + configs, _HEAD_DIM) or (_number(itself + configs, ("hidden_size",)) or width) // heads
     if heads % kv_heads:
-        raise ValueError(f"the attention {name!r} has {heads} heads, which {kv_heads} KV heads can't share evenly")
-    return heads, kv_heads, head_dim, bool(_number(holders, ("num_kv_shared_layers",)))
+        raise ValueError(f"the attention {name!r} has {heads} heads, which {kv_heads} KV heads can't share evenly{_WAY_OUT}")
+    return heads, kv_heads, head_dim, bool(_number(itself + configs, ("num_kv_shared_layers",)))
 
 
 def _number(holders, names) -> int | None:
@@ -205,5 +273,5 @@ def _number(holders, names) -> int | None:
 
 
 def _check_rows(modules, name, expected, reason):
-    if (rows := features(modules[name])[0]) != expected:
-        raise ValueError(f"{name!r} has {rows} out-features, not {expected}: {reason}")
+    if (rows := _features(modules[name])[0]) != expected:
+        raise ValueError(f"{name!r} has {rows} out-features, not {expected}: {reason}{_WAY_OUT}")
