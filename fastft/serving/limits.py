@@ -37,12 +37,22 @@ def check_model(model) -> None:
     if not model._can_set_attn_implementation():  # transformers looks at the class's source
         raise ValueError(attention.cannot_be_served(model))
     kinds = set(getattr(config, "layer_types", None) or [])
+    if other := sorted(kinds - {"full_attention", "sliding_attention"}):
+        raise ValueError(
+            f"{type(model).__name__} has layers of the types {', '.join(other)}, whose state the paged cache doesn't hold; "
+            "supported are models of attention layers alone, such as Llama, Qwen3, Mistral and GPT-NeoX: serve one of them"
+        )
     sliding = kinds - {"full_attention"} or (not kinds and getattr(config, "sliding_window", None) is not None)
     special = sliding or getattr(config, "attn_logit_softcapping", None) or any(hasattr(m, "sinks") for m in model.modules())
     if special and "flash" not in (config._attn_implementation or ""):
         raise ValueError(
             f"{type(model).__name__} has sliding windows, softcapping or sinks in its attention, which are served with "
             "flash attention alone: load it with attn_implementation='flash_attention_2'"
+        )
+    if getattr(config, "num_attention_heads", None) is None:  # xLSTM
+        raise ValueError(
+            f"{type(model).__name__} has no num_attention_heads in its configuration, by which the cache of keys and values "
+            "is sized; supported are models of attention layers alone, such as Llama, Qwen3, Mistral and GPT-NeoX: serve one"
         )
 
 
