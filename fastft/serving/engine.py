@@ -45,7 +45,7 @@ class Engine:
             how long a request may wait for its adapter.
         prefix_sharing: keep and share the cache of equal prefixes, within one content of one adapter.
         flash: None or True: flash attention on GPUs if it is there; False: never.
-        trial: before the first start, answer two short prompts without the cache and then from it, and raise ValueError if
+        trial: before the first start, answer four short prompts without the cache and then from it, and raise ValueError if
             the answers differ: some models' code makes them wrong without a word.
 
     Raises: UnsupportedLibrary, for a version of transformers whose insides are others than those used here.
