@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from .requests import Request, Sampling
 from .sampling import choose, uniform
@@ -24,11 +25,12 @@ _OFF, _ROUNDINGS = 0.005, 4
 
 @dataclass
 class Answer:
-    """A prompt, tokens drawn after it, and the logits that each of them was drawn by."""
+    """A prompt, tokens drawn after it, before each the log-probabilities of all, and how large a logit it hangs on."""
 
     prompt: list[int]
     tokens: list[int]
-    logits: torch.Tensor  # float32 [tokens, vocabulary], on the CPU
+    logprobs: torch.Tensor  # float32 [tokens, vocabulary], on the CPU
+    sizes: list[float]
 
 
 @torch.no_grad()
@@ -42,7 +44,7 @@ def expected(model, max_length: int) -> list[Answer]:
         return []
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (_PROMPTS, length), generator=torch.Generator().manual_seed(0)).to(model.device)
-    steps = []
+    logprobs, sizes = [], []
     for _ in range(_TOKENS):
         try:
             logits = model(input_ids=ids, use_cache=False).logits[:, -1].float()
@@ -53,9 +55,11 @@ def expected(model, max_length: int) -> list[Answer]:
         u = [uniform(seed, ids.shape[1]) for seed in range(_PROMPTS)]
         knobs = torch.tensor([[_HOT] * _PROMPTS, [1.0] * _PROMPTS, u], device=ids.device)
         tokens, _ = choose(logits, knobs, nucleus=False, logprobs=False)
-        steps.append(logits.cpu())
+        logprobs.append(F.log_softmax(logits, dim=-1).cpu())
+        sizes.append(torch.maximum(logits.gather(-1, tokens[:, None])[:, 0].abs(), logits.amax(-1).abs()))
         ids = torch.cat([ids, tokens[:, None]], 1)
-    return [Answer(row[:length], row[length:], own) for row, own in zip(ids.tolist(), torch.stack(steps, 1))]
+    rows = zip(ids.tolist(), torch.stack(logprobs, 1), torch.stack(sizes, 1).tolist())
+    return [Answer(row[:length], row[length:], *own) for row, *own in rows]
 
 
 def run(model, answers: list[Answer], start) -> None:
@@ -74,9 +78,9 @@ def run(model, answers: list[Answer], start) -> None:
         completion = request.result()
         if completion.error is not None:
             raise ValueError(f"{name} can't be served, a trial request failed: {completion.error}") from completion.error
-        for apart, largest in _apart(completion, answer):
+        for apart, size in zip(_apart(completion, answer), answer.sizes):
             off.append(apart)
-            beyond.append(not apart <= max(_OFF, _ROUNDINGS * unit * largest))  # NaN is beyond
+            beyond.append(not apart <= max(_OFF, _ROUNDINGS * unit * size))  # NaN is beyond
     # A choice by a hair, of an expert say, may fall otherwise by chance: seldom in float32, often where rounding is coarser.
     chance = 1 / 4 if unit < torch.finfo(torch.float16).eps else 1 / 2
     if off and sum(beyond) >= chance * len(beyond):
@@ -101,12 +105,14 @@ def _unit(model) -> float:
     return max(torch.finfo(kind).eps for kind in kinds)
 
 
-def _apart(completion, answer: Answer) -> list[tuple[float, float]]:
-    """How far each token's log-probability is off, and the logit it hangs on, up to the first token that is another one."""
+def _apart(completion, answer: Answer) -> list[float]:
+    """How far the tokens' log-probabilities are off, up to the first token that is another one.
+
+    Without parallel ops: they would give this thread a team beside the engine's (see `teams`).
+    """
     apart = []
-    for token, logprob, other, logits in zip(completion.tokens, completion.logprobs, answer.tokens, answer.logits):
-        own, largest = logits[token], logits.max()
-        apart.append((abs(logprob - (own - logits.logsumexp(-1)).item()), max(abs(own.item()), abs(largest.item()))))
+    for token, logprob, other, want in zip(completion.tokens, completion.logprobs, answer.tokens, answer.logprobs):
+        apart.append(abs(logprob - want[token].item()))
         if token != other:
             break
     return apart

@@ -98,7 +98,7 @@ def test_a_few_answers_may_be_off_by_chance(dtype, right):
 
     def alter(answer, tokens):
         for i in range(tokens):
-            answer.logits[i, answer.tokens[i]] -= 5
+            answer.logprobs[i, answer.tokens[i]] -= 5
 
     with Engine(model, trial=False) as engine:
         start = lambda request: engine._enqueue(request, engine._manager)  # noqa: E731
@@ -106,7 +106,7 @@ def test_a_few_answers_may_be_off_by_chance(dtype, right):
             alter(answer, 4)
         alter(answers[right], 3)
         trial.run(model, answers, start)
-        answers[right].logits[3, answers[right].tokens[3]] -= 5
+        answers[right].logprobs[3, answers[right].tokens[3]] -= 5
         with pytest.raises(ValueError, match="off by up to .* of 16 by more than rounding"):
             trial.run(model, answers, start)
 
