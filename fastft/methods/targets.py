@@ -199,9 +199,9 @@ def warn_of_experts(model, options) -> None:
                 left.setdefault(own, f"{name}.{own}")
     if left:
         warnings.warn(
-            f'"all-linear" leaves out {", ".join(left.values())} and their like: experts, whose weights are parameters of three '
-            "dimensions and no linear layers. fastft adapts linear layers; exclude_modules that name the experts' modules "
-            "silence this",
+            f'"all-linear" leaves out {", ".join(left.values())} and their like: experts, whose weights are parameters of '
+            "three dimensions and no linear layers. fastft adapts linear layers; exclude_modules that name the experts' "
+            "modules silence this",
             stacklevel=4,
         )
 

@@ -320,8 +320,8 @@ class RoutedModel:
                 shared.fork, shared.join = torch.cuda.Event(), torch.cuda.Event()
 
     def intact(self) -> bool:
-        """Do all packed weights and biases still lie in their buffers? Whoever gives a Parameter other memory (``p.data = ...``; moving
-        the model and loading a state dict are seen) must call `repack`."""
+        """Do all packed weights and biases still lie in their buffers? Whoever gives a Parameter other memory (``p.data =
+        ...``; moving the model and loading a state dict are seen) must call `repack`."""
         return all(shared.intact() for shared in self._sites)
 
     def repack(self) -> None:
