@@ -130,10 +130,9 @@ struct TransposedBlocks {
   const Scratch<Unit> copy;
 };
 
-// Of `count` blocks of tokens, `bytes` each, as many as are held at a time: one a thread, where there are as many and memory
-// for them.
+// Of `count` blocks of tokens, `bytes` each, as many as are held at a time: one a thread, where there is memory for them.
 inline int64_t wave_of(int64_t count, int64_t threads, int64_t bytes) {
-  return threads <= count ? std::min(threads, std::max<int64_t>(1, wave_bytes / bytes)) : 1;
+  return std::min({count, threads, std::max<int64_t>(1, wave_bytes / bytes)});
 }
 
 // Every block of tokens is copied by load(task, block, slot) for all of `loads` tasks, then used by use(begin, end, block,
@@ -167,7 +166,8 @@ void sampled_product(float* out, const Tensor& left, const Tensor& right, const 
   const int64_t tokens = left.size(0), step = transposed_units * terms<Unit>, count = blocks(tokens, step);
   const int64_t held = round_up(std::min(transposed_units, units<Unit>(tokens)), unit_step), ranges = row_ranges();
   const int64_t bytes = (left.size(1) + right.size(1)) * spread_row(held) * sizeof(Unit) + s.count * sizeof(float);
-  const int64_t wave = wave_of(count, ranges, bytes);
+  // Blocks that threads have to share save only barriers, and sums of their own for each cost more.
+  const int64_t wave = ranges <= count ? wave_of(count, ranges, bytes) : 1;
   const TransposedBlocks<Unit, T> l(left, held, wave), r(right, held, wave);
   const Scratch<float> parts((wave - 1) * s.count);
   const int64_t tiles = std::max<int64_t>(1, blocks(4 * held * r.cols, tile_bytes)), tile = blocks(r.cols, tiles);
