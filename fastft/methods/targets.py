@@ -166,14 +166,16 @@ def base_modules(model) -> dict[str, nn.Module]:
     return modules
 
 
+def _takes_all_linear(options) -> bool:
+    return isinstance(options.target_modules, str) and options.target_modules.lower() == "all-linear"
+
+
 def _resolve_targets(model, modules, options) -> str | set[str]:
     targets = options.target_modules
     if targets is None:
         return _default_targets(model)
-    if not isinstance(targets, str):
-        return set(targets)
-    if targets.lower() != "all-linear":
-        return targets
+    if not _takes_all_linear(options):
+        return targets if isinstance(targets, str) else set(targets)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     heads = [head] if head is not None else []
     if not heads and options.task_type == "SEQ_CLS":
@@ -187,12 +189,11 @@ def _resolve_targets(model, modules, options) -> str | set[str]:
 
 def warn_of_experts(model, options) -> None:
     """PEFT's "all-linear" adapts them too: whoever comes from there would train less without a word."""
+    if not _takes_all_linear(options):
+        return
     left = {}  # one of each last name
-    every = isinstance(options.target_modules, str) and options.target_modules.lower() == "all-linear"
-    for name, module in base_modules(model).items() if every else ():
-        if isinstance(module, nn.modules.conv._ConvNd) or (
-            options.exclude_modules and _excluded(name, options.exclude_modules)
-        ):
+    for name, module in base_modules(model).items():
+        if isinstance(module, nn.modules.conv._ConvNd) or _excluded(name, options.exclude_modules):
             continue
         for own, weight in module._parameters.items():
             if weight is not None and weight.dim() == 3 and min(weight.shape) > 1:
@@ -236,13 +237,15 @@ def _ends_with(name: str, entries) -> bool:
 
 
 def _excluded(name: str, excluded) -> bool:
+    if not excluded:
+        return False
     return bool(re.fullmatch(excluded, name)) if isinstance(excluded, str) else _ends_with(name, excluded)
 
 
 def _is_target(name: str, targets, options: TargetOptions) -> bool:
     if not name:
         return False
-    if options.exclude_modules and _excluded(name, options.exclude_modules):
+    if _excluded(name, options.exclude_modules):
         return False
     if any(re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in options.modules_to_save or []):
         return False

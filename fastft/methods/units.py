@@ -121,9 +121,9 @@ def known_blocks(model: nn.Module) -> list[Block]:
     found = []
     for name in modules:
         for down, up, gate in _FEED_FORWARD:
-            if _any_linear(modules, name, down, up):
+            if _all_linear(modules, name, down, up):
                 layers = {"down": _join(name, down), "up": _join(name, up)}
-                if gate is not None and _any_linear(modules, name, gate):
+                if gate is not None and _all_linear(modules, name, gate):
                     layers["gate"] = _join(name, gate)
                 elif gate is None and _twice(modules, layers):
                     layers["gate"] = layers["up"]
@@ -132,7 +132,7 @@ def known_blocks(model: nn.Module) -> list[Block]:
         if _CROSS.search(name.rpartition(".")[2]):
             continue  # its keys and values are another sequence's
         for o, v in _ATTENTION:
-            if _any_linear(modules, name, o, v):
+            if _all_linear(modules, name, o, v):
                 found.append(Block(name, "attention", {"o": _join(name, o), "v": _join(name, v)}))
                 break
     if not found:
@@ -182,7 +182,7 @@ def _join(name: str, child: str) -> str:
     return f"{name}.{child}" if name else child
 
 
-def _any_linear(modules, name: str, *children: str) -> bool:
+def _all_linear(modules, name: str, *children: str) -> bool:
     inner = [modules.get(_join(name, child)) for child in children]
     return all(module is not None and any_linear(module) for module in inner)
 

@@ -18,6 +18,7 @@ _PAGE = {"cpu": 16, "cuda": 256}  # flash attention's block tables need 256
 _RUNNING = {"cpu": 64, "cuda": 256}
 _BATCH_TOKENS = {"cpu": 512, "cuda": 2048}  # a step takes as long as its prompts: others wait for it
 _INT32 = 1 << 31
+_SUPPORTED = "supported are models of attention layers alone, such as Llama, Qwen3, Mistral and GPT-NeoX: serve one of them"
 
 
 def check_model(model) -> None:
@@ -40,7 +41,7 @@ def check_model(model) -> None:
     if other := sorted(kinds - {"full_attention", "sliding_attention"}):
         raise ValueError(
             f"{type(model).__name__} has layers of the types {', '.join(other)}, whose state the paged cache doesn't hold; "
-            "supported are models of attention layers alone, such as Llama, Qwen3, Mistral and GPT-NeoX: serve one of them"
+            f"{_SUPPORTED}"
         )
     sliding = kinds - {"full_attention"} or (not kinds and getattr(config, "sliding_window", None) is not None)
     special = sliding or getattr(config, "attn_logit_softcapping", None) or any(hasattr(m, "sinks") for m in model.modules())
@@ -52,7 +53,7 @@ def check_model(model) -> None:
     if getattr(config, "num_attention_heads", None) is None:  # xLSTM
         raise ValueError(
             f"{type(model).__name__} has no num_attention_heads in its configuration, by which the cache of keys and values "
-            "is sized; supported are models of attention layers alone, such as Llama, Qwen3, Mistral and GPT-NeoX: serve one"
+            f"is sized; {_SUPPORTED}"
         )
 
 
