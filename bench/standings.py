@@ -22,6 +22,7 @@ Cases = dict[Key, dict[str, dict]]
 
 FAMILIES = {
     "lora": "LoRA layer",
+    "inference": "LoRA layer, generating",
     "dora": "DoRA layer",
     "step": "LoRA training step",
     "peft": "PEFT model",

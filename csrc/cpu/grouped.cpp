@@ -5,6 +5,7 @@
 // not depend on the number of threads.
 #include "grouped_parts.h"
 #include "grouped_wide.h"
+#include "shares.h"
 
 #include <torch/csrc/stable/library.h>
 

@@ -2,6 +2,7 @@
 //
 // Every activation is read once per op from memory, by all groups of adapters that share it. Large ranks in float32 without
 // dropout are the vendor's: gemm.h.
+#include "few_tokens.h"
 #include "gemm.h"
 #include "low_rank.h"
 #include "mask_row.h"
@@ -53,7 +54,8 @@ std::tuple<Tensor, Tensor> lora_shrink(const Tensor& x, const Tensor& a, const s
   Tensor s = empty_on(x, {T, R}, f32);
   Tensor mask = p > 0 ? empty_on(x, {G, T, (K + 7) / 8}, ScalarType::Byte) : empty_on(x, {0}, ScalarType::Byte);
   const auto all = groups(op, ranks, R, p, mask, T, K);
-  if (gemm_pays(x, a, p, R)) {
+  const bool few_of_them = p == 0 && T <= few_tokens;
+  if (!few_of_them && gemm_pays(x, a, p, R)) {
     gemm(s, x, transposed(a), 0, 1);
     return {s, mask};
   }
@@ -64,6 +66,11 @@ std::tuple<Tensor, Tensor> lora_shrink(const Tensor& x, const Tensor& a, const s
 
   dispatch_exact_units(x, a, [&](auto* type, auto* unit) {
     using Unit = std::remove_pointer_t<decltype(unit)>;
+    if (few_of_them) {
+      const FewShrink<std::remove_pointer_t<decltype(type)>, Unit> few(data(x, type), K, T, a);
+      parallel_for(few.tasks(), few.cost(), [&](int64_t task) { few.run(task); });
+      return few.total(out, R);
+    }
     const int64_t tall = tile_tokens<Unit>(R);
     std::vector<TransposedPanel<Unit>> panels;  // [K][R] of each group
     std::vector<int64_t> widths, offsets;
@@ -116,12 +123,52 @@ void lora_expand_(Tensor y, const Tensor& s, const Tensor& b, double scale) {
   check_rows(op, "s", s, Where::cpu, {f32}, {T, R});
   check(op, "b", b, Where::cpu, {y.scalar_type(), f32}, {N, R});
   if (R == 0) return;
-  if (gemm_pays(y, b, 0, R)) return gemm(y, s, transposed(b), 1, scale);
+  if (T > few_tokens && gemm_pays(y, b, 0, R)) return gemm(y, s, transposed(b), 1, scale);
   dispatch_units(y, b, [&](auto* type, auto* unit) {
     using Unit = std::remove_pointer_t<decltype(unit)>;
+    if (T <= few_tokens) {
+      const FewExpand<std::remove_pointer_t<decltype(type)>, Unit> few(mutable_data(y, type), y.stride(0), T, b,
+                                                                       static_cast<float>(scale));
+      return parallel_for(few.tasks(), few.cost(), [&](int64_t task) { few.run(task, Coefficients(s)); });
+    }
     const TransposedPanel<Unit> panel(b);  // [R][N]
     add_low_rank<Unit>(T, N, Coefficients(s), panel, static_cast<float>(scale),
                        add_to_activation<false>(mutable_data(y, type), y.stride(0), {}));
+  });
+}
+
+// Both of a single adapter without dropout, for a forward that nothing is kept of. x and y may have leading dimensions, or
+// their caller would pay for views.
+void lora_add_(Tensor y, const Tensor& x, const Tensor& a, const Tensor& b, double scale) {
+  const char* op = "lora_add_";
+  check_matrix(op, "a", a);
+  check_matrix(op, "b", b);
+  const Rows to = checked_rows(op, "y", y, Where::cpu, {f32, b16, h16});
+  const Rows from = checked_rows(op, "x", x, Where::cpu, {y.scalar_type()});
+  STD_TORCH_CHECK(to.count == from.count, op, ": y has ", to.count, " rows, x ", from.count);
+  const int64_t R = a.size(0);
+  check(op, "a", a, Where::cpu, {x.scalar_type(), f32}, {R, from.width});
+  check(op, "b", b, Where::cpu, {a.scalar_type()}, {to.width, R});
+  if (R == 0) return;
+  if (to.count > few_tokens) {
+    const auto matrix = [](const Tensor& t, const Rows& rows) {
+      return t.dim() == 2 ? t : torch::stable::view(t, {rows.count, rows.width});
+    };
+    const Tensor s = std::get<0>(lora_shrink(matrix(x, from), a, {R}, 0, std::nullopt));
+    return lora_expand_(matrix(y, to), s, b, scale);
+  }
+  dispatch_exact_units(x, a, [&](auto* type, auto* exact) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using Exact = std::remove_pointer_t<decltype(exact)>;
+    const FewShrink<T, Exact> shrink(data(x, type), from.stride, to.count, a);
+    const auto add = [&](auto* unit) {
+      const FewExpand<T, std::remove_pointer_t<decltype(unit)>> expand(mutable_data(y, type), to.stride, to.count, b,
+                                                                       static_cast<float>(scale));
+      run_few(shrink, expand, to.count, R);
+    };
+    if constexpr (in_tiles<Exact>)
+      if (b.scalar_type() == f32) return add(static_cast<float*>(nullptr));  // as in lora_expand_
+    add(exact);
   });
 }
 
@@ -336,6 +383,7 @@ Tensor lora_grad_a(const Tensor& ds, const Tensor& x, const Tensor& a, const std
 STABLE_TORCH_LIBRARY_IMPL(FASTFT_NAMESPACE, CPU, m) {
   m.impl("lora_shrink", TORCH_BOX(&lora_shrink));
   m.impl("lora_expand_", TORCH_BOX(&lora_expand_));
+  m.impl("lora_add_", TORCH_BOX(&lora_add_));
   m.impl("lora_grad_sb", TORCH_BOX(&lora_grad_sb));
   m.impl("lora_grad_a", TORCH_BOX(&lora_grad_a));
   m.impl("lora_grad_x_", TORCH_BOX(&lora_grad_x_));

@@ -39,23 +39,29 @@ template <class T>
   if (panel_vectors * VL * sizeof(T) > 64) __builtin_prefetch(reinterpret_cast<const char*>(row) + bytes + 64, 1, 3);
 }
 
-// For tile(t, c, cols, part) made by the caller, every task of update_t tokens x 1024 channels of an activation [T, C] gets
-// the product of factor · S [T, R] with a panel [units(R)][C]. `part`: the last vector of a row, of which `cols` columns
-// exist.
+// What a caller's make_tile(t, c, cols, part) makes, tokens [t, t + rows) x channels [c, c + cols) of an activation, gets the
+// product of factor · S [T, R] with a panel [units(R)][·], from its column `panel_c` on. `part`: the last vector of a row, of
+// which `cols` columns exist.
+template <class Unit, class P, class MakeTile>
+void add_low_rank_block(Coefficients s, int64_t t, int64_t rows, int64_t c, int64_t cols, const P& panel, int64_t panel_c,
+                        float factor, const MakeTile& make_tile) {
+  const int64_t depth = product_units<Unit>(s.ranks), whole = cols / VL * VL;
+  Scratch<Unit> scaled(rows * rank_floats<Unit>(s.ranks));
+  const auto x = rank_coefficients<Unit>(s, t, rows, factor, scaled.get());
+  panel_product(rows, whole, depth, x, panel.at(0, panel_c), make_tile(t, c, whole, std::false_type()), Ahead());
+  if (whole < cols)
+    panel_product(rows, VL, depth, x, panel.at(0, panel_c + whole),
+                  make_tile(t, c + whole, cols - whole, std::true_type()), Ahead());
+}
+
+// The same for all of an activation [T, C], in tasks of update_t tokens x 1024 channels, with a panel of all C.
 template <class Unit, class P, class MakeTile>
 void add_low_rank(int64_t tokens, int64_t C, Coefficients s, const P& panel, float factor, const MakeTile& make_tile) {
   constexpr int64_t tall = update_t<Unit>;
-  const int64_t depth = product_units<Unit>(s.ranks);
   const double cost = read_cost(4.0 * tokens * C) + product_cost(1.0 * tokens * C * s.ranks);
   parallel_for(blocks(tokens, tall) * blocks(C, update_c), cost, [&](int64_t task) {
-    const int64_t c = task % blocks(C, update_c) * update_c, cols = std::min(update_c, C - c), whole = cols / VL * VL;
-    const int64_t t = task / blocks(C, update_c) * tall, rows = std::min(tall, tokens - t);
-    Scratch<Unit> scaled(rows * rank_floats<Unit>(s.ranks));
-    const auto x = rank_coefficients<Unit>(s, t, rows, factor, scaled.get());
-    panel_product(rows, whole, depth, x, panel.at(0, c), make_tile(t, c, whole, std::false_type()), Ahead());
-    if (whole < cols)
-      panel_product(rows, VL, depth, x, panel.at(0, c + whole), make_tile(t, c + whole, cols - whole, std::true_type()),
-                    Ahead());
+    const int64_t c = task % blocks(C, update_c) * update_c, t = task / blocks(C, update_c) * tall;
+    add_low_rank_block<Unit>(s, t, std::min(tall, tokens - t), c, std::min(update_c, C - c), panel, c, factor, make_tile);
   });
 }
 

@@ -209,23 +209,26 @@ class Panel : public Packed<Unit> {
   }
 };
 
-// Rows [first, first + rows) of a matrix [·, cols], transposed: units(cols) units deep, of `rows` columns.
+// A block of a matrix, rows [first, first + rows) x columns [from_col, from_col + cols), transposed: units(cols) units deep,
+// of `rows` columns.
 template <class Unit>
 class TransposedPanel : public Packed<Unit> {
  public:
   explicit TransposedPanel(const Tensor& t, int parts = 1) : TransposedPanel(t, 0, t.size(0), parts) {}
   TransposedPanel(const Tensor& t, int64_t first, int64_t rows, int parts)
-      : Packed<Unit>(units<Unit>(t.size(1)), rows, parts) {
-    const int64_t cols = t.size(1);
+      : TransposedPanel(t, first, rows, 0, t.size(1), parts) {}
+  TransposedPanel(const Tensor& t, int64_t first, int64_t rows, int64_t from_col, int64_t cols, int parts)
+      : Packed<Unit>(units<Unit>(cols), rows, parts) {
+    const int64_t ld = t.size(1), at = first * ld + from_col;
     if constexpr (std::is_same_v<Unit, float>)
-      dispatch(t, [&](auto* type) { fill(data(t, type) + first * cols, cols, rows, cols); });
+      dispatch(t, [&](auto* type) { fill(data(t, type) + at, ld, rows, cols); });
     else if (t.scalar_type() == ScalarType::Float)
-      fill_parts(static_cast<const float*>(t.const_data_ptr()) + first * cols, rows, cols);
+      fill_parts(static_cast<const float*>(t.const_data_ptr()) + at, ld, rows, cols);
     else
-      fill_pairs(static_cast<const uint16_t*>(t.const_data_ptr()) + first * cols, rows, cols);
+      fill_pairs(static_cast<const uint16_t*>(t.const_data_ptr()) + at, ld, rows, cols);
   }
   TransposedPanel(const bf16* from, int64_t rows, int64_t cols) : Packed<Unit>(units<Unit>(cols), rows, 1) {
-    fill_pairs(reinterpret_cast<const uint16_t*>(from), rows, cols);
+    fill_pairs(reinterpret_cast<const uint16_t*>(from), cols, rows, cols);
   }
 
  private:
@@ -256,25 +259,25 @@ class TransposedPanel : public Packed<Unit> {
   }
 
   // Neighbours in a row are a pair, so rows are words of half as many columns.
-  void fill_pairs(const uint16_t* from, int64_t rows, int64_t cols) {
+  void fill_pairs(const uint16_t* from, int64_t ld, int64_t rows, int64_t cols) {
     const int64_t words = units<Unit>(cols);
-    if (cols % 2 == 0) return fill(reinterpret_cast<const float*>(from), words, rows, words);
+    if (cols % 2 == 0 && ld % 2 == 0) return fill(reinterpret_cast<const float*>(from), ld / 2, rows, words);
     const Scratch<float> even(rows * words);
     auto* to = reinterpret_cast<uint16_t*>(even.get());
-    for (int64_t i = 0; i < rows; ++i, to += cols + 1, from += cols) {
+    for (int64_t i = 0; i < rows; ++i, to += 2 * words, from += ld) {
       std::memcpy(to, from, cols * 2);
-      to[cols] = 0;
+      if (cols % 2) to[cols] = 0;
     }
     fill(even.get(), words, rows, words);
   }
 
-  void fill_parts(const float* from, int64_t rows, int64_t cols) {
+  void fill_parts(const float* from, int64_t ld, int64_t rows, int64_t cols) {
     for_blocks(rows, units<Unit>(cols), [&](int64_t r, int64_t u, int64_t high, int64_t wide) {
       alignas(64) float split[most_parts][strip_cols * together];
       for (int64_t i = 0; i < high; ++i)
         for (int64_t j = 0; j < wide; j += VL / 2) {
           const int64_t k = 2 * (u + j);
-          vf v = load(from + (r + i) * cols + k, cols - k);
+          vf v = load(from + (r + i) * ld + k, cols - k);
           for (int part = 0; part < this->parts(); ++part) {
             const vu16 halves = narrow(take_part(v, part + 1 == this->parts()));
             std::memcpy(split[part] + i * together + j, &halves, sizeof halves);

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..modules.norms import RowNorms, factor
 from ..modules.projection import Projection, project
+from ..ops.lora_inference import few_tokens, lora_inference
 from ..ops.lora_linear import examined_linear, lora_update
 from .peft_bank import add
 from .peft_eligible import (
@@ -89,6 +90,10 @@ class FastLinear(Swapped):
             if not torch.compiler.is_compiling():  # counts would be baked into the graph, and guarded
                 record = self.__dict__["_fastft"]
                 record.fused += 1
+                if not (one.dropout or torch.is_grad_enabled()) and (record.group is None or few_tokens(x)):
+                    y = lora_inference(x, weight, bias, one.lora_A, one.lora_B, one.scale)
+                    if y is not None:
+                        return y
                 # A graph can't find what another call left.
                 if record.group is not None and (y := record.group.project(self, x, weight, bias, one)) is not None:
                     return y

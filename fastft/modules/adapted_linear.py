@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ops.lora_inference import few_tokens
 from .adapter import Adapter
 from .class_swap import give_class
 from .merging import Mergeable, pristine
 from .norms import RowNorms, factor, keep_wide
 from .packed import unshare
 from .parts import TrainsParts
-from .projection import Projection, project
+from .projection import Projection, infer, project
 from .quantized import quantization, sizes
 from .slices import Sliced
 from .sparse import Sparse
@@ -327,8 +328,12 @@ class AdaptedLinear(Sparse, Sliced, TrainsParts, Adapted):
         """The output with all these adapters on the given base tensors (weight as it is stored)."""
         weight = weight.t() if self.fan_in_fan_out else weight
         if len(projections) == 1 and not torch.compiler.is_compiling():  # a graph can't find what another call left
-            group = self._groups.get(projections[0].name)
-            y = None if group is None else group.project(self, input, weight, bias, projections[0])
+            (one,) = projections
+            group, y = self._groups.get(one.name), None
+            if group is None or (group.packed is None and few_tokens(input)):
+                y = infer(input, weight, bias, one)
+            if y is None and group is not None:
+                y = group.project(self, input, weight, bias, one)
             if y is not None:
                 return y
         return project(input, weight, bias, projections)

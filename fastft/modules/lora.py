@@ -3,8 +3,9 @@
 import math
 
 import torch
-from torch import nn
+from torch import is_grad_enabled, nn
 
+from ..ops.lora_inference import lora_inference
 from ..ops.lora_linear import lora_linear
 from .merging import holds_pristine
 from .norms import RowNorms, factor, keep_wide
@@ -152,6 +153,8 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x):
         """x [..., K] to [..., N]."""
+        if not is_grad_enabled() and (y := self._without_gradient(x)) is not None:
+            return y
         bias = self.bias
         if self.merged:
             if not holds_pristine(self.weight, self._pristine):
@@ -171,6 +174,17 @@ class LoRALinear(nn.Linear):
             magnitude=self.lora_magnitude,
             weight_norm=norm,
         )
+
+    def _without_gradient(self, x):
+        """The output in the commonest case, past `nn.Module.__getattr__`; None otherwise."""
+        own = self.__dict__
+        tensors = own["_parameters"]
+        if own["use_dora"] or own["_buffers"]["_pristine"] is not None or (own["training"] and own["lora_dropout"]):
+            return None
+        if tensors.get("lora_bias") is not None:
+            return None
+        get = tensors.get
+        return lora_inference(x, get("weight"), get("bias"), get("lora_A"), get("lora_B"), own["scaling"])
 
     @property
     def merged(self) -> bool:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..ops.lora_inference import lora_inference
 from ..ops.lora_linear import SharedInput, lora_linear
 from .norms import factor
 
@@ -46,6 +47,13 @@ def project(input, weight, bias, projections):
             extra = projection.scale * projection.lora_bias
             bias = extra if bias is None else bias + extra
     return y
+
+
+def infer(input, weight, bias, one):
+    """The same with one adapter by `ops.lora_inference`; None where that is not for it."""
+    if torch.is_grad_enabled() or one.dropout or one.lora_bias is not None or one.magnitude is not None:
+        return None
+    return lora_inference(input, weight, bias, one.lora_A, one.lora_B, one.scale)
 
 
 def add(y, input, projections):

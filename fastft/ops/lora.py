@@ -8,6 +8,9 @@ Forward, with S = drop(X) Aᵀ:               backward, with dS = s · dY B:
     Y += s · S Bᵀ       lora_expand_             dX = dY W               vendor GEMM
                                                  dX += drop'(dS A)         lora_grad_x_
 
+Without a gradient S is not wanted: Y += s · X Aᵀ Bᵀ in one call is lora_add_ (`lora_inference`), whose x and y may have
+leading dimensions.
+
 Dropout: element (t, k) is kept iff its 16-bit lane of Philox4x32-7 (Salmon et al. 2011) is >= round(65536 p), so
 the mask is a pure function of (seed, t, k): the same on every backend, for every tiling and number of threads.
 
@@ -75,6 +78,11 @@ def _expand_reference(y, s, b, scale):
     y.copy_(y.to(s.dtype) + term(s, b, scale))
 
 
+def _add_reference(y, x, a, b, scale):
+    acc = accumulator(x, a)
+    y.copy_(y.to(acc) + term(x.to(acc) @ a.to(acc).t(), b, scale))
+
+
 def _grad_sb_reference(dy, s, b, scale):
     acc = dy.to(s.dtype)
     return scale * (acc @ b.to(s.dtype)), (scale * (acc.t() @ s)).to(b.dtype)
@@ -125,6 +133,12 @@ lora_shrink = Op(
 lora_expand_ = Op(
     "lora_expand_(Tensor(a!) y, Tensor s, Tensor b, float scale) -> ()",
     _expand_reference,
+    nothing_fake,
+    refuse_dtypes(act=0, adapter=2),
+)
+lora_add_ = Op(
+    "lora_add_(Tensor(a!) y, Tensor x, Tensor a, Tensor b, float scale) -> ()",
+    _add_reference,
     nothing_fake,
     refuse_dtypes(act=0, adapter=2),
 )

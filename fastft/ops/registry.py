@@ -299,7 +299,7 @@ def signature_of(args) -> tuple | None:
 
 def conditions() -> tuple | None:
     """What the choice of a backend depends on besides an op's arguments; None while launches are recorded."""
-    return None if _calls.get() is not None else (_forced.get(), _native.cpu_library()[0])
+    return None if _calls.get() is not None else (_forced.get(), _native.chosen_isa)
 
 
 def forced_backend() -> str | None:

@@ -64,6 +64,19 @@ def lora_expand_(data, act, wide):
 
 
 @problem
+def lora_add_(data, act, wide):
+    """It is the two others in one call, to the bit."""
+    t, k, n, r = (data.draw(sizes, name) for sizes, name in zip((SIZES, SIZES, SIZES, RANKS), "TKNR"))
+    y, scale = matrix(data, t, n, act), data.draw(SCALES, "scale")
+    makers = [y, plain(t, k, dtype=act), plain(r, k, dtype=wide), plain(n, r, dtype=wide)]
+    for seed in range(2):
+        y, x, a, b = filled(makers, torch.Generator().manual_seed(seed))
+        s = called("lora_shrink", [x, a, [r], 0.0, None])[0]
+        (want,), (got,) = called("lora_expand_", [y, s, b, scale]), called("lora_add_", [y, x, a, b, scale])
+        assert torch.equal(bits(got), bits(want)), f"lora_add_ {list(x.shape)} {list(b.shape)}"
+
+
+@problem
 def lora_grad_sb(data, act, wide):
     t, n, r = data.draw(SIZES, "T"), data.draw(SIZES, "N"), data.draw(RANKS, "R")
     s, scale = matrix(data, t, r, F32), data.draw(SCALES, "scale")

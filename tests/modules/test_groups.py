@@ -79,7 +79,7 @@ def test_inference_mode_runs_alone():
     """Tensors made there don't count their changes, so a change between two members would not be seen."""
     block, handle, twin, _ = pair()
     with torch.inference_mode():
-        x = torch.randn(4, K)
+        x = torch.randn(40, K)
         assert_equal([block(x)], [twin(x)])
         assert shrinks(lambda: block(x)) == 3
     assert handle.groups[0].grouped and shrinks(lambda: block(some_x())) == 1

@@ -1,0 +1,49 @@
+"""The inference family's cases: every arm computes the same without gradients, and the gate stops what doesn't."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastft.bench import peers, shapes
+from fastft.bench.ops import inference, lora
+from fastft.bench.runner import WrongResult
+
+TINY = replace(shapes.LINEARS["tiny"], tokens=4)
+
+
+def inputs(dtype="fp32"):
+    return lora.make_inputs(TINY, dtype, 4, 0.0, torch.device("cpu"), 0)
+
+
+@pytest.mark.parametrize("dtype", lora.DEFAULT_DTYPES)
+def test_every_arm_passes_the_gate(dtype):
+    found = list(inference.cases("cpu", ["tiny"], [dtype]))
+    assert len(found) in (4, 8) and {int(case.size.split("x")[0]) for case in found} == set(inference.TOKENS)
+    for case in found:
+        d = case.inputs(torch.device("cpu"), 0)
+        for build in case.arms.values():
+            case.checker(d)(build)
+            assert not build(d)()["y"].requires_grad
+
+
+def test_the_gate_stops_the_floor():
+    with pytest.raises(WrongResult):
+        inference.checker(inputs())(inference.forward(peers.frozen_linear))
+
+
+def test_operations_are_those_of_the_products():
+    d, work = inputs(), inference.work(TINY, "fp32", 4)
+    with FlopCounterMode(display=False) as counter:
+        inference.forward(peers.frozen_linear)(d)()
+    assert counter.get_total_flops() == work["floor_flops"]
+    with FlopCounterMode(display=False) as counter:
+        F.linear(F.linear(d.x, d.a), d.b)
+    assert counter.get_total_flops() == work["flops"] - work["floor_flops"]
+
+
+def test_it_has_no_dropout():
+    with pytest.raises(ValueError, match="dropout"):
+        list(inference.cases("cpu", dropouts=[0.1]))
