@@ -3,9 +3,9 @@
     y = x Wt + bias + s x At Bt        x [T, K], W [N, K], A [R, K], B [N, R]
 
 The floor is the frozen linear's forward. Operations of one call (a multiply-add counts two): floor 2 T K N; the adapter
-adds 2 T R (K + N). Fewest bytes, with e bytes an element of x, W, y and ea of A, B: the floor reads x and W and writes y; the
-adapter reads x once more, reads and writes y once more, and reads A and B once. Up to some 100 tokens a layer costs what it
-takes to read W, and the adapter the calls around its few bytes: that is what is measured, on weights that no cache holds.
+adds 2 T R (K + N). Fewest bytes, with e bytes an element of x, W, y and ea of A, B: the floor reads x and W and writes y;
+the adapter reads x once more, reads and writes y once more, and reads A and B once. Up to some 100 tokens a layer costs what
+it takes to read W, and the adapter the calls around its few bytes: that is measured, on weights that no cache holds.
 
 ``via PEFT`` is the same through a layer of PEFT's, accelerated by `fastft.accelerate` (and its peer PEFT itself).
 """

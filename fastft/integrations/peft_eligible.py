@@ -98,6 +98,11 @@ def watched() -> str | None:
     """What follows or changes all calls, so that each has to be made as it stands."""
     if transformed():
         return "inside a torch.func transform or forward-mode differentiation"
+    return traced_or_hooked()
+
+
+def traced_or_hooked() -> str | None:
+    """The part of it that modules see."""
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace"
     if nn.modules.module._has_any_global_hook():

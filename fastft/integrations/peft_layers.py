@@ -25,6 +25,7 @@ from .peft_eligible import (
     is_plain,
     kinds_of_peft,
     linear_classes,
+    traced_or_hooked,
     unfit,
     unfit_factors,
     unfit_weight,
@@ -85,15 +86,14 @@ class FastLinear(Swapped):
                 if y is not None:
                     return y
             return _with_names(self, x, index, args, kwargs)
+        without_gradient = not (args or kwargs or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if without_gradient and (y := self._infer(x)) is not None:
+            return y
         if not (args or kwargs) and (plain := self._commonest(x)) is not None:
             weight, bias, one = plain
             if not torch.compiler.is_compiling():  # counts would be baked into the graph, and guarded
                 record = self.__dict__["_fastft"]
                 record.fused += 1
-                if not (one.dropout or torch.is_grad_enabled()) and (record.group is None or few_tokens(x)):
-                    y = lora_inference(x, weight, bias, one.lora_A, one.lora_B, one.scale)
-                    if y is not None:
-                        return y
                 # A graph can't find what another call left.
                 if record.group is not None and (y := record.group.project(self, x, weight, bias, one)) is not None:
                     return y
@@ -124,6 +124,29 @@ class FastLinear(Swapped):
         y = None if group is None else group.project(self, x, weight, base.bias, plan[0])
         return project(x, weight, base.bias, plan) if y is None else y
 
+    def _infer(self, x) -> torch.Tensor | None:
+        """The output without a gradient in the commonest case, by `lora_inference`; None otherwise.
+
+        Of what `_commonest` asks only that which the ops don't find out themselves.
+        """
+        if (parts := self._one_plain_adapter()) is None or traced_or_hooked():
+            return None
+        (_, base, a, b, drop, scale), record = parts, self.__dict__["_fastft"]
+        if (drop.training and type(drop) is nn.Dropout and drop.p) or not (record.group is None or few_tokens(x)):
+            return None
+        base, a, b = base._parameters, a._parameters, b._parameters
+        # .get: DataParallel's replicas and FSDP hold them as attributes instead, which the general way finds.
+        weight, a_bias, a = base.get("weight"), a.get("bias"), a.get("weight")
+        b_bias, b = b.get("bias"), b.get("weight")
+        if not (type(weight) is type(a) is type(b) is nn.Parameter and a_bias is b_bias is None):
+            return None
+        if a.dtype is not weight.dtype and not self.__dict__["cast_input_dtype_enabled"]:
+            return None
+        y = lora_inference(x, weight, base["bias"], a, b, scale)
+        if y is not None:
+            record.fused += 1
+        return y
+
     def projection(self, x) -> Projection | None:
         """What a forward on x adds, where it is shareable: that of one adapter, whose A is a parameter."""
         plain = self._commonest(x)
@@ -142,6 +165,29 @@ class FastLinear(Swapped):
         What `plan` and `base_obstacle` find out in general, at 11 instead of 24 us a call (PEFT's own Python takes 22):
         modules and tensors are taken from the dictionaries that hold them, past `nn.Module.__getattr__`.
         """
+        if (parts := self._one_plain_adapter()) is None:
+            return None
+        name, base, a, b, drop, scale = parts
+        base, a, b = base._parameters, a._parameters, b._parameters
+        # .get: DataParallel's replicas and FSDP hold them as attributes instead, which the general way finds.
+        weight, a_bias, a = base.get("weight"), a.get("bias"), a.get("weight")
+        bias, b = b.get("bias"), b.get("weight")
+        if not (type(weight) is type(a) is type(b) is nn.Parameter and a_bias is bias is None):
+            return None
+        if unfit(x) or x.dtype is not weight.dtype or a.dtype is not b.dtype:
+            return None
+        if a.dtype is not x.dtype and not (a.dtype is torch.float32 and self.__dict__["cast_input_dtype_enabled"]):
+            return None
+        device = x.device
+        if not (device == weight.device == a.device == b.device) or device.type == "meta" or autocasting(device.type):
+            return None
+        if not a.dim() == b.dim() == weight.dim() == 2 or a.shape[1] != x.shape[-1] or weight.layout is not torch.strided:
+            return None
+        p = drop.p if drop.training and type(drop) is nn.Dropout else 0.0
+        return weight, base["bias"], Projection(name, a, b, scale, p)
+
+    def _one_plain_adapter(self):
+        """(name, base layer, lora_A, lora_B, dropout, scale), where one plain adapter is active and nothing hooked."""
         own = self.__dict__
         active = own["_active_adapter"]
         if type(active) is list and len(active) == 1:
@@ -155,23 +201,8 @@ class FastLinear(Swapped):
         b, drop = modules["lora_B"]._modules[active], modules["lora_dropout"]._modules[active]
         if not (bare(b, nn.Linear) and (bare(drop, nn.Identity) or bare(drop, nn.Dropout))):
             return None
-        base, a, b, scale = base._parameters, a._parameters, b._parameters, own["scaling"][active]
-        # .get: DataParallel's replicas and FSDP hold them as attributes instead, which the general way finds.
-        weight, a_bias, a = base.get("weight"), a.get("bias"), a.get("weight")
-        bias, b = b.get("bias"), b.get("weight")
-        if not (type(weight) is type(a) is type(b) is nn.Parameter and a_bias is bias is None and type(scale) is float):
-            return None
-        if unfit(x) or x.dtype is not weight.dtype or a.dtype is not b.dtype:
-            return None
-        if a.dtype is not x.dtype and not (a.dtype is torch.float32 and own["cast_input_dtype_enabled"]):
-            return None
-        device = x.device
-        if not (device == weight.device == a.device == b.device) or device.type == "meta" or autocasting(device.type):
-            return None
-        if not a.dim() == b.dim() == weight.dim() == 2 or a.shape[1] != x.shape[-1] or weight.layout is not torch.strided:
-            return None
-        p = drop.p if drop.training and type(drop) is nn.Dropout else 0.0
-        return weight, base["bias"], Projection(active, a, b, scale, p)
+        scale = own["scaling"][active]
+        return (active, base, a, b, drop, scale) if type(scale) is float else None
 
     def _mixed_batch_forward(self, x, *args, adapter_names, **kwargs):
         names = adapter_names if isinstance(adapter_names, Index) else Index(adapter_names)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import fastft
 from fastft.ops import grouped, registry
-from tests.fuzz.op_calls import F32, bits, called, exactly, matrix, plain, sums
+from tests.fuzz.op_calls import F32, bits, called, exactly, filled, matrix, plain, sums
 from tests.ops import test_partial, test_sparse
 from tests.ops.drawing import judge
 from tests.ops.grouped_cases import defined, expected, make, route

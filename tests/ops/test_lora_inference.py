@@ -1,4 +1,4 @@
-"""`lora_add_` against the formula in float64, and `lora_inference`: the numbers of `lora_linear`, and when it is not for it."""
+"""`lora_add_` against the formula in float64; `lora_inference`: `lora_linear`'s numbers, and when it is not for it."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_add_is_shrink_and_expand(library):
     """To the bit, on any number of threads, with leading dimensions, and into columns of a wider matrix."""
     before = torch.get_num_threads()
     try:
-        for shape in FEW + [(12, 2048, 2048, 16)]:
+        for shape in (*FEW, (12, 2048, 2048, 16)):
             for act, adapter in DTYPES[:3]:
                 v = inputs(shape, act, adapter, "cpu")
                 want = v["y"].clone()
