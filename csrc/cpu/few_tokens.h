@@ -1,6 +1,6 @@
-// LoRA's products for few tokens, as in decoding. They cost what it takes to read the adapter: each of its bytes is read once,
-// and packed in pieces that stay in a cache. (A panel of all of it, as kernels for many tokens have, is written to memory
-// that a GEMM has pushed out of all caches: 100 of 130 us, for 2048 features and rank 16.)
+// LoRA's products for few tokens, as in decoding. They cost what it takes to read the adapter: each of its bytes is read
+// once, and packed in pieces that stay in a cache. (A panel of all of it, as kernels for many tokens have, is written to
+// memory that a GEMM has pushed out of all caches: 100 of 130 us, for 2048 features and rank 16.)
 //
 // Work is split by shape alone and parts are added in a fixed order, so results do not depend on the number of threads.
 #pragma once
@@ -17,7 +17,9 @@ constexpr int64_t few_tokens = 32;  // where the two kinds of kernels take the s
 constexpr int64_t piece_floats = 8192;  // of a packed piece: 32 KiB
 
 // Columns of an adapter's transpose that `rows` of it leave room for in a piece, in whole strips.
-inline int64_t piece_columns(int64_t rows) { return std::clamp(piece_floats / std::max<int64_t>(rows, 1) / 32 * 32, int64_t{64}, block_c); }
+inline int64_t piece_columns(int64_t rows) {
+  return std::clamp(piece_floats / std::max<int64_t>(rows, 1) / 32 * 32, int64_t{64}, block_c);
+}
 
 // S = X Aᵀ [T, R]: a part for each `chunk` of features.
 template <class T, class Unit>
@@ -76,10 +78,19 @@ template <class T, class Unit>
 class FewExpand {
  public:
   FewExpand(T* y, int64_t ld, int64_t tokens, const Tensor& b, float factor)
-      : y(y), ld(ld), tokens(tokens), channels(b.size(0)), ranks(b.size(1)), slab(piece_columns(ranks)), factor(factor), b(b) {}
+      : y(y),
+        ld(ld),
+        tokens(tokens),
+        channels(b.size(0)),
+        ranks(b.size(1)),
+        slab(piece_columns(ranks)),
+        factor(factor),
+        b(b) {}
 
   int64_t tasks() const { return blocks(channels, slab); }
-  double cost() const { return read_cost(4.0 * channels * (ranks + tokens)) + product_cost(1.0 * tokens * channels * ranks); }
+  double cost() const {
+    return read_cost(4.0 * channels * (ranks + tokens)) + product_cost(1.0 * tokens * channels * ranks);
+  }
 
   void run(int64_t task, Coefficients s) const {
     constexpr int64_t tall = update_t<Unit>;

@@ -39,9 +39,9 @@ template <class T>
   if (panel_vectors * VL * sizeof(T) > 64) __builtin_prefetch(reinterpret_cast<const char*>(row) + bytes + 64, 1, 3);
 }
 
-// What a caller's make_tile(t, c, cols, part) makes, tokens [t, t + rows) x channels [c, c + cols) of an activation, gets the
-// product of factor · S [T, R] with a panel [units(R)][·], from its column `panel_c` on. `part`: the last vector of a row, of
-// which `cols` columns exist.
+// What a caller's make_tile(t, c, cols, part) makes, tokens [t, t + rows) x channels [c, c + cols) of an activation, gets
+// the product of factor · S [T, R] with a panel [units(R)][·], from its column `panel_c` on. `part`: the last vector of a
+// row, of which `cols` columns exist.
 template <class Unit, class P, class MakeTile>
 void add_low_rank_block(Coefficients s, int64_t t, int64_t rows, int64_t c, int64_t cols, const P& panel, int64_t panel_c,
                         float factor, const MakeTile& make_tile) {
@@ -50,8 +50,8 @@ void add_low_rank_block(Coefficients s, int64_t t, int64_t rows, int64_t c, int6
   const auto x = rank_coefficients<Unit>(s, t, rows, factor, scaled.get());
   panel_product(rows, whole, depth, x, panel.at(0, panel_c), make_tile(t, c, whole, std::false_type()), Ahead());
   if (whole < cols)
-    panel_product(rows, VL, depth, x, panel.at(0, panel_c + whole),
-                  make_tile(t, c + whole, cols - whole, std::true_type()), Ahead());
+    panel_product(rows, VL, depth, x, panel.at(0, panel_c + whole), make_tile(t, c + whole, cols - whole, std::true_type()),
+                  Ahead());
 }
 
 // The same for all of an activation [T, C], in tasks of update_t tokens x 1024 channels, with a panel of all C.
