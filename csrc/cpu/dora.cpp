@@ -1,5 +1,5 @@
 // The DoRA family on CPU; definitions in fastft/ops/dora.py. T tokens, N out, R rank.
-#include "low_rank.h"
+#include "few_tokens.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -53,15 +53,16 @@ Tensor dora_expand_(Tensor u, const Tensor& s, const Tensor& b, const Tensor& g,
   const auto* factors = static_cast<const float*>(g.const_data_ptr());
   dispatch_units(u, b, [&](auto* type, auto* unit) {
     using Unit = std::remove_pointer_t<decltype(unit)>;
-    const TransposedPanel<Unit> panel(b);  // [R][N]
     auto *to_u = mutable_data(u, type), *to_y = mutable_data(y, type);
     const auto* added = bias ? data(*bias, type) : nullptr;
     const int64_t ld = u.stride(0);
-    add_low_rank<Unit>(
-        T, N, Coefficients(s), panel, static_cast<float>(scale), [=](int64_t t, int64_t c, int64_t cols, auto part) {
-          using Tile = ScaledActivation<std::remove_pointer_t<decltype(to_u)>, decltype(part)::value>;
-          return Tile{to_u + t * ld + c, to_y + t * N + c, ld, N, cols, factors + c, added ? added + c : nullptr};
-        });
+    const auto tile = [=](int64_t t, int64_t c, int64_t cols, auto part) {
+      using Tile = ScaledActivation<std::remove_pointer_t<decltype(to_u)>, decltype(part)::value>;
+      return Tile{to_u + t * ld + c, to_y + t * N + c, ld, N, cols, factors + c, added ? added + c : nullptr};
+    };
+    if (T <= few_tokens) return FewExpand(T, b, scale, tile, unit).run(Coefficients(s));
+    const TransposedPanel<Unit> panel(b);  // [R][N]
+    add_low_rank<Unit>(T, N, Coefficients(s), panel, static_cast<float>(scale), tile);
   });
   return y;
 }

@@ -73,19 +73,18 @@ class FewShrink {
   const Scratch<float> sums;
 };
 
-// Y += factor · S Bᵀ: a task for each slab of channels.
-template <class T, class Unit>
+// factor · S Bᵀ for the tiles of add_low_rank: a task for each slab of channels.
+template <class Unit, class MakeTile>
 class FewExpand {
  public:
-  FewExpand(T* y, int64_t ld, int64_t tokens, const Tensor& b, float factor)
-      : y(y),
-        ld(ld),
-        tokens(tokens),
+  FewExpand(int64_t tokens, const Tensor& b, double factor, const MakeTile& make_tile, const Unit*)
+      : tokens(tokens),
         channels(b.size(0)),
         ranks(b.size(1)),
         slab(piece_columns(ranks)),
-        factor(factor),
-        b(b) {}
+        factor(static_cast<float>(factor)),
+        b(b),
+        make_tile(make_tile) {}
 
   int64_t tasks() const { return blocks(channels, slab); }
   double cost() const {
@@ -97,15 +96,18 @@ class FewExpand {
     const int64_t n = task * slab, cols = std::min(slab, channels - n);
     const TransposedPanel<Unit> panel(b, n, cols, 1);
     for (int64_t t = 0; t < tokens; t += tall)
-      add_low_rank_block<Unit>(s, t, std::min(tall, tokens - t), n, cols, panel, 0, factor,
-                               add_to_activation<false>(y, ld, {}));
+      add_low_rank_block<Unit>(s, t, std::min(tall, tokens - t), n, cols, panel, 0, factor, make_tile);
+  }
+
+  void run(Coefficients s) const {
+    parallel_for(tasks(), cost(), [&](int64_t task) { run(task, s); });
   }
 
  private:
-  T* y;
-  const int64_t ld, tokens, channels, ranks, slab;
+  const int64_t tokens, channels, ranks, slab;
   const float factor;
   const Tensor& b;
+  const MakeTile make_tile;
 };
 
 // Both one after the other, in one call of all threads.

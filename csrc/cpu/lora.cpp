@@ -126,14 +126,10 @@ void lora_expand_(Tensor y, const Tensor& s, const Tensor& b, double scale) {
   if (T > few_tokens && gemm_pays(y, b, 0, R)) return gemm(y, s, transposed(b), 1, scale);
   dispatch_units(y, b, [&](auto* type, auto* unit) {
     using Unit = std::remove_pointer_t<decltype(unit)>;
-    if (T <= few_tokens) {
-      const FewExpand<std::remove_pointer_t<decltype(type)>, Unit> few(mutable_data(y, type), y.stride(0), T, b,
-                                                                       static_cast<float>(scale));
-      return parallel_for(few.tasks(), few.cost(), [&](int64_t task) { few.run(task, Coefficients(s)); });
-    }
+    const auto tile = add_to_activation<false>(mutable_data(y, type), y.stride(0), {});
+    if (T <= few_tokens) return FewExpand(T, b, scale, tile, unit).run(Coefficients(s));
     const TransposedPanel<Unit> panel(b);  // [R][N]
-    add_low_rank<Unit>(T, N, Coefficients(s), panel, static_cast<float>(scale),
-                       add_to_activation<false>(mutable_data(y, type), y.stride(0), {}));
+    add_low_rank<Unit>(T, N, Coefficients(s), panel, static_cast<float>(scale), tile);
   });
 }
 
@@ -161,11 +157,8 @@ void lora_add_(Tensor y, const Tensor& x, const Tensor& a, const Tensor& b, doub
     using T = std::remove_pointer_t<decltype(type)>;
     using Exact = std::remove_pointer_t<decltype(exact)>;
     const FewShrink<T, Exact> shrink(data(x, type), from.stride, to.count, a);
-    const auto add = [&](auto* unit) {
-      const FewExpand<T, std::remove_pointer_t<decltype(unit)>> expand(mutable_data(y, type), to.stride, to.count, b,
-                                                                       static_cast<float>(scale));
-      run_few(shrink, expand, to.count, R);
-    };
+    const auto tile = add_to_activation<false>(mutable_data(y, type), to.stride, {});
+    const auto add = [&](auto* unit) { run_few(shrink, FewExpand(to.count, b, scale, tile, unit), to.count, R); };
     if constexpr (in_tiles<Exact>)
       if (b.scalar_type() == f32) return add(static_cast<float*>(nullptr));  // as in lora_expand_
     add(exact);

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..modules.norms import RowNorms, factor
-from ..modules.projection import Projection, project
+from ..modules.projection import Projection, infer, project
 from ..ops.lora_inference import few_tokens, lora_inference
 from ..ops.lora_linear import examined_linear, lora_update
 from .peft_bank import add
@@ -120,8 +120,11 @@ class FastLinear(Swapped):
             together = group is not None and plan[0].magnitude is None and type(y) is torch.Tensor and y.dtype is given.dtype
             total = group.add(self, x, y, plan[0]) if together else None
             return self._beside(y, x, plan) if total is None else total
-        weight = base.weight if type(base) is nn.Linear else base.weight.t()
-        y = None if group is None else group.project(self, x, weight, base.bias, plan[0])
+        weight, y = base.weight if type(base) is nn.Linear else base.weight.t(), None
+        if len(plan) == 1 and (group is None or few_tokens(x)):
+            y = infer(x, weight, base.bias, plan[0], record.norms)
+        if y is None and group is not None:
+            y = group.project(self, x, weight, base.bias, plan[0])
         return project(x, weight, base.bias, plan) if y is None else y
 
     def _infer(self, x) -> torch.Tensor | None:

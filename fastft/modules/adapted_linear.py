@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..ops.lora_inference import few_tokens
+from ..ops.lora_inference import few_tokens, lora_inference
 from .adapter import Adapter
 from .class_swap import give_class
 from .merging import Mergeable, pristine
@@ -47,6 +47,8 @@ class LoRASettings:
     scale: float
     dropout: float
 
+
+_OPTIONS = frozenset(("modules_to_save", "lora_bias", "lora_magnitude"))  # that not every LoRA has
 
 # What `adapt` gives a module besides another class.
 _STATE = ("_adapters", "_merged", "_store", "_settings", "_parts", "_written", "_norms", "_groups")
@@ -290,6 +292,8 @@ class AdaptedLinear(Sparse, Sliced, TrainsParts, Adapted):
     def forward(self, input):
         if self._parts:
             return self._parts_forward(input)
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and (y := self._infer(input)) is not None:
+            return y
         on = [adapter for adapter in self._adapters.values() if adapter.on()]
         replaced = self._copies(on)
         names = [adapter.name for adapter in on if adapter.name in self._settings]
@@ -306,6 +310,28 @@ class AdaptedLinear(Sparse, Sliced, TrainsParts, Adapted):
                 return self._plain_forward(replaced, input)
         weight, bias = replaced.get("weight", self.weight), replaced.get("bias", self.bias)
         return self._project(input, weight, bias, [self._projection(name, copied) for name in names])
+
+    def _infer(self, input) -> torch.Tensor | None:
+        """The output without a gradient in the commonest case, one plain adapter, by the shortest way; None otherwise."""
+        own = self.__dict__
+        if own["_merged"] or len(own["_adapters"]) != 1:
+            return None
+        ((name, adapter),) = own["_adapters"].items()
+        modules, settings = own["_modules"], own["_settings"].get(name)
+        if settings is None or not adapter.on() or (own["training"] and settings.dropout):
+            return None
+        if not _OPTIONS.isdisjoint(modules) or not self._may_run_alone(name, input):
+            return None
+        get = own["_parameters"].get
+        weight, a, b = get("weight"), modules["lora_A"]._parameters.get(name), modules["lora_B"]._parameters.get(name)
+        weight = weight.t() if self.fan_in_fan_out and weight is not None else weight
+        return lora_inference(input, weight, get("bias"), a, b, settings.scale)
+
+    def _may_run_alone(self, name, input) -> bool:
+        """Without gradients: does this member of a group gain nothing by it?"""
+        group = self._groups.get(name)
+        packed = group is not None and group.packed is not None and group.packed.is_one_gemm(input.device)
+        return group is None or (few_tokens(input) and not packed)
 
     def _stand(self, names, replaced) -> bool:
         """Can this forward use the tensors into which adapters are merged? `names` are the adapters that it needs."""
@@ -330,8 +356,8 @@ class AdaptedLinear(Sparse, Sliced, TrainsParts, Adapted):
         if len(projections) == 1 and not torch.compiler.is_compiling():  # a graph can't find what another call left
             (one,) = projections
             group, y = self._groups.get(one.name), None
-            if group is None or (group.packed is None and few_tokens(input)):
-                y = infer(input, weight, bias, one)
+            if self._may_run_alone(one.name, input):
+                y = infer(input, weight, bias, one, self._norms)
             if y is None and group is not None:
                 y = group.project(self, input, weight, bias, one)
             if y is not None:

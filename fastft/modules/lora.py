@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import is_grad_enabled, nn
+from torch.compiler import is_compiling
 
 from ..ops.lora_inference import lora_inference
 from ..ops.lora_linear import lora_linear
@@ -153,7 +154,7 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x):
         """x [..., K] to [..., N]."""
-        if not is_grad_enabled() and (y := self._without_gradient(x)) is not None:
+        if not (is_grad_enabled() or is_compiling()) and (y := self._without_gradient(x)) is not None:
             return y
         bias = self.bias
         if self.merged:
@@ -176,15 +177,15 @@ class LoRALinear(nn.Linear):
         )
 
     def _without_gradient(self, x):
-        """The output in the commonest case, past `nn.Module.__getattr__`; None otherwise."""
+        """The output in the commonest cases, past `nn.Module.__getattr__`; None otherwise."""
         own = self.__dict__
-        tensors = own["_parameters"]
-        if own["use_dora"] or own["_buffers"]["_pristine"] is not None or (own["training"] and own["lora_dropout"]):
+        get = own["_parameters"].get
+        if own["_buffers"]["_pristine"] is not None or (own["training"] and own["lora_dropout"]):
             return None
-        if tensors.get("lora_bias") is not None:
+        if get("lora_bias") is not None:
             return None
-        get = tensors.get
-        return lora_inference(x, get("weight"), get("bias"), get("lora_A"), get("lora_B"), own["scaling"])
+        g = self._norms.factor(self.lora_magnitude, self._norm()) if own["use_dora"] else None
+        return lora_inference(x, get("weight"), get("bias"), get("lora_A"), get("lora_B"), own["scaling"], g)
 
     @property
     def merged(self) -> bool:

@@ -1,6 +1,7 @@
 """The row norms by which DoRA (Liu et al. 2024, https://arxiv.org/abs/2402.09353) divides its magnitudes."""
 
 import weakref
+from typing import NamedTuple
 
 import torch
 
@@ -8,30 +9,62 @@ from ..ops.dora import dora_norm, inverse_norm, squared_row_norm
 from .sharding import is_sharded, weights_come_and_go
 
 
+class _Last(NamedTuple):
+    """Norms and DoRA's factors, and copies of what they were made of."""
+
+    squares: torch.Tensor  # ‖W‖², the very tensor that is kept
+    scale: float
+    a: torch.Tensor
+    b: torch.Tensor
+    norm: torch.Tensor
+    magnitude: torch.Tensor | None = None
+    factor: torch.Tensor | None = None
+
+
 class RowNorms:
     """``‖W + scale · B A‖`` of a layer's rows; of it ‖W‖², which depends on the frozen weight alone, is kept.
 
-    Nothing that depends on A or B is kept: fused optimizers, and writes through ``.data``, change a tensor without
-    counting its version. Writes through ``weight.data`` to the frozen weight itself are not seen for the same reason.
-    Copies and pickles start empty. A compiled graph, and whoever shards a model, can't ask whether the weight changed: there
-    all is computed each time.
+    Of A and B no version tells whether they changed: fused optimizers, and writes through ``.data``, count none. (Writes
+    through ``weight.data`` to the frozen weight itself are not seen for the same reason.) So what depends on them is kept
+    with copies of them, with which they are compared: on a CPU, without gradients, as in generating, where each token would
+    read all of W once more. Copies and pickles start empty. A compiled graph, and whoever shards a model, can't ask whether
+    the weight changed: there all is computed each time.
     """
 
     def __init__(self):
         self._kept = None  # weak reference to W, what must not have changed, ‖W‖²
+        self._last: _Last | None = None
 
     def __reduce__(self):
         return RowNorms, ()
 
     def forget(self) -> None:
         """Hold nothing of the weight: `Module.to` may swap its tensors, and refuses those that a weak reference knows."""
-        self._kept = None
+        self._kept = self._last = None
 
     def __call__(self, weight, lora_A, lora_B, scale, fan_in_fan_out=False):
         """[N] float32 (float64 of a float64 weight), no gradient; arguments as of `ops.dora.dora_norm`."""
         weight = weight.contiguous()
-        squares = self._squares(weight, fan_in_fan_out)
-        return dora_norm(weight, squares, lora_A.detach(), lora_B.detach(), scale, fan_in_fan_out)
+        squares, a, b = self._squares(weight, fan_in_fan_out), lora_A.detach(), lora_B.detach()
+        if torch.compiler.is_compiling():
+            return dora_norm(weight, squares, a, b, scale, fan_in_fan_out)
+        if torch.is_grad_enabled() or not weight.is_cpu or self._kept is None or self._kept[2] is not squares:
+            self._last = None
+            return dora_norm(weight, squares, a, b, scale, fan_in_fan_out)
+        last = self._last
+        if last is None or last.squares is not squares or last.scale != scale or not (_same(last.a, a) and _same(last.b, b)):
+            norm = dora_norm(weight, squares, a, b, scale, fan_in_fan_out)
+            last = self._last = _Last(squares, scale, a.clone(), b.clone(), norm)
+        return last.norm
+
+    def factor(self, magnitude, norm):
+        """`factor`, of a norm that this gave: kept as that is."""
+        last = self._last
+        if last is None or last.norm is not norm:
+            return factor(magnitude, norm)
+        if last.factor is None or not _same(last.magnitude, magnitude):
+            last = self._last = last._replace(magnitude=magnitude.detach().clone(), factor=factor(magnitude, norm))
+        return last.factor
 
     def _squares(self, weight, fan_in_fan_out):
         if torch.compiler.is_compiling() or not _keeps_count(weight) or weights_come_and_go() or _swapping():
@@ -46,6 +79,10 @@ class RowNorms:
             if not (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
                 self._kept = kept
         return kept[2]
+
+
+def _same(kept, now) -> bool:
+    return kept.dtype is now.dtype and kept.device == now.device and torch.equal(kept, now)
 
 
 def _keeps_count(weight) -> bool:

@@ -43,10 +43,15 @@ class PackedWeights:
             if not (self.intact() or self._pack_again()):
                 return None
             weight, bias = self.weight, self.bias if bias else None
-        if x.dtype != weight.dtype or x.device != weight.device or x.device.type not in ONE_GEMM_DEVICES:
+        if x.dtype != weight.dtype or x.device != weight.device or not self.is_one_gemm(x.device):
             return None
         with torch.no_grad():
             return list(nn.functional.linear(x, weight, bias).unsafe_split_with_sizes(self.sizes, 1))
+
+    @staticmethod
+    def is_one_gemm(device) -> bool:
+        """Is one GEMM of all members the faster one on such a device?"""
+        return device.type in ONE_GEMM_DEVICES
 
     def intact(self) -> bool:
         """Are all Parameters slices of the buffer?"""

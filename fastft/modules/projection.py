@@ -49,11 +49,12 @@ def project(input, weight, bias, projections):
     return y
 
 
-def infer(input, weight, bias, one):
-    """The same with one adapter by `ops.lora_inference`; None where that is not for it."""
-    if torch.is_grad_enabled() or one.dropout or one.lora_bias is not None or one.magnitude is not None:
+def infer(input, weight, bias, one, norms):
+    """The same with one adapter by `ops.lora_inference`; None where that is not for it. norms: of its `weight_norm`."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or one.dropout or one.lora_bias is not None:
         return None
-    return lora_inference(input, weight, bias, one.lora_A, one.lora_B, one.scale)
+    g = None if one.magnitude is None else norms.factor(one.magnitude, one.weight_norm)
+    return lora_inference(input, weight, bias, one.lora_A, one.lora_B, one.scale, g)
 
 
 def add(y, input, projections):

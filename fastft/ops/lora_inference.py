@@ -5,29 +5,41 @@ Python and its ops touch: `lora_linear`, which is made for training, took 130 to
 EPYC), an addition of two plain matrix products 60 to 110. Here it is two calls, with as few questions before them as can be.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 from torch import Tensor, float32, is_autocast_enabled, is_grad_enabled
 from torch._C import _len_torch_dispatch_stack
 from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
 from torch.nn import Parameter
 from torch.nn.functional import linear
 
-from .lora import lora_add_
+from .dora import dora_expand_
+from .lora import lora_add_, lora_shrink
 from .registry import KERNEL_DTYPES, conditions
 
 _PLAIN = frozenset((Tensor, Parameter))
-_ready: dict[tuple, object] = {}  # what `lora_add_` runs
 
 
-def lora_inference(x, weight, bias, a, b, scale):
-    """``x Wᵀ + bias + scale · x Aᵀ Bᵀ``, as `lora_linear` of the same tensors.
+class _Ops(NamedTuple):
+    add: Callable
+    shrink: Callable
+    expand_dora: Callable
+
+
+_ready: dict[tuple, _Ops] = {}  # (conditions, dtype of x, of A) -> what the registry would run
+
+
+def lora_inference(x, weight, bias, a, b, scale, g=None):
+    """``x Wᵀ + bias + scale · x Aᵀ Bᵀ``, as `lora_linear` of the same tensors; with `g` [N], float32, DoRA's factors, what
+    stands before the bias is multiplied by them.
 
     None where `lora_linear` has to be asked: gradients are asked for, something follows or changes all calls, or these are
-    no plain tensors on a CPU that fit.
+    no plain tensors on a CPU that fit. Not for graphs that torch.compile makes, in which Python costs nothing.
     """
-    if is_grad_enabled() or is_compiling():
+    if is_grad_enabled():
         return None
     if not (type(x) in _PLAIN and type(weight) in _PLAIN and type(a) in _PLAIN and type(b) in _PLAIN and x.is_cpu):
         return None
@@ -40,18 +52,33 @@ def lora_inference(x, weight, bias, a, b, scale):
     ):
         return None
     try:  # the ops look at shapes, dtypes and devices before they write, but have not `lora_linear`'s words for them
-        x, now = x.contiguous(), conditions()
-        key = now, x.dtype, a.dtype
-        add = _ready.get(key) if now is not None else lora_add_  # which tells those who record
-        if add is None:
+        x, a, b, now = x.contiguous(), a.contiguous(), b.contiguous(), conditions()
+        ops = _ready.get((now, x.dtype, a.dtype))
+        if ops is None:
             if x.dtype not in KERNEL_DTYPES or a.dtype not in (x.dtype, float32):
                 return None
-            add = _ready[key] = lora_add_.direct(x, x, a, b, scale)
-        y = linear(x, weight, bias)
-        add(y, x, a.contiguous(), b.contiguous(), scale)
+            ops = _Ops(lora_add_, lora_shrink, dora_expand_)  # which tell those who record
+            if now is not None:
+                ops = _ready[now, x.dtype, a.dtype] = _direct(x, a, b)
+        if g is None:
+            y = linear(x, weight, bias)
+            ops.add(y, x, a, b, scale)
+            return y
+        u, rows = linear(x, weight), x.view(-1, x.shape[-1])
+        s = ops.shrink(rows, a, [a.shape[0]], 0.0, None)[0]
+        y = ops.expand_dora(u.view(rows.shape[0], -1), s, b, g, bias, scale)
+        return y.view(u.shape)
     except RuntimeError:
         return None
-    return y
+
+
+def _direct(x, a, b) -> _Ops:
+    rows = x.view(-1, x.shape[-1])
+    return _Ops(
+        lora_add_.direct(rows, rows, a, b, 1.0),
+        lora_shrink.direct(rows, a, [a.shape[0]], 0.0, None),
+        dora_expand_.direct(rows, rows, b, a, None, 1.0),
+    )
 
 
 def few_tokens(x) -> bool:

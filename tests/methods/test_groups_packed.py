@@ -12,6 +12,7 @@ from torch import nn
 import fastft
 from fastft.methods import handles
 from fastft.modules import packed
+from fastft.ops import lora_inference
 
 from .models import assert_same, llama, logits, snapshot, tokens, transformers
 from .test_groups import MODELS, assert_gradients, attach, made, pair, train
@@ -37,6 +38,7 @@ def gemms(monkeypatch, function):
 
     with monkeypatch.context() as patch:
         patch.setattr(F, "linear", counting)
+        patch.setattr(lora_inference, "linear", counting)
         function()
     return seen
 
