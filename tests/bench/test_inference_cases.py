@@ -14,14 +14,10 @@ from fastft.bench.runner import WrongResult
 TINY = replace(shapes.LINEARS["tiny"], tokens=4)
 
 
-def inputs(dtype="fp32"):
-    return lora.make_inputs(TINY, dtype, 4, 0.0, torch.device("cpu"), 0)
-
-
 @pytest.mark.parametrize("dtype", lora.DEFAULT_DTYPES)
 def test_every_arm_passes_the_gate(dtype):
     found = list(inference.cases("cpu", ["tiny"], [dtype]))
-    assert len(found) in (4, 8) and {int(case.size.split("x")[0]) for case in found} == set(inference.TOKENS)
+    assert len(found) in (8, 16) and {int(case.size.split("x")[0]) for case in found} == set(inference.TOKENS)
     for case in found:
         d = case.inputs(torch.device("cpu"), 0)
         for build in case.arms.values():
@@ -29,13 +25,15 @@ def test_every_arm_passes_the_gate(dtype):
             assert not build(d)()["y"].requires_grad
 
 
-def test_the_gate_stops_the_floor():
+@pytest.mark.parametrize("kind", [inference.LORA, inference.DORA])
+def test_the_gate_stops_the_floor(kind):
     with pytest.raises(WrongResult):
-        inference.checker(inputs())(inference.forward(peers.frozen_linear))
+        kind.checker(kind.make_inputs(TINY, "fp32", 4, "cpu", 0))(inference.forward(peers.frozen_linear))
 
 
 def test_operations_are_those_of_the_products():
-    d, work = inputs(), inference.work(TINY, "fp32", 4)
+    kind = inference.LORA
+    d, work = kind.make_inputs(TINY, "fp32", 4, "cpu", 0), inference.work(TINY, "fp32", 4, kind)
     with FlopCounterMode(display=False) as counter:
         inference.forward(peers.frozen_linear)(d)()
     assert counter.get_total_flops() == work["floor_flops"]
@@ -44,6 +42,9 @@ def test_operations_are_those_of_the_products():
     assert counter.get_total_flops() == work["flops"] - work["floor_flops"]
 
 
-def test_it_has_no_dropout():
+def test_it_has_no_dropout_and_two_peers():
     with pytest.raises(ValueError, match="dropout"):
         list(inference.cases("cpu", dropouts=[0.1]))
+    with pytest.raises(ValueError, match="known: plain, peft"):
+        list(inference.cases("cpu", peer_names=["addmm"]))
+    assert set(next(inference.cases("cpu", peer_names=["plain"])).arms) == {"fastft", "plain"}
