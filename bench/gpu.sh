@@ -3,7 +3,7 @@
 set -euo pipefail
 
 ALL="build info test bench sanitize graph ops tune collect"
-MEASURED="calibration lora grouped dora partial sparse selection step s2ft spiel serve peft qlora"
+MEASURED="calibration lora inference grouped dora partial sparse selection step s2ft spiel serve peft qlora"
 
 TUNED_FAMILIES="lora grouped dora partial sparse selection"
 

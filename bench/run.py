@@ -20,7 +20,7 @@ WRONG, BAD_ARGUMENTS, BEHIND = 1, 2, 3  # exit statuses
 
 
 def families() -> dict[str, str]:
-    """Family -> its module: the ops' (bench/ops) and whole training steps (bench/e2e)."""
+    """Family -> its module: the ops' (bench/ops), whole training steps and what is called without a graph (bench/e2e)."""
     here = Path(__file__).parent
     found = {
         path.stem: f"{__package__}.{folder}.{path.stem}"

@@ -14,7 +14,7 @@ from fastft.bench import gpu_checks, results, run
 
 SCRIPT = results.ROOT / "bench" / "gpu.sh"
 STAGES = ["build", "info", "test", "bench", "sanitize", "graph", "ops", "tune", "collect"]
-MEASURED = ["calibration", "lora", "grouped", "dora", "partial", "sparse", "selection"]
+MEASURED = ["calibration", "lora", "inference", "grouped", "dora", "partial", "sparse", "selection"]
 MEASURED += ["step", "s2ft", "spiel", "serve", "peft", "qlora"]
 
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastft.bench import peers, shapes
-from fastft.bench.ops import inference, lora
+from fastft.bench.e2e import inference
+from fastft.bench.ops import lora
 from fastft.bench.runner import WrongResult
 
 TINY = replace(shapes.LINEARS["tiny"], tokens=4)
