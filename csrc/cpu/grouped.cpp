@@ -10,7 +10,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
-#include <thread>
 
 namespace fastft {
 namespace {
@@ -35,22 +34,18 @@ void run_both(const Batch& batch, const First& first, const Second& second) {
   if (batch.segments.empty()) return;
   const int64_t most = torch::stable::get_num_threads();
   const Plan before = first.plan(most), after = second.plan(most);
-  std::vector<std::atomic<int32_t>> open(batch.segments.size());
-  for (const Task& task : before.tasks) open[task.first].fetch_add(1, std::memory_order_relaxed);
+  std::vector<Open<int32_t>> open(batch.segments.size());
+  for (const Task& task : before.tasks) open[task.first].add();
   const double cost = before.cost + after.cost;
   const int64_t threads = threads_for(cost);
   Shares first_shares(before.tasks, threads), second_shares(after.tasks, threads);
   parallel_for(threads, cost, [&](int64_t thread) {
     Workspace space;
-    first_shares.work(thread, [&](int64_t i) {
-      first.run(before.tasks[i], space);
-      open[before.tasks[i].first].fetch_sub(1, std::memory_order_release);
-    });
+    first_shares.work(thread,
+                      [&](int64_t i) { open[before.tasks[i].first].run([&] { first.run(before.tasks[i], space); }); });
     second_shares.work(thread, [&](int64_t i) {
       const Task& task = after.tasks[i];
-      for (int32_t d = task.first; d < task.last; ++d)
-        for (int spins = 0; open[d].load(std::memory_order_acquire) > 0; ++spins)
-          if (spins > 1000) std::this_thread::yield();
+      for (int32_t d = task.first; d < task.last; ++d) open[d].wait();
       second.run(task, space);
     });
   });

@@ -54,8 +54,8 @@ std::tuple<Tensor, Tensor> lora_shrink(const Tensor& x, const Tensor& a, const s
   Tensor s = empty_on(x, {T, R}, f32);
   Tensor mask = p > 0 ? empty_on(x, {G, T, (K + 7) / 8}, ScalarType::Byte) : empty_on(x, {0}, ScalarType::Byte);
   const auto all = groups(op, ranks, R, p, mask, T, K);
-  const bool few_of_them = p == 0 && T <= few_tokens;
-  if (!few_of_them && gemm_pays(x, a, p, R)) {
+  const bool few = p == 0 && T <= few_tokens;
+  if (!few && gemm_pays(x, a, p, R)) {
     gemm(s, x, transposed(a), 0, 1);
     return {s, mask};
   }
@@ -66,10 +66,10 @@ std::tuple<Tensor, Tensor> lora_shrink(const Tensor& x, const Tensor& a, const s
 
   dispatch_exact_units(x, a, [&](auto* type, auto* unit) {
     using Unit = std::remove_pointer_t<decltype(unit)>;
-    if (few_of_them) {
-      const FewShrink<std::remove_pointer_t<decltype(type)>, Unit> few(data(x, type), K, T, a);
-      parallel_for(few.tasks(), few.cost(), [&](int64_t task) { few.run(task); });
-      return few.total(out, R);
+    if (few) {
+      const FewShrink<std::remove_pointer_t<decltype(type)>, Unit> shrink(data(x, type), K, T, a);
+      parallel_for(shrink.tasks(), shrink.cost(), [&](int64_t task) { shrink.run(task); });
+      return shrink.total(out, R);
     }
     const int64_t tall = tile_tokens<Unit>(R);
     std::vector<TransposedPanel<Unit>> panels;  // [K][R] of each group

@@ -4,6 +4,7 @@
 #include "operands.h"
 
 #include <atomic>
+#include <thread>
 #include <vector>
 
 namespace fastft {
@@ -52,5 +53,31 @@ class Shares {
 inline int64_t threads_for(double cost) {
   return cost < serial_cost ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
 }
+
+// Tasks that others wait for.
+template <class Number>
+class Open {
+ public:
+  explicit Open(Number count = 0) : left(count) {}
+  void add() { left.fetch_add(1, std::memory_order_relaxed); }
+
+  // Runs one of them. It is over also where it fails, or those who wait would wait for ever.
+  template <class F>
+  void run(const F& task) {
+    struct Over {
+      std::atomic<Number>& left;
+      ~Over() { left.fetch_sub(1, std::memory_order_release); }
+    } const over{left};
+    task();
+  }
+
+  void wait() const {
+    for (int spins = 0; left.load(std::memory_order_acquire) > 0; ++spins)
+      if (spins > 1000) std::this_thread::yield();
+  }
+
+ private:
+  std::atomic<Number> left;
+};
 
 }  // namespace fastft

@@ -48,7 +48,7 @@ class LoRASettings:
     dropout: float
 
 
-_OPTIONS = frozenset(("modules_to_save", "lora_bias", "lora_magnitude"))  # that not every LoRA has
+_OPTIONS = frozenset(("modules_to_save", "lora_bias"))  # that few adapters have
 
 # What `adapt` gives a module besides another class.
 _STATE = ("_adapters", "_merged", "_store", "_settings", "_parts", "_written", "_norms", "_groups")
@@ -324,8 +324,13 @@ class AdaptedLinear(Sparse, Sliced, TrainsParts, Adapted):
             return None
         get = own["_parameters"].get
         weight, a, b = get("weight"), modules["lora_A"]._parameters.get(name), modules["lora_B"]._parameters.get(name)
+        scale, magnitudes, g = settings.scale, modules.get("lora_magnitude"), None
+        if magnitudes is not None:
+            g = own["_norms"].kept_factor(weight, a, b, scale, magnitudes._parameters.get(name))
+            if g is None:  # the general way keeps it
+                return None
         weight = weight.t() if self.fan_in_fan_out and weight is not None else weight
-        return lora_inference(input, weight, get("bias"), a, b, settings.scale)
+        return lora_inference(input, weight, get("bias"), a, b, scale, g)
 
     def _may_run_alone(self, name, input) -> bool:
         """Without gradients: does this member of a group gain nothing by it?"""

@@ -184,8 +184,12 @@ class LoRALinear(nn.Linear):
             return None
         if get("lora_bias") is not None:
             return None
-        g = self._norms.factor(self.lora_magnitude, self._norm()) if own["use_dora"] else None
-        return lora_inference(x, get("weight"), get("bias"), get("lora_A"), get("lora_B"), own["scaling"], g)
+        weight, a, b, scale, g = get("weight"), get("lora_A"), get("lora_B"), own["scaling"], None
+        if own["use_dora"]:
+            norms, magnitude = own["_norms"], self.lora_magnitude
+            g = norms.kept_factor(weight, a, b, scale, magnitude)
+            g = norms.factor(magnitude, self._norm()) if g is None else g
+        return lora_inference(x, weight, get("bias"), a, b, scale, g)
 
     @property
     def merged(self) -> bool:

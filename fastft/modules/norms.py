@@ -57,6 +57,19 @@ class RowNorms:
             last = self._last = _Last(squares, scale, a.clone(), b.clone(), norm)
         return last.norm
 
+    def kept_factor(self, weight, lora_A, lora_B, scale, magnitude):
+        """`factor` of all this as it is kept, or None where it is not, or something has changed: with no more questions than
+        it takes, as a GEMM has emptied the caches of what they need."""
+        last, kept = self._last, self._kept
+        if any(part is None for part in (weight, lora_A, lora_B, magnitude)):  # replicas hold them elsewhere
+            return None
+        if last is None or last.factor is None or kept is None or last.squares is not kept[2] or last.scale != scale:
+            return None
+        if kept[0]() is not weight or kept[1] != _state(weight) or weight.requires_grad or weights_come_and_go():
+            return None
+        same = _same(last.a, lora_A) and _same(last.b, lora_B) and _same(last.magnitude, magnitude)
+        return last.factor if same else None
+
     def factor(self, magnitude, norm):
         """`factor`, of a norm that this gave: kept as that is."""
         last = self._last
@@ -72,13 +85,17 @@ class RowNorms:
         if weight.requires_grad:
             self._kept = None
             return squared_row_norm(weight, fan_in_fan_out)
-        state, kept = (weight.data_ptr(), weight._version, weight.dtype, weight.device), self._kept
+        state, kept = _state(weight), self._kept
         if kept is None or kept[0]() is not weight or kept[1] != state:
             kept = weakref.ref(weight), state, squared_row_norm(weight, fan_in_fan_out)
             # What is computed while a CUDA graph is captured holds its numbers only after the graph ran.
             if not (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
                 self._kept = kept
         return kept[2]
+
+
+def _state(weight) -> tuple:
+    return weight.data_ptr(), weight._version, weight.dtype, weight.device
 
 
 def _same(kept, now) -> bool:
