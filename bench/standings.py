@@ -22,7 +22,7 @@ Cases = dict[Key, dict[str, dict]]
 
 FAMILIES = {
     "lora": "LoRA layer",
-    "inference": "LoRA layer, generating",
+    "inference": "Generating, one layer",
     "dora": "DoRA layer",
     "step": "LoRA training step",
     "peft": "PEFT model",
@@ -187,7 +187,7 @@ def by_device(cases: Cases) -> dict[tuple[str, str], Cases]:
 
 def short(key: Key) -> str:
     """A case's name without what its family's label and its yardstick say already."""
-    words = over(key.case)[0].removeprefix("DoRA ").split()
+    words = over(key.case)[0].removeprefix("DoRA " * (key.family == "dora")).split()
     return " ".join(words[1:] if words[0] in ("layer", "step") else words)
 
 

@@ -20,6 +20,9 @@ ABOUT_SERVED = (
     "Serving: time of a forward whose rows name their own adapters, over the same layer or model without any ({median}; D: "
     "distinct adapters):"
 )
+ABOUT_INFERENCE = (
+    "Generating: time of a layer's forward without gradients over the frozen layer's ({median}; r: rank, T: tokens at a time):"
+)
 ABOUT_OVER = "Time over what each line says ({median}; below 1: faster):"
 SLICES = ("partial", "s2ft", "sparse", "spiel")
 ENTRIES = ("sparse", "spiel")
@@ -110,9 +113,10 @@ class Kind(NamedTuple):
 def kind_of(key) -> Kind:
     name, yardstick = over(key.case)
     sort = name.split()[0]
-    if sort in ("layer", "step", "DoRA") or not sort.isalpha():  # what the family's label says already, or a number
+    known = ("layer", "step", "DoRA") if key.family == "dora" else ("layer", "step")
+    if sort in known or not sort.isalpha():  # what the family's label says already, or a number
         sort = ""
-    sort += " via PEFT" * name.endswith(" via PEFT")
+    sort = f"{sort}{' via PEFT' * name.endswith(' via PEFT')}".strip()
     place = list(FAMILIES).index(key.family) if key.family in FAMILIES else len(FAMILIES)
     return Kind(place, key.family, sort, yardstick, key.dtype)
 
@@ -203,6 +207,8 @@ def _about(key) -> str:
         return ABOUT_OVER
     if key.family in SERVED:
         return ABOUT_SERVED
+    if key.family == "inference":
+        return ABOUT_INFERENCE
     return ABOUT_ENTRIES if key.family in ENTRIES else ABOUT_SLICES if key.family in SLICES else ABOUT
 
 
