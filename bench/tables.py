@@ -21,7 +21,7 @@ ABOUT_SERVED = (
     "distinct adapters):"
 )
 ABOUT_INFERENCE = (
-    "Generating: time of a layer's forward without gradients over the frozen layer's ({median}; r: rank, T: tokens at a time):"
+    "Generating: time of a layer's forward without gradients over the frozen layer's ({median}; r: rank, T: tokens a call):"
 )
 ABOUT_OVER = "Time over what each line says ({median}; below 1: faster):"
 SLICES = ("partial", "s2ft", "sparse", "spiel")
