@@ -6,7 +6,6 @@ EPYC), an addition of two plain matrix products 60 to 110. Here it is two calls,
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 from torch import Tensor, float32, is_autocast_enabled, is_grad_enabled
 from torch._C import _len_torch_dispatch_stack
@@ -21,15 +20,7 @@ from .lora import lora_add_, lora_shrink
 from .registry import KERNEL_DTYPES, conditions
 
 _PLAIN = frozenset((Tensor, Parameter))
-
-
-class _Ops(NamedTuple):
-    add: Callable
-    shrink: Callable
-    expand_dora: Callable
-
-
-_ready: dict[tuple, _Ops] = {}  # (conditions, dtype of x, of A) -> what the registry would run
+_ready: dict[tuple, tuple[Callable, ...]] = {}  # a LoRA?, conditions, dtypes of x and A -> what the registry would run
 
 
 def lora_inference(x, weight, bias, a, b, scale, g=None):
@@ -52,33 +43,34 @@ def lora_inference(x, weight, bias, a, b, scale, g=None):
     ):
         return None
     try:  # the ops look at shapes, dtypes and devices before they write, but have not `lora_linear`'s words for them
-        x, a, b, now = x.contiguous(), a.contiguous(), b.contiguous(), conditions()
-        ops = _ready.get((now, x.dtype, a.dtype))
+        x, a, b, now, plain = x.contiguous(), a.contiguous(), b.contiguous(), conditions(), g is None
+        ops = _ready.get((plain, now, x.dtype, a.dtype)) or _choose(plain, now, x, a, b)
         if ops is None:
-            if x.dtype not in KERNEL_DTYPES or a.dtype not in (x.dtype, float32):
-                return None
-            ops = _Ops(lora_add_, lora_shrink, dora_expand_)  # which tell those who record
-            if now is not None:
-                ops = _ready[now, x.dtype, a.dtype] = _direct(x, a, b)
-        if g is None:
+            return None
+        if plain:
             y = linear(x, weight, bias)
-            ops.add(y, x, a, b, scale)
+            ops[0](y, x, a, b, scale)
             return y
         u, rows = linear(x, weight), x.view(-1, x.shape[-1])
-        s = ops.shrink(rows, a, [a.shape[0]], 0.0, None)[0]
-        y = ops.expand_dora(u.view(rows.shape[0], -1), s, b, g, bias, scale)
-        return y.view(u.shape)
+        s = ops[0](rows, a, [a.shape[0]], 0.0, None)[0]
+        return ops[1](u.view(rows.shape[0], -1), s, b, g, bias, scale).view(u.shape)
     except RuntimeError:
         return None
 
 
-def _direct(x, a, b) -> _Ops:
+def _choose(plain, now, x, a, b) -> tuple[Callable, ...] | None:
+    """What is called for a LoRA (`plain`) or a DoRA; None for dtypes that no kernel takes."""
+    if x.dtype not in KERNEL_DTYPES or a.dtype not in (x.dtype, float32):
+        return None
+    if now is None:  # somebody records, whom they tell
+        return (lora_add_,) if plain else (lora_shrink, dora_expand_)
     rows = x.view(-1, x.shape[-1])
-    return _Ops(
-        lora_add_.direct(rows, rows, a, b, 1.0),
-        lora_shrink.direct(rows, a, [a.shape[0]], 0.0, None),
-        dora_expand_.direct(rows, rows, b, a, None, 1.0),
-    )
+    if plain:
+        found = (lora_add_.direct(rows, rows, a, b, 1.0),)
+    else:
+        found = lora_shrink.direct(rows, a, [a.shape[0]], 0.0, None), dora_expand_.direct(rows, rows, b, a, None, 1.0)
+    _ready[plain, now, x.dtype, a.dtype] = found
+    return found
 
 
 def few_tokens(x) -> bool:
