@@ -39,6 +39,7 @@ def has_kernel(op, backend):
 @pytest.mark.parametrize("name", list(registry.OPS))
 def test_every_cell_is_filled(name, backend):
     filled = has_kernel(registry.OPS[name], backend)
+    assert registry.OPS[name].cpu_alone == ((name, "cuda") in EXCEPTIONS)
     if (name, backend) in EXCEPTIONS:
         assert not filled, f"{name} has a {backend} kernel now: remove its exception"
         assert re.search(r"\d", EXCEPTIONS[name, backend]), "an exception needs its measurement"

@@ -202,6 +202,7 @@ grouped_add_ = Op(
     _add_reference,
     nothing_fake,
     _refuse(act=0, store=2),
+    cpu_alone=True,
 )
 grouped_outer_ = Op(
     "grouped_outer_(Tensor(a!) grad, Tensor values, Tensor other, Tensor s, Tensor offsets, Tensor pieces, "

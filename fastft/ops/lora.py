@@ -141,6 +141,7 @@ lora_add_ = Op(
     _add_reference,
     nothing_fake,
     refuse_dtypes(act=0, adapter=2),
+    cpu_alone=True,
 )
 lora_grad_sb = Op(
     "lora_grad_sb(Tensor dy, Tensor s, Tensor b, float scale) -> (Tensor, Tensor)",

@@ -185,13 +185,14 @@ class Op:
         fake: shape function for torch.compile (called with fake tensors).
         unsupported: per backend, a function of the op's arguments that returns why they can't run there, or None.
         order: per device type, the backends to try, where measurements ask for another order than `ORDER`.
+        cpu_alone: is it other ops in one call, which pays on CPUs alone, so that there is no kernel for GPUs?
     """
 
-    def __init__(self, schema, reference, fake, unsupported=None, order=None):
+    def __init__(self, schema, reference, fake, unsupported=None, order=None, cpu_alone=False):
         self.schema, self.reference = schema, reference
         self.name = schema.split("(", 1)[0]
         self.family = reference.__module__.rsplit(".", 1)[-1]
-        self.unsupported = unsupported or {}
+        self.unsupported, self.cpu_alone = unsupported or {}, cpu_alone
         self.order = {**ORDER, **(order or {})}
         self._available: dict[tuple, str | None] = {}
         self._functions: dict[tuple, Any] = {}
