@@ -27,6 +27,12 @@ def test_the_report_fits(width):
         assert all(row[name].replace(" ", "") in cells for row in info.table())
 
 
+def test_what_needs_no_kernel_for_gpus_is_not_called_built():
+    cells = {row["op"]: (row["triton"], row["cuda"]) for row in info.table()}
+    assert all(cell.startswith("None: it is other ops") for op in ("lora_add_", "grouped_add_") for cell in cells[op])
+    assert not any(cell.startswith("None") for cell in cells["lora_shrink"])
+
+
 def test_a_forced_backend_is_shown():
     assert "forced backend" not in info.machine()
     with testing.use("reference"):
