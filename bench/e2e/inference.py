@@ -21,27 +21,11 @@ import fastft
 
 from .. import peers, shapes
 from ..ops import dora, lora
+from ..ops.partial import forward
 from ..runner import Case, check_close
 
 TOKENS = (1, 4, 16, 128)
 DEFAULT = {"cpu": ("square2048",), "cuda": ("llama3-8b/q_proj", "llama3-8b/down_proj")}
-
-
-def forward(make_layer):
-    """Builder of an arm from a function Inputs -> layer: forward without a gradient."""
-
-    def build(d: lora.Inputs):
-        layer = make_layer(d)
-        if isinstance(layer, torch.nn.Module):
-            layer.eval()
-
-        @torch.no_grad()
-        def run():
-            return {"y": layer(d.x)}
-
-        return run
-
-    return build
 
 
 def plain(d: lora.Inputs):

@@ -59,10 +59,13 @@ def gate(d, golden, yardstick, alternatives, factor):
 
 
 def forward(make_layer, name="y"):
-    """Builder of an arm: the layer's output in evaluation; `name` tells the gate whose formula it must equal."""
+    """Builder of an arm: the output of a layer (a module in evaluation, or a function) without gradients; `name` tells the
+    gate whose formula it must equal."""
 
-    def build(d: slices.Inputs):
-        layer, x = make_layer(d).eval(), d.x.detach()
+    def build(d: lora.Inputs):
+        layer, x = make_layer(d), d.x.detach()
+        if isinstance(layer, torch.nn.Module):
+            layer.eval()
 
         def run():
             with torch.no_grad():

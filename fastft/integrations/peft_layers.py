@@ -134,18 +134,12 @@ class FastLinear(Swapped):
         """
         if (parts := self._one_plain_adapter()) is None or traced_or_hooked():
             return None
-        (_, base, a, b, drop, scale), record = parts, self.__dict__["_fastft"]
-        if (drop.training and type(drop) is nn.Dropout and drop.p) or not (record.group is None or few_tokens(x)):
+        (weight, bias, one), record = parts, self.__dict__["_fastft"]
+        if one.dropout or not (record.group is None or few_tokens(x)):
             return None
-        base, a, b = base._parameters, a._parameters, b._parameters
-        # .get: DataParallel's replicas and FSDP hold them as attributes instead, which the general way finds.
-        weight, a_bias, a = base.get("weight"), a.get("bias"), a.get("weight")
-        b_bias, b = b.get("bias"), b.get("weight")
-        if not (type(weight) is type(a) is type(b) is nn.Parameter and a_bias is b_bias is None):
+        if one.lora_A.dtype is not weight.dtype and not self.__dict__["cast_input_dtype_enabled"]:
             return None
-        if a.dtype is not weight.dtype and not self.__dict__["cast_input_dtype_enabled"]:
-            return None
-        y = lora_inference(x, weight, base["bias"], a, b, scale)
+        y = lora_inference(x, weight, bias, one.lora_A, one.lora_B, one.scale)
         if y is not None:
             record.fused += 1
         return y
@@ -170,13 +164,8 @@ class FastLinear(Swapped):
         """
         if (parts := self._one_plain_adapter()) is None:
             return None
-        name, base, a, b, drop, scale = parts
-        base, a, b = base._parameters, a._parameters, b._parameters
-        # .get: DataParallel's replicas and FSDP hold them as attributes instead, which the general way finds.
-        weight, a_bias, a = base.get("weight"), a.get("bias"), a.get("weight")
-        bias, b = b.get("bias"), b.get("weight")
-        if not (type(weight) is type(a) is type(b) is nn.Parameter and a_bias is bias is None):
-            return None
+        weight, _, one = parts
+        a, b = one.lora_A, one.lora_B
         if unfit(x) or x.dtype is not weight.dtype or a.dtype is not b.dtype:
             return None
         if a.dtype is not x.dtype and not (a.dtype is torch.float32 and self.__dict__["cast_input_dtype_enabled"]):
@@ -186,11 +175,10 @@ class FastLinear(Swapped):
             return None
         if not a.dim() == b.dim() == weight.dim() == 2 or a.shape[1] != x.shape[-1] or weight.layout is not torch.strided:
             return None
-        p = drop.p if drop.training and type(drop) is nn.Dropout else 0.0
-        return weight, base["bias"], Projection(name, a, b, scale, p)
+        return parts
 
-    def _one_plain_adapter(self):
-        """(name, base layer, lora_A, lora_B, dropout, scale), where one plain adapter is active and nothing hooked."""
+    def _one_plain_adapter(self) -> tuple[torch.Tensor, torch.Tensor | None, Projection] | None:
+        """Base weight, bias and what is added, where one plain adapter is active and nothing hooked."""
         own = self.__dict__
         active = own["_active_adapter"]
         if type(active) is list and len(active) == 1:
@@ -204,8 +192,14 @@ class FastLinear(Swapped):
         b, drop = modules["lora_B"]._modules[active], modules["lora_dropout"]._modules[active]
         if not (bare(b, nn.Linear) and (bare(drop, nn.Identity) or bare(drop, nn.Dropout))):
             return None
-        scale = own["scaling"][active]
-        return (active, base, a, b, drop, scale) if type(scale) is float else None
+        base, a, b, scale = base._parameters, a._parameters, b._parameters, own["scaling"][active]
+        # .get: DataParallel's replicas and FSDP hold them as attributes instead, which the general way finds.
+        weight, a_bias, a = base.get("weight"), a.get("bias"), a.get("weight")
+        b_bias, b = b.get("bias"), b.get("weight")
+        if not (type(weight) is type(a) is type(b) is nn.Parameter and a_bias is b_bias is None and type(scale) is float):
+            return None
+        p = drop.p if drop.training and type(drop) is nn.Dropout else 0.0
+        return weight, base["bias"], Projection(active, a, b, scale, p)
 
     def _mixed_batch_forward(self, x, *args, adapter_names, **kwargs):
         names = adapter_names if isinstance(adapter_names, Index) else Index(adapter_names)
